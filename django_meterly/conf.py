@@ -1,0 +1,133 @@
+"""The only reader of ``settings.METERLY``.
+
+Every access reads the Django settings anew, so ``override_settings`` works and
+nothing goes stale. Names that do not exist fail, with a suggestion.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+
+if TYPE_CHECKING:
+    import environ
+
+DEFAULTS: dict[str, Any] = {
+    "TRANSPORT": "django_meterly.transports.HttpTransport",
+    "API_KEY": None,
+    "BASE_URL": "https://api.getmeterly.dev",
+    "ALLOW_INSECURE_HTTP": False,
+    "CONNECT_TIMEOUT": 2.0,
+    "READ_TIMEOUT": 3.0,
+    "DEADLINE": 8.0,
+    "DEFAULT_UNIT": None,
+    "RESERVATION_TTL": 300,
+    "CUSTOMER_MODEL": None,
+    "CUSTOMER_RESOLVER": "django_meterly.resolvers.request_user",
+    "EXTERNAL_ID": "django_meterly.resolvers.external_id",
+    "OVERAGE": "charge",
+    "ON_DISCONNECT": "release",
+    "TOP_UP_URL": None,
+    "LEASE_GRACE": 60.0,
+    "MAX_SETTLE_ATTEMPTS": 20,
+    "JOURNAL_RETENTION": 90 * 86400.0,
+}
+
+#: Durations: a number of seconds or a ``timedelta``; read as seconds.
+DURATIONS = {
+    "CONNECT_TIMEOUT",
+    "READ_TIMEOUT",
+    "DEADLINE",
+    "RESERVATION_TTL",
+    "LEASE_GRACE",
+    "JOURNAL_RETENTION",
+}
+
+
+def suggestion(name: str, known: Any) -> str:
+    """Return ``" Did you mean 'X'?"`` for a name that is close to a *known* one."""
+    close = difflib.get_close_matches(name.upper(), list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class MeterlySettings:
+    """``settings.METERLY`` with its defaults, as attributes.
+
+    Raises ``ImproperlyConfigured`` for a ``METERLY`` that is not a dict, for a
+    name in it that does not exist, and for a duration that is none.
+    """
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the project's own dict, unchanged."""
+        value = getattr(settings, "METERLY", {})
+        if not isinstance(value, dict):
+            raise ImproperlyConfigured(
+                f"METERLY must be a dict, not {type(value).__name__}."
+            )
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in DEFAULTS:
+            raise AttributeError(f"There is no setting METERLY[{name!r}].")
+        project = self.as_dict()
+        for key in project:
+            if key not in DEFAULTS:
+                raise ImproperlyConfigured(
+                    f"There is no setting METERLY[{key!r}].{suggestion(key, DEFAULTS)}"
+                )
+        value = project.get(name, DEFAULTS[name])
+        if name == "CUSTOMER_MODEL":
+            return value or settings.AUTH_USER_MODEL
+        return _seconds(name, value) if name in DURATIONS else value
+
+
+def _seconds(name: str, value: Any) -> float | int:
+    if isinstance(value, dt.timedelta):
+        value = value.total_seconds()
+        # A whole number of seconds stays one: the wire's ttlSeconds is an integer.
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ImproperlyConfigured(
+            f"METERLY[{name!r}] must be a positive number of seconds or a timedelta, "
+            f"not {value!r}."
+        )
+    return value
+
+
+meterly_settings = MeterlySettings()
+
+
+def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
+    """Return a ``METERLY`` dict filled from ``METERLY_*`` environment variables.
+
+    *env* is a ``django-environ`` ``Env``. ``METERLY_API_KEY`` sets ``API_KEY``
+    and so on; values are cast to the type of the default. Raises
+    ``ImproperlyConfigured`` for a value that cannot be cast, and for a variable
+    with the prefix that names no setting.
+    """
+    values: dict[str, Any] = {}
+    for variable in env.ENVIRON:
+        if not variable.startswith(prefix):
+            continue
+        name = variable.removeprefix(prefix)
+        if name not in DEFAULTS:
+            if name.startswith("LEDGER_"):
+                continue
+            raise ImproperlyConfigured(
+                f"The environment variable {variable} names no setting of METERLY."
+                f"{suggestion(name, DEFAULTS)}"
+            )
+        default = DEFAULTS[name]
+        cast = str if default is None else type(default)
+        try:
+            values[name] = env.get_value(variable, cast=cast)
+        except ValueError as exc:
+            raise ImproperlyConfigured(
+                f"The environment variable {variable} must be a {cast.__name__}, "
+                f"not {env.ENVIRON[variable]!r}."
+            ) from exc
+    return values

@@ -1,0 +1,45 @@
+"""What both apps need from every database alike: exact text, and one clock."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+
+from django.db import models
+from django.db.models.functions import Now
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+
+class ExactCharField(models.CharField[str, str]):
+    """A ``CharField`` that compares by the byte on every database.
+
+    MySQL's default collation takes ``Key-1`` for ``key-1``, and "é" for "e":
+    ids and idempotency keys that differ must stay apart.
+    """
+
+    def db_parameters(self, connection: BaseDatabaseWrapper) -> Any:
+        parameters = super().db_parameters(connection)
+        if connection.vendor == "mysql":
+            parameters["collation"] = "utf8mb4_bin"
+        return parameters
+
+
+class DatabaseNow(Now):
+    """The database's clock, in UTC.
+
+    Django's ``Now`` is the session's local time on MySQL, while Django stores
+    UTC there.
+    """
+
+    def as_mysql(self, compiler: Any, connection: Any, **extra: Any) -> Any:
+        return self.as_sql(compiler, connection, template="UTC_TIMESTAMP(6)", **extra)
+
+
+def from_now(seconds: float) -> models.Expression:
+    """Return the moment *seconds* from now by the database's clock."""
+    return models.ExpressionWrapper(
+        DatabaseNow() + dt.timedelta(seconds=seconds),
+        output_field=models.DateTimeField(),
+    )

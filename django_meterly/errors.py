@@ -1,0 +1,329 @@
+"""Every exception of django-meterly.
+
+::
+
+    MeterlyError
+    ├── MeterlyApiError                        the ledger answered, and said no
+    │   ├── MeterlyInvalidRequestError           400 invalid_request
+    │   ├── MeterlyAuthenticationError           401 unauthenticated
+    │   ├── MeterlyInsufficientCreditsError      402 insufficient_credits
+    │   ├── MeterlyForbiddenError                403 forbidden
+    │   ├── MeterlyNotFoundError                 404 not_found
+    │   ├── MeterlyCustomerExistsError           409 customer_exists
+    │   ├── MeterlyReferenceConflictError        409 reference_conflict
+    │   ├── MeterlyReservationExpiredError       409 reservation_expired
+    │   ├── MeterlyReservationCommittedError     409 reservation_committed
+    │   ├── MeterlyReservationReleasedError      409 reservation_released
+    │   ├── MeterlyIdempotencyInProgressError    409 idempotency_in_progress
+    │   ├── MeterlyIdempotencyMismatchError      422 idempotency_mismatch
+    │   ├── MeterlyRateLimitedError              429 rate_limited
+    │   └── MeterlyServerError                   5xx (an unknown outcome, too)
+    ├── MeterlyNotSentError                    provably never reached the ledger
+    ├── MeterlyUnknownOutcomeError             may or may not have been applied
+    │   └── MeterlyServerError
+    ├── MeterlyUnavailableError                the guard could not reserve in time
+    ├── MeterlyDuplicateError                  this key was used, or is in use
+    └── MeterlyUsageError                      the code asks for the impossible
+
+A call has three outcomes: yes, no and unknown. ``MeterlyApiError`` is a no,
+``MeterlyNotSentError`` is a no as well (nothing can have happened), and
+``MeterlyUnknownOutcomeError`` is neither: send the same call again with the
+same idempotency key to learn what became of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "MeterlyApiError",
+    "MeterlyAuthenticationError",
+    "MeterlyCustomerExistsError",
+    "MeterlyDuplicateError",
+    "MeterlyError",
+    "MeterlyForbiddenError",
+    "MeterlyIdempotencyInProgressError",
+    "MeterlyIdempotencyMismatchError",
+    "MeterlyInsufficientCreditsError",
+    "MeterlyInvalidRequestError",
+    "MeterlyNotFoundError",
+    "MeterlyNotSentError",
+    "MeterlyRateLimitedError",
+    "MeterlyReferenceConflictError",
+    "MeterlyReservationCommittedError",
+    "MeterlyReservationExpiredError",
+    "MeterlyReservationReleasedError",
+    "MeterlyServerError",
+    "MeterlyUnavailableError",
+    "MeterlyUnknownOutcomeError",
+    "MeterlyUsageError",
+    "api_error",
+]
+
+
+class MeterlyError(Exception):
+    """The root of every exception of this package."""
+
+
+class MeterlyApiError(MeterlyError):
+    """The ledger answered with an error.
+
+    *status* is the HTTP status (the embedded ledger names the one it would have
+    sent), *code* the stable name of the condition, *details* what came with it.
+    *request_id*, *method* and *path* say which call it was.
+    """
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+        method: str | None = None,
+        path: str | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        self.message = message or (self.__doc__ or "").partition("\n")[0]
+        super().__init__(self.message)
+        if status is not None:
+            self.status = status
+        if code is not None:
+            self.code = code
+        self.request_id = request_id
+        self.method = method
+        self.path = path
+        self.details = details or {}
+
+    def __str__(self) -> str:
+        where = f" [{self.method} {self.path}]" if self.method else ""
+        which = f" (request {self.request_id})" if self.request_id else ""
+        return f"{self.status} {self.code}: {self.message}{where}{which}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keyword-only arguments do not survive the default pickling, and
+        # Celery pickles the exceptions of its tasks.
+        return (_rebuild, (type(self), self.message), self.__dict__)
+
+
+def _rebuild(cls: type[MeterlyApiError], message: str) -> MeterlyApiError:
+    return cls(message)
+
+
+class MeterlyUnknownOutcomeError(MeterlyError):
+    """The ledger may or may not have carried out the call.
+
+    Send the same call with the same *idempotency_key* to learn which. Raised by
+    ``MeterlyClient.guard`` it carries the *result* of the work, which is done.
+    """
+
+    idempotency_key: str | None = None
+    result: Any = None
+
+
+class MeterlyNotSentError(MeterlyError):
+    """The call provably never reached the ledger; nothing has moved."""
+
+
+class MeterlyInvalidRequestError(MeterlyApiError):
+    """The ledger cannot read this request."""
+
+    status, code = 400, "invalid_request"
+
+    @property
+    def fields(self) -> dict[str, list[str]]:
+        """What is wrong, by the field's name on the wire."""
+        return dict(self.details.get("fields") or {})
+
+
+class MeterlyAuthenticationError(MeterlyApiError):
+    """The API key is unknown or revoked."""
+
+    status, code = 401, "unauthenticated"
+
+
+class MeterlyInsufficientCreditsError(MeterlyApiError):
+    """There are not enough credits.
+
+    *required* and *available* are credits of *unit*; *reserved* is what the
+    customer's own running work holds, which may come back.
+    """
+
+    status, code = 402, "insufficient_credits"
+
+    @property
+    def required(self) -> int:
+        return int(self.details.get("required") or 0)
+
+    @property
+    def available(self) -> int:
+        return int(self.details.get("available") or 0)
+
+    @property
+    def reserved(self) -> int:
+        return int(self.details.get("reserved") or 0)
+
+    @property
+    def unit(self) -> str:
+        return str(self.details.get("unit") or "")
+
+    @property
+    def held_by_running_work(self) -> bool:
+        """Whether the credits are there, but held by the customer's own work."""
+        return self.available < self.required <= self.available + self.reserved
+
+
+class MeterlyForbiddenError(MeterlyApiError):
+    """The API key may not do this."""
+
+    status, code = 403, "forbidden"
+
+
+class MeterlyNotFoundError(MeterlyApiError):
+    """There is no such object in this workspace."""
+
+    status, code = 404, "not_found"
+
+
+class MeterlyCustomerExistsError(MeterlyApiError):
+    """A customer with this external id exists already."""
+
+    status, code = 409, "customer_exists"
+
+    @property
+    def customer_id(self) -> str:
+        return str(self.details.get("customerId") or "")
+
+
+class MeterlyReferenceConflictError(MeterlyApiError):
+    """The reference was used before, with other values."""
+
+    status, code = 409, "reference_conflict"
+
+
+class MeterlyReservationExpiredError(MeterlyApiError):
+    """The reservation has expired."""
+
+    status, code = 409, "reservation_expired"
+
+
+class MeterlyReservationCommittedError(MeterlyApiError):
+    """The reservation is committed already."""
+
+    status, code = 409, "reservation_committed"
+
+
+class MeterlyReservationReleasedError(MeterlyApiError):
+    """The reservation was released."""
+
+    status, code = 409, "reservation_released"
+
+
+class MeterlyIdempotencyInProgressError(MeterlyApiError):
+    """A call with the same idempotency key is being served right now."""
+
+    status, code = 409, "idempotency_in_progress"
+
+
+class MeterlyIdempotencyMismatchError(MeterlyApiError):
+    """The idempotency key came with another request before."""
+
+    status, code = 422, "idempotency_mismatch"
+
+
+class MeterlyRateLimitedError(MeterlyApiError):
+    """Too many requests."""
+
+    status, code = 429, "rate_limited"
+
+
+class MeterlyServerError(MeterlyApiError, MeterlyUnknownOutcomeError):
+    """The ledger failed while serving the call; its outcome is unknown."""
+
+    status, code = 500, "internal_error"
+
+
+class MeterlyUnavailableError(MeterlyError):
+    """The ledger could not be asked, so the work was not run.
+
+    *retry_after* is the number of seconds to suggest to the caller.
+    """
+
+    def __init__(self, message: str = "", *, retry_after: int = 5) -> None:
+        super().__init__(message or (self.__doc__ or "").partition("\n")[0])
+        self.retry_after = retry_after
+
+
+class MeterlyDuplicateError(MeterlyError):
+    """The idempotency key was used before, or is in use right now.
+
+    *state* is the reservation's state; *in_progress* tells whether its outcome
+    is still open.
+    """
+
+    def __init__(
+        self, message: str = "", *, state: str = "", in_progress: bool = False
+    ) -> None:
+        super().__init__(message or (self.__doc__ or "").partition("\n")[0])
+        self.state = state
+        self.in_progress = in_progress
+
+
+class MeterlyUsageError(MeterlyError):
+    """The guard is used where it cannot keep its promise."""
+
+
+_BY_CODE: dict[str, type[MeterlyApiError]] = {
+    cls.code: cls
+    for cls in (
+        MeterlyInvalidRequestError,
+        MeterlyAuthenticationError,
+        MeterlyInsufficientCreditsError,
+        MeterlyForbiddenError,
+        MeterlyNotFoundError,
+        MeterlyCustomerExistsError,
+        MeterlyReferenceConflictError,
+        MeterlyReservationExpiredError,
+        MeterlyReservationCommittedError,
+        MeterlyReservationReleasedError,
+        MeterlyIdempotencyInProgressError,
+        MeterlyIdempotencyMismatchError,
+        MeterlyRateLimitedError,
+    )
+}
+_BY_STATUS: dict[int, type[MeterlyApiError]] = {
+    cls.status: cls for cls in _BY_CODE.values() if cls.status != 409
+}
+
+
+def api_error(
+    status: int,
+    code: str | None,
+    message: str = "",
+    *,
+    request_id: str | None = None,
+    method: str | None = None,
+    path: str | None = None,
+    details: dict[str, Any] | None = None,
+) -> MeterlyApiError:
+    """Return the exception for an error answer.
+
+    *code* decides the class; without a known one the *status* does, and every
+    5xx is an unknown outcome.
+    """
+    if status >= 500:
+        cls: type[MeterlyApiError] = MeterlyServerError
+    else:
+        cls = _BY_CODE.get(code or "") or _BY_STATUS.get(status, MeterlyApiError)
+    return cls(
+        message,
+        status=status,
+        code=code or cls.code,
+        request_id=request_id,
+        method=method,
+        path=path,
+        details=details,
+    )

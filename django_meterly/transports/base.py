@@ -1,0 +1,204 @@
+"""The seam between the client and a ledger: one call in, one answer out.
+
+Also the limits of the wire contract, because both ends of the seam keep them:
+the client before anything is sent, the ledger before anything is moved.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_AMOUNT = 2**63 - 1
+MAX_KEY_LENGTH = 255
+MAX_TEXT_LENGTH = 255
+MAX_DESCRIPTION_LENGTH = 1000
+MAX_TTL_SECONDS = 86400
+
+# operation -> (method, path). Path parameters are taken out of the arguments;
+# what is left is the JSON body of a POST or the query of a GET.
+ROUTES: dict[str, tuple[str, str]] = {
+    "create_customer": ("POST", "/v1/customers"),
+    "find_customer": ("GET", "/v1/customers"),
+    "grant_credits": ("POST", "/v1/grants"),
+    "get_balance": ("GET", "/v1/customers/{customerId}/balance"),
+    "get_balances": ("GET", "/v1/customers/{customerId}/balances"),
+    "add_credits": ("POST", "/v1/customers/{customerId}/credits/add"),
+    "use_credits": ("POST", "/v1/customers/{customerId}/credits/use"),
+    "reserve_credits": ("POST", "/v1/reservations"),
+    "get_reservation": ("GET", "/v1/reservations/{reservationId}"),
+    "commit_reservation": ("POST", "/v1/reservations/{reservationId}/commit"),
+    "release_reservation": ("POST", "/v1/reservations/{reservationId}/release"),
+    "list_entries": ("GET", "/v1/customers/{customerId}/entries"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the wire contract, on its way to a ledger.
+
+    *operation* is a key of ``ROUTES``. *arguments* have their names on the wire
+    (camelCase), those of the path included. *idempotency_key* is set on every
+    POST. *timeout* is the number of seconds the whole call may take, or ``None``
+    for the transport's own deadline.
+    """
+
+    operation: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    idempotency_key: str | None = None
+    timeout: float | None = None
+
+    @property
+    def method(self) -> str:
+        return ROUTES[self.operation][0]
+
+    @property
+    def path(self) -> str:
+        """The path below the base URL, with its parameters filled in."""
+        return ROUTES[self.operation][1].format_map(self.arguments)
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The arguments that do not stand in the path."""
+        template = ROUTES[self.operation][1]
+        return {
+            name: value
+            for name, value in self.arguments.items()
+            if f"{{{name}}}" not in template
+        }
+
+
+class Transport:
+    """Carries calls to a ledger.
+
+    A transport raises the exceptions of ``django_meterly.errors`` and no others,
+    and may be used from several threads at once.
+    """
+
+    #: Whether a commit may name less than the hold.
+    partial_commit = True
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Transport:
+        """Return a transport set up by *settings* (``django_meterly.conf``)."""
+        return cls()
+
+    def send(self, call: Call) -> dict[str, Any]:
+        """Carry out *call* and return the answer's body, with its wire names.
+
+        Raises ``MeterlyApiError`` when the ledger said no, ``MeterlyNotSentError``
+        when the call provably never reached it, and
+        ``MeterlyUnknownOutcomeError`` when it may or may not have been applied.
+        """
+        raise NotImplementedError
+
+    def joins(self, using: str) -> bool:
+        """Return whether movements can be part of a transaction on *using*."""
+        return False
+
+    def unit_of_work(self, using: str) -> AbstractContextManager[Any]:
+        """Return a block in which calls and rows of *using* stand or fall together.
+
+        A null context where the ledger does not share that database.
+        """
+        return nullcontext()
+
+    def close(self) -> None:
+        """Give back what the transport holds open."""
+
+
+_VISIBLE = re.compile(r"[\x21-\x7e]+")
+_TEXT = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
+_UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def check_amount(value: object, name: str = "amount", *, minimum: int = 1) -> int:
+    """Return *value* if it is a number of credits, or raise ``ValueError``."""
+    # bool is an int, and Django's integer fields take 1.5 for 1: neither is an
+    # amount anybody meant.
+    if type(value) is not int:
+        raise ValueError(
+            f"{name} must be an int, not {type(value).__name__} {value!r}. "
+            "Credits are whole numbers."
+        )
+    if not minimum <= value <= MAX_AMOUNT:
+        raise ValueError(f"{name} must be from {minimum} to 2**63 - 1, not {value!r}.")
+    return value
+
+
+def check_ttl(value: object, name: str = "ttl_seconds") -> int:
+    """Return *value* if a hold can last that many seconds, or raise ``ValueError``."""
+    if type(value) is not int or not 1 <= value <= MAX_TTL_SECONDS:
+        raise ValueError(
+            f"{name} must be a whole number of seconds from 1 to "
+            f"{MAX_TTL_SECONDS}, not {value!r}."
+        )
+    return value
+
+
+def check_key(
+    value: object, name: str = "idempotency_key", *, length: int = MAX_KEY_LENGTH
+) -> str:
+    """Return *value* if it is an idempotency key, or raise ``ValueError``."""
+    if (
+        not isinstance(value, str)
+        or len(value) > length
+        or not _VISIBLE.fullmatch(value)
+    ):
+        raise ValueError(
+            f"{name} must be 1 to {length} visible ASCII characters "
+            f"without spaces, not {_shown(value)}."
+        )
+    return value
+
+
+def check_text(value: object, name: str, *, length: int = MAX_TEXT_LENGTH) -> str:
+    """Return *value* if it is a reference or external id, or raise ``ValueError``."""
+    if not isinstance(value, str) or len(value) > length or not _TEXT.fullmatch(value):
+        raise ValueError(
+            f"{name} must be 1 to {length} printable ASCII characters, with no "
+            f"space at either end, not {_shown(value)}."
+        )
+    return value
+
+
+def check_unit(value: object, name: str = "unit") -> str:
+    """Return *value* if it names a credit unit, or raise ``ValueError``."""
+    if not isinstance(value, str) or not _UNIT.fullmatch(value):
+        raise ValueError(
+            f"{name} must be 1 to 64 letters, digits, '_', '.' or '-', and begin "
+            f"with a letter or digit, not {_shown(value)}."
+        )
+    return value
+
+
+def check_identifier(value: object, name: str) -> str:
+    """Return *value* if it can be an id in a path, or raise ``ValueError``."""
+    if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value):
+        raise ValueError(
+            f"{name} must be 1 to 64 letters, digits, '_' or '-', not {_shown(value)}."
+        )
+    return value
+
+
+def check_description(value: object, name: str = "description") -> str:
+    """Return *value* if it is a description, or raise ``ValueError``."""
+    if not isinstance(value, str) or len(value) > MAX_DESCRIPTION_LENGTH:
+        raise ValueError(
+            f"{name} must be a text of at most {MAX_DESCRIPTION_LENGTH} "
+            f"characters, not {_shown(value)}."
+        )
+    if "\x00" in value:
+        raise ValueError(f"{name} must not contain NUL characters.")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
