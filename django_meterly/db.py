@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
 
-class ExactCharField(models.CharField[str, str]):
+class ExactCharField(models.CharField):  # type: ignore[type-arg]
     """A ``CharField`` that compares by the byte on every database.
 
     MySQL's default collation takes ``Key-1`` for ``key-1``, and "é" for "e":

@@ -194,8 +194,9 @@ def check_description(value: object, name: str = "description") -> str:
             f"{name} must be a text of at most {MAX_DESCRIPTION_LENGTH} "
             f"characters, not {_shown(value)}."
         )
-    if "\x00" in value:
-        raise ValueError(f"{name} must not contain NUL characters.")
+    # Half of a surrogate pair, which JSON can name, is no text to a database.
+    if "\x00" in value or re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{name} must not contain NUL characters or lone surrogates.")
     return value
 
 

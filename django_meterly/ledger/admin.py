@@ -1,0 +1,155 @@
+"""A window on the ledger. Nothing here moves credits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from django.contrib import admin, messages
+from django.utils.translation import gettext_lazy as _
+from django.utils.translation import ngettext
+
+from ..db import DatabaseNow
+from .models import Account, ApiKey, Customer, Entry, Hold, Workspace
+
+if TYPE_CHECKING:
+    from django.db.models import QuerySet
+    from django.http import HttpRequest
+
+    ModelAdmin = admin.ModelAdmin[Any]
+else:
+    ModelAdmin = admin.ModelAdmin
+
+
+class ReadOnlyAdmin(ModelAdmin):
+    """Shows rows to those who may view them, and changes none."""
+
+    show_full_result_count = False
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+@admin.register(Workspace)
+class WorkspaceAdmin(ReadOnlyAdmin):
+    list_display = ["name"]
+    search_fields = ["name"]
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        # Past ReadOnlyAdmin: a workspace may be added.
+        return super(ReadOnlyAdmin, self).has_add_permission(request)
+
+
+@admin.register(ApiKey)
+class ApiKeyAdmin(ReadOnlyAdmin):
+    actions = ["revoke"]
+    list_display = ["name", "workspace", "shown", "created_at", "revoked_at"]
+    list_filter = ["workspace", ("revoked_at", admin.EmptyFieldListFilter)]
+    list_select_related = ["workspace"]
+    search_fields = ["name", "last4"]
+    fields = ["name", "workspace", "shown", "created_at", "revoked_at"]
+
+    @admin.display(description=_("key"))
+    def shown(self, key: ApiKey) -> str:
+        return f"{key.prefix}…{key.last4}"
+
+    def has_revoke_permission(self, request: HttpRequest) -> bool:
+        # Asked past ReadOnlyAdmin: to revoke a key is to change it.
+        return super(ReadOnlyAdmin, self).has_change_permission(request)
+
+    @admin.action(description=_("Revoke the selected keys"), permissions=["revoke"])
+    def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
+        """Make the keys useless, at once and for ever."""
+        revoked = 0
+        for key in queryset:
+            if (
+                ApiKey.objects.active()
+                .filter(pk=key.pk)
+                .update(revoked_at=DatabaseNow())
+            ):
+                self.log_change(request, key, "Revoked.")
+                revoked += 1
+        self.message_user(
+            request,
+            ngettext(
+                "%(count)d key was revoked.", "%(count)d keys were revoked.", revoked
+            )
+            % {"count": revoked},
+            messages.SUCCESS if revoked else messages.WARNING,
+        )
+
+
+@admin.register(Customer)
+class CustomerAdmin(ReadOnlyAdmin):
+    list_display = [
+        "external_id",
+        "public_id",
+        "credit_unit",
+        "workspace",
+        "created_at",
+    ]
+    list_filter = ["workspace", "credit_unit"]
+    list_select_related = ["workspace"]
+    search_fields = ["external_id__exact", "public_id__exact"]
+
+
+@admin.register(Account)
+class AccountAdmin(ReadOnlyAdmin):
+    list_display = ["customer", "unit", "balance", "reserved", "available"]
+    list_filter = ["unit", "customer__workspace"]
+    list_select_related = ["customer"]
+    search_fields = ["customer__external_id__exact", "customer__public_id__exact"]
+
+
+@admin.register(Hold)
+class HoldAdmin(ReadOnlyAdmin):
+    list_display = [
+        "public_id",
+        "account",
+        "amount",
+        "status",
+        "reference",
+        "created_at",
+        "expires_at",
+        "closed_at",
+    ]
+    list_filter = ["status", "created_at", "account__customer__workspace"]
+    list_select_related = ["account__customer"]
+    search_fields = [
+        "public_id__exact",
+        "reference__exact",
+        "account__customer__external_id__exact",
+        "account__customer__public_id__exact",
+    ]
+
+
+@admin.register(Entry)
+class EntryAdmin(ReadOnlyAdmin):
+    list_display = [
+        "public_id",
+        "account",
+        "kind",
+        "amount",
+        "balance_delta",
+        "reserved_delta",
+        "balance_after",
+        "reserved_after",
+        "reference",
+        "created_at",
+    ]
+    list_filter = ["kind", "created_at", "workspace"]
+    list_select_related = ["account__customer"]
+    search_fields = [
+        "public_id__exact",
+        "reference__exact",
+        "hold__public_id__exact",
+        "idempotency_key__exact",
+        "account__customer__external_id__exact",
+        "account__customer__public_id__exact",
+    ]
+    exclude = ["fingerprint", "unique_reference"]

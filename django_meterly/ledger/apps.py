@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from django.apps import AppConfig
+from django.utils.translation import gettext_lazy as _
+
+
+class MeterlyLedgerConfig(AppConfig):
+    name = "django_meterly.ledger"
+    label = "meterly_ledger"
+    verbose_name = _("Meterly ledger")
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        from . import checks  # noqa: F401

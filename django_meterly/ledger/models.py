@@ -1,0 +1,313 @@
+"""The tables of the embedded ledger. Only ``operations`` moves credits in them."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, NoReturn
+
+from django.db import models
+from django.db.models.lookups import GreaterThanOrEqual
+from django.utils.translation import gettext_lazy as _
+
+from ..db import DatabaseNow, ExactCharField
+from ..errors import MeterlyUsageError
+
+
+def customer_id() -> str:
+    return f"cus_{uuid.uuid4().hex}"
+
+
+def hold_id() -> str:
+    return f"res_{uuid.uuid4().hex}"
+
+
+def entry_id() -> str:
+    return f"ent_{uuid.uuid4().hex}"
+
+
+class Workspace(models.Model):
+    """One tenant of the ledger: customers and keys belong to exactly one."""
+
+    name = ExactCharField(_("name"), max_length=255, unique=True)
+
+    class Meta:
+        verbose_name = _("workspace")
+        verbose_name_plural = _("workspaces")
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
+    def active(self) -> ApiKeyQuerySet:
+        return self.filter(revoked_at=None)
+
+
+class ApiKey(models.Model):
+    """A bearer key of a workspace; only its SHA-256 is stored."""
+
+    workspace = models.ForeignKey(
+        Workspace,
+        models.CASCADE,
+        related_name="api_keys",
+        verbose_name=_("workspace"),
+    )
+    name = models.CharField(_("name"), max_length=255)
+    prefix = models.CharField(_("prefix"), max_length=16)
+    last4 = models.CharField(_("last four"), max_length=4)
+    key_hash = ExactCharField(_("key hash"), max_length=64, unique=True)
+    created_at = models.DateTimeField(
+        _("created at"), default=DatabaseNow, editable=False
+    )
+    revoked_at = models.DateTimeField(_("revoked at"), null=True, editable=False)
+
+    objects = ApiKeyQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("API key")
+        verbose_name_plural = _("API keys")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.prefix}…{self.last4})"
+
+
+class Customer(models.Model):
+    """Who pays with credits, under the stable id that *you* gave them."""
+
+    workspace = models.ForeignKey(
+        Workspace,
+        models.PROTECT,
+        related_name="customers",
+        # The unique constraint below begins with it.
+        db_index=False,
+        verbose_name=_("workspace"),
+    )
+    public_id = ExactCharField(
+        _("customer id"), max_length=64, unique=True, default=customer_id
+    )
+    external_id = ExactCharField(_("external id"), max_length=255)
+    credit_unit = ExactCharField(_("credit unit"), max_length=64)
+    created_at = models.DateTimeField(
+        _("created at"), default=DatabaseNow, editable=False
+    )
+
+    class Meta:
+        verbose_name = _("customer")
+        verbose_name_plural = _("customers")
+        constraints = [
+            models.UniqueConstraint(
+                fields=["workspace", "external_id"],
+                name="meterly_ledger_customer_unique_external_id",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.external_id)
+
+
+class AccountQuerySet(models.QuerySet["Account"]):
+    def affording(self, amount: int) -> AccountQuerySet:
+        # Never "reserved + amount": that sum can leave the range of a bigint.
+        available = models.F("balance") - models.F("reserved")
+        return self.filter(GreaterThanOrEqual(available, amount))
+
+
+class Account(models.Model):
+    """One customer's credits in one unit."""
+
+    customer = models.ForeignKey(
+        Customer,
+        models.PROTECT,
+        related_name="accounts",
+        # The unique constraint below begins with it.
+        db_index=False,
+        verbose_name=_("customer"),
+    )
+    unit = ExactCharField(_("credit unit"), max_length=64)
+    balance = models.BigIntegerField(_("balance"), default=0)
+    reserved = models.BigIntegerField(_("reserved"), default=0)
+
+    objects = AccountQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("account")
+        verbose_name_plural = _("accounts")
+        constraints = [
+            models.UniqueConstraint(
+                fields=["customer", "unit"],
+                name="meterly_ledger_account_unique_unit",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(reserved__gte=0, reserved__lte=models.F("balance")),
+                name="meterly_ledger_account_reserved_within_balance",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.customer} {self.unit}"
+
+    @property
+    def available(self) -> int:
+        return self.balance - self.reserved
+
+
+class HoldQuerySet(models.QuerySet["Hold"]):
+    def live(self) -> HoldQuerySet:
+        return self.filter(status=Hold.Status.RESERVED)
+
+    def due(self) -> HoldQuerySet:
+        return self.live().filter(expires_at__lte=DatabaseNow())
+
+
+class Hold(models.Model):
+    """Credits set aside for work in progress: a reservation, on the wire."""
+
+    class Status(models.TextChoices):
+        RESERVED = "reserved", _("reserved")
+        COMMITTED = "committed", _("committed")
+        RELEASED = "released", _("released")
+        EXPIRED = "expired", _("expired")
+
+    public_id = ExactCharField(
+        _("reservation id"), max_length=64, unique=True, default=hold_id
+    )
+    account = models.ForeignKey(
+        Account, models.PROTECT, related_name="holds", verbose_name=_("account")
+    )
+    amount = models.BigIntegerField(_("amount"))
+    status = models.CharField(
+        _("status"), max_length=16, choices=Status.choices, default=Status.RESERVED
+    )
+    reference = ExactCharField(_("reference"), max_length=255)
+    expires_at = models.DateTimeField(_("expires at"))
+    created_at = models.DateTimeField(
+        _("created at"), default=DatabaseNow, editable=False
+    )
+    closed_at = models.DateTimeField(_("closed at"), null=True, editable=False)
+
+    objects = HoldQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("hold")
+        verbose_name_plural = _("holds")
+        indexes = [
+            # For the sweep. Not a partial one: MySQL would have none at all.
+            models.Index(
+                fields=["status", "expires_at"], name="meterly_ledger_hold_due"
+            ),
+        ]
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(amount__gt=0),
+                name="meterly_ledger_hold_amount_positive",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.public_id)
+
+
+class EntryQuerySet(models.QuerySet["Entry"]):
+    def update(self, **kwargs: Any) -> NoReturn:
+        """Refuse: entries are append-only."""
+        raise MeterlyUsageError("Ledger entries are append-only.")
+
+    def delete(self) -> NoReturn:
+        """Refuse: entries are append-only."""
+        raise MeterlyUsageError("Ledger entries are append-only.")
+
+    # Django's own marks: not for templates, and not for a related manager.
+    update.alters_data = True  # type: ignore[attr-defined]
+    delete.alters_data = True  # type: ignore[attr-defined]
+    delete.queryset_only = True  # type: ignore[attr-defined]
+
+
+class Entry(models.Model):
+    """One line of the ledger. It is never changed, and never deleted.
+
+    It also is the idempotency record of the call that wrote it.
+    """
+
+    class Kind(models.TextChoices):
+        GRANTED = "credits_granted", _("granted")
+        ADDED = "credits_added", _("added")
+        USED = "credits_used", _("used")
+        RESERVED = "credits_reserved", _("reserved")
+        COMMITTED = "credits_committed", _("committed")
+        RELEASED = "credits_released", _("released")
+        EXPIRED = "credits_expired", _("expired")
+
+    public_id = ExactCharField(
+        _("entry id"), max_length=64, unique=True, default=entry_id
+    )
+    workspace = models.ForeignKey(
+        Workspace,
+        models.PROTECT,
+        related_name="entries",
+        # The unique constraint below begins with it.
+        db_index=False,
+        verbose_name=_("workspace"),
+    )
+    account = models.ForeignKey(
+        Account,
+        models.PROTECT,
+        related_name="entries",
+        # The index below begins with it.
+        db_index=False,
+        verbose_name=_("account"),
+    )
+    hold = models.ForeignKey(
+        Hold,
+        models.PROTECT,
+        null=True,
+        related_name="entries",
+        verbose_name=_("hold"),
+    )
+    kind = models.CharField(_("kind"), max_length=32, choices=Kind.choices)
+    amount = models.BigIntegerField(_("amount"))
+    balance_delta = models.BigIntegerField(_("balance delta"))
+    reserved_delta = models.BigIntegerField(_("reserved delta"))
+    balance_after = models.BigIntegerField(_("balance after"))
+    reserved_after = models.BigIntegerField(_("reserved after"))
+    reference = ExactCharField(_("reference"), max_length=255)
+    description = models.CharField(_("description"), max_length=1000, blank=True)
+    # The reference again where it must be unique (grants and adds), null
+    # elsewhere: MySQL has no conditional unique constraints.
+    unique_reference = ExactCharField(_("unique reference"), max_length=255, null=True)
+    idempotency_key = ExactCharField(_("idempotency key"), max_length=255, null=True)
+    fingerprint = ExactCharField(_("request fingerprint"), max_length=64, blank=True)
+    created_at = models.DateTimeField(
+        _("created at"), default=DatabaseNow, editable=False
+    )
+
+    objects = EntryQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("entry")
+        verbose_name_plural = _("entries")
+        indexes = [
+            models.Index(fields=["account", "id"], name="meterly_ledger_entry_account"),
+        ]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["workspace", "idempotency_key"],
+                name="meterly_ledger_entry_unique_key",
+            ),
+            models.UniqueConstraint(
+                fields=["account", "unique_reference"],
+                name="meterly_ledger_entry_unique_reference",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.public_id)
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Insert the entry. Raises ``MeterlyUsageError`` if it exists already."""
+        if not self._state.adding:
+            raise MeterlyUsageError("Ledger entries are append-only.")
+        super().save(*args, **kwargs)
+
+    def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: entries are append-only."""
+        raise MeterlyUsageError("Ledger entries are append-only.")

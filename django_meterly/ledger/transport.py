@@ -1,0 +1,58 @@
+"""The ledger in this very process, in your own database."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from django.db import Error, transaction
+
+from ..errors import MeterlyApiError, MeterlyUnknownOutcomeError
+from ..transports.base import Call, Transport
+from . import operations, service
+from .conf import ledger_settings
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+
+class LedgerTransport(Transport):
+    """Carries calls to the embedded ledger without leaving the process.
+
+    They are for the workspace ``METERLY_LEDGER["WORKSPACE"]``, which is created
+    when first needed.
+    """
+
+    def __repr__(self) -> str:
+        return "LedgerTransport()"
+
+    def send(self, call: Call) -> dict[str, Any]:
+        """Carry out *call*.
+
+        Raises ``MeterlyApiError``, and ``MeterlyUnknownOutcomeError`` when the
+        database failed. In a transaction of the caller's that one means that it
+        is broken, and takes the movement with it when it is rolled back.
+        """
+        try:
+            workspace = operations.ensure_workspace(ledger_settings.WORKSPACE)
+            answer = service.perform(
+                workspace, call.operation, call.arguments, call.idempotency_key
+            )
+        except MeterlyApiError as exc:
+            exc.method, exc.path = call.method, call.path
+            exc.request_id = f"req_{uuid.uuid4().hex}"
+            raise
+        except Error as exc:
+            raise MeterlyUnknownOutcomeError(
+                f"The ledger's database failed: {exc}"
+            ) from exc
+        return answer.body
+
+    def joins(self, using: str) -> bool:
+        """Return whether the ledger's tables are in the database *using*."""
+        return operations.write_alias() == using
+
+    def unit_of_work(self, using: str) -> AbstractContextManager[Any]:
+        """Return an ``atomic`` block if the ledger joins it, else a null context."""
+        return transaction.atomic(using=using) if self.joins(using) else nullcontext()

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import Permission, User
+from django.urls import reverse
+
+from django_meterly.ledger import operations
+from django_meterly.ledger.models import (
+    Account,
+    ApiKey,
+    Customer,
+    Entry,
+    Hold,
+    Workspace,
+)
+
+pytestmark = pytest.mark.django_db
+
+MODELS = [Account, ApiKey, Customer, Entry, Hold, Workspace]
+
+
+@pytest.fixture
+def api_key(workspace):
+    return ApiKey.objects.create(
+        workspace=workspace,
+        name="server",
+        prefix="mk_live_",
+        last4="wxyz",
+        key_hash=hashlib.sha256(b"mk_live_secret").hexdigest(),
+    )
+
+
+@pytest.fixture
+def rows(workspace, customer, api_key):
+    operations.reserve(
+        workspace.pk, customer, amount=5, reference="job", idempotency_key="job"
+    )
+
+
+def url(model, view, *args):
+    return reverse(f"admin:meterly_ledger_{model._meta.model_name}_{view}", args=args)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_are_listed_searched_and_shown(admin_client, rows, model):
+    row = model.objects.first()
+    assert admin_client.get(url(model, "changelist")).status_code == 200
+    found = admin_client.get(url(model, "changelist"), {"q": "nothing like it"})
+    assert found.context["cl"].result_count == 0
+    assert admin_client.get(url(model, "change", row.pk)).status_code == 200
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_not_even_a_superuser_changes_or_deletes_a_row(admin_client, rows, model):
+    row = model.objects.first()
+    assert admin_client.post(url(model, "change", row.pk), {}).status_code == 403
+    assert admin_client.post(url(model, "delete", row.pk), {}).status_code == 403
+    action = {"action": "delete_selected", "_selected_action": [row.pk], "post": "yes"}
+    admin_client.post(url(model, "changelist"), action)
+    assert model.objects.filter(pk=row.pk).exists()
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m is not Workspace])
+def test_rows_are_not_added(admin_client, model):
+    assert admin_client.get(url(model, "add")).status_code == 403
+
+
+def test_a_workspace_is_added(admin_client):
+    admin_client.post(url(Workspace, "add"), {"name": "acme"})
+    assert Workspace.objects.get().name == "acme"
+
+
+@pytest.mark.parametrize(
+    ("model", "query"),
+    [
+        (Customer, "user_1"),
+        (Account, "user_1"),
+        (Hold, "job"),
+        (Entry, "opening"),
+        (ApiKey, "wxyz"),
+        (Workspace, "acme"),
+    ],
+)
+def test_a_row_is_found(admin_client, rows, model, query):
+    found = admin_client.get(url(model, "changelist"), {"q": query})
+    assert found.context["cl"].result_count == 1
+
+
+def test_f46_no_page_shows_a_keys_hash(admin_client, api_key):
+    for page in (url(ApiKey, "changelist"), url(ApiKey, "change", api_key.pk)):
+        content = admin_client.get(page).content.decode()
+        assert "wxyz" in content
+        assert api_key.key_hash not in content
+
+
+def revoke(client, api_key):
+    return client.post(
+        url(ApiKey, "changelist"),
+        {"action": "revoke", "_selected_action": [api_key.pk]},
+        follow=True,
+    )
+
+
+def test_a_key_is_revoked_once_and_that_is_logged(admin_client, api_key):
+    assert "1 key was revoked." in revoke(admin_client, api_key).content.decode()
+    api_key.refresh_from_db()
+    first = api_key.revoked_at
+    assert first is not None
+
+    revoke(admin_client, api_key)
+
+    api_key.refresh_from_db()
+    assert api_key.revoked_at == first
+    assert LogEntry.objects.count() == 1
+    assert not ApiKey.objects.active().exists()
+
+
+@pytest.mark.parametrize(
+    ("codenames", "revoked"),
+    [(["view_apikey"], False), (["view_apikey", "change_apikey"], True)],
+)
+def test_a_key_is_revoked_only_with_permission(client, api_key, codenames, revoked):
+    user = User.objects.create_user("staff", is_staff=True)
+    user.user_permissions.set(
+        Permission.objects.filter(
+            codename__in=codenames, content_type__app_label="meterly_ledger"
+        )
+    )
+    client.force_login(user)
+
+    revoke(client, api_key)
+
+    api_key.refresh_from_db()
+    assert (api_key.revoked_at is not None) == revoked

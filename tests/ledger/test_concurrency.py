@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from django.core.management import call_command
+from django.db import connection
+
+from django_meterly import errors
+from django_meterly.db import from_now
+from django_meterly.ledger import operations
+from django_meterly.ledger.models import Customer, Entry, Hold, Workspace
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+# What a project may have set, and the operations have to bear.
+STRICTEST = {
+    "postgresql": {"isolation_level": 4},
+    "mysql": {"isolation_level": "serializable"},
+    "sqlite": {"transaction_mode": "EXCLUSIVE"},
+}
+
+
+def start_spender(customer, *, threads=1, attempts, options=None, environment=None):
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *("-m", "tests.ledger.spender", customer),
+            *(str(threads), str(attempts), json.dumps(options or {})),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def run(spenders):
+    """Let them all go at the same moment; return what each of them printed."""
+    try:
+        for spender in spenders:
+            assert spender.stdout.readline() == "ready\n"
+        for spender in spenders:
+            spender.stdin.write("go\n")
+            spender.stdin.flush()
+        printed = [spender.communicate()[0] for spender in spenders]
+        assert [spender.returncode for spender in spenders] == [0] * len(spenders)
+    finally:
+        for spender in spenders:
+            spender.kill()
+            spender.wait()
+            spender.stdin.close()
+            spender.stdout.close()
+    return [tuple(map(int, text.split())) for text in printed]
+
+
+def together(*calls):
+    """Run *calls* at the same moment; return their results, or their exceptions."""
+    barrier = threading.Barrier(len(calls))
+
+    def one(call):
+        try:
+            connection.ensure_connection()
+            barrier.wait()
+            return call()
+        except errors.MeterlyApiError as exc:
+            return exc
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(one, calls))
+
+
+def top_up(workspace, amount):
+    operations.add(
+        workspace.pk,
+        Customer.objects.get().public_id,
+        amount=amount,
+        reference="top-up",
+        idempotency_key="top-up",
+    )
+
+
+def test_f40_of_3200_attempts_of_16_processes_exactly_1000_succeed(workspace, customer):
+    top_up(workspace, 900)
+
+    counts = run([start_spender("user_1", attempts=200) for _ in range(16)])
+
+    assert sum(succeeded for succeeded, refused in counts) == 1000
+    assert sum(refused for succeeded, refused in counts) == 2200
+    account = operations.default_balance(workspace.pk, customer)
+    assert (account.balance, account.reserved) == (1000, 1000)
+    call_command("meterly_ledger_verify")
+
+
+def test_f40_the_strictest_isolation_is_retried_not_reported(workspace, customer):
+    options = STRICTEST[connection.vendor]
+
+    counts = run(
+        [start_spender("user_1", attempts=40, options=options) for _ in range(4)]
+    )
+
+    assert sum(succeeded for succeeded, refused in counts) == 100
+    call_command("meterly_ledger_verify")
+
+
+@pytest.fixture
+def sqlite(tmp_path, settings):
+    """The environment of a process with a SQLite file and 1000 credits in it."""
+    environment = {"DATABASE_URL": f"sqlite:///{tmp_path}/test_meterly.sqlite3"}
+    script = """
+import django
+django.setup()
+from django.core.management import call_command
+from django_meterly.ledger import operations
+call_command("migrate", verbosity=0)
+operations.grant(
+    operations.ensure_workspace("acme").pk, external_id="user_1", amount=1000,
+    credit_unit="credits", reference="opening", idempotency_key="opening",
+)
+"""
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env={**os.environ, **environment}
+    )
+    return environment
+
+
+def test_f40_8_threads_on_sqlite_never_see_a_locked_database(sqlite):
+    # Django's own defaults: five seconds, and a lock taken with the first write.
+    spender = start_spender(
+        "user_1",
+        threads=8,
+        attempts=150,
+        options={"timeout": 5},
+        environment=sqlite,
+    )
+    assert run([spender]) == [(1000, 200)]
+
+
+def test_f40_a_locked_sqlite_database_is_tried_again(sqlite):
+    spender = start_spender(
+        "user_1", attempts=1, options={"timeout": 0.01}, environment=sqlite
+    )
+    somebody = sqlite3.connect(
+        sqlite["DATABASE_URL"].removeprefix("sqlite:///"), check_same_thread=False
+    )
+    assert spender.stdout is not None
+    # Only now: the spender reads while it starts.
+    somebody.isolation_level = None
+    release = threading.Timer(1, somebody.rollback)
+    started = time.monotonic()
+    somebody.execute("BEGIN IMMEDIATE")
+    release.start()
+
+    counts = run([spender])
+
+    assert time.monotonic() - started > 1
+    assert counts == [(1, 0)]
+    release.join()
+    somebody.close()
+
+
+def test_f41_six_deliveries_of_one_grant_at_once_are_one_grant(workspace):
+    def deliver(number):
+        return lambda: operations.grant(
+            workspace.pk,
+            external_id="user_1",
+            amount=100,
+            credit_unit="credits",
+            reference="invoice-1",
+            idempotency_key=f"delivery-{number}",
+        )
+
+    results = together(*(deliver(number) for number in range(6)))
+
+    assert len({result.entry_id for result in results}) == 1
+    assert sorted(result.replayed for result in results) == [False] + [True] * 5
+    assert Entry.objects.count() == 1
+    assert Customer.objects.count() == 1
+    call_command("meterly_ledger_verify")
+
+
+def test_f41_of_six_holds_at_once_only_those_covered_succeed(workspace, customer):
+    def hold(number):
+        return lambda: operations.reserve(
+            workspace.pk,
+            customer,
+            amount=40,
+            reference="job",
+            idempotency_key=f"job-{number}",
+        )
+
+    results = together(*(hold(number) for number in range(6)))
+
+    denied = [
+        result
+        for result in results
+        if isinstance(result, errors.MeterlyInsufficientCreditsError)
+    ]
+    assert len(denied) == 4
+    account = operations.default_balance(workspace.pk, customer)
+    assert (account.balance, account.reserved) == (100, 80)
+
+
+@pytest.mark.parametrize("amount", [40, 100])
+def test_f42_one_key_six_times_at_once_is_one_movement(workspace, customer, amount):
+    def hold():
+        return operations.reserve(
+            workspace.pk,
+            customer,
+            amount=amount,
+            reference="job",
+            idempotency_key="job",
+        )
+
+    results = together(*[hold] * 6)
+
+    assert len({result.reservation_id for result in results}) == 1
+    assert len({result.account for result in results}) == 1
+    assert sorted(result.replayed for result in results) == [False] + [True] * 5
+    assert Hold.objects.count() == 1
+
+
+def test_f42_one_commit_six_times_at_once_is_one_movement(workspace, customer):
+    held = operations.reserve(
+        workspace.pk, customer, amount=40, reference="job", idempotency_key="job"
+    )
+
+    def commit():
+        return operations.commit(
+            workspace.pk, held.reservation_id, idempotency_key="commit"
+        )
+
+    results = together(*[commit] * 6)
+
+    assert {result.status for result in results} == {"committed"}
+    assert Entry.objects.filter(kind="credits_committed").count() == 1
+    assert operations.default_balance(workspace.pk, customer).balance == 60
+
+
+@pytest.mark.parametrize("close", [operations.commit, operations.release])
+def test_f43_a_hold_closed_during_a_sweep_ends_in_exactly_one_state(
+    workspace, customer, close
+):
+    ends = set()
+    delay = 0.05
+    for number in range(30):
+        held = operations.reserve(
+            workspace.pk,
+            customer,
+            amount=1,
+            reference="job",
+            idempotency_key=f"job-{number}",
+        )
+        closed = threading.Event()
+
+        def close_at_the_last_moment(
+            held=held, number=number, delay=delay, closed=closed
+        ):
+            Hold.objects.live().update(expires_at=from_now(0.05))
+            time.sleep(delay)
+            try:
+                return close(
+                    workspace.pk,
+                    held.reservation_id,
+                    idempotency_key=f"close-{number}",
+                )
+            finally:
+                closed.set()
+
+        def sweep(closed=closed):
+            while not closed.is_set():
+                operations.expire_due()
+
+        result, *_ = together(close_at_the_last_moment, sweep, sweep)
+
+        hold = Hold.objects.get(public_id=held.reservation_id)
+        ends.add(hold.status)
+        # The next round is closer to the moment where it could go either way.
+        if isinstance(result, errors.MeterlyReservationExpiredError):
+            assert hold.status == "expired"
+            delay = max(0, delay - 0.01)
+        else:
+            assert hold.status == result.status
+            delay += 0.01
+        assert hold.entries.exclude(kind="credits_reserved").count() == 1
+    assert len(ends) == 2, "The race went one way only: it was none."
+    assert not Hold.objects.live().exists()
+    call_command("meterly_ledger_verify")
+
+
+def test_f44_a_process_killed_while_it_moves_credits_leaves_no_half_movement(
+    workspace, customer
+):
+    top_up(workspace, 10_000)
+    for delay in (0.1, 0.2, 0.31, 0.43):
+        spender = start_spender("user_1", threads=3, attempts=10_000)
+        try:
+            assert spender.stdout.readline() == "ready\n"
+            spender.stdin.write("go\n")
+            spender.stdin.flush()
+            before = Entry.objects.count()
+            while Entry.objects.count() == before:
+                time.sleep(0.01)
+            time.sleep(delay)
+        finally:
+            spender.kill()
+            spender.communicate()
+
+    # Nothing is left locked, every hold has its entry, and the sums are right.
+    operations.use(
+        workspace.pk, customer, amount=1, reference="page", idempotency_key="page"
+    )
+    assert Hold.objects.count() == Entry.objects.filter(kind="credits_reserved").count()
+    call_command("meterly_ledger_verify")
+
+
+def test_a_workspace_first_needed_by_six_threads_is_made_once():
+    results = together(*[lambda: operations.ensure_workspace("new")] * 6)
+    assert len({result.pk for result in results}) == 1
+    assert Workspace.objects.filter(name="new").count() == 1

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from django_meterly import errors
+from django_meterly.db import from_now
+from django_meterly.ledger import operations
+from django_meterly.ledger.models import Account, Entry, Hold
+from django_meterly.ledger.tasks import expire_holds
+
+pytestmark = pytest.mark.django_db
+
+
+def reserve(workspace, customer, amount=40, key="reserve", **options):
+    return operations.reserve(
+        workspace.pk,
+        customer,
+        amount=amount,
+        reference="job-1",
+        idempotency_key=key,
+        **options,
+    )
+
+
+def numbers(workspace, customer):
+    account = operations.default_balance(workspace.pk, customer)
+    return account.balance, account.reserved
+
+
+def let_expire():
+    Hold.objects.update(expires_at=from_now(-1))
+
+
+def test_a_hold_lasts_as_long_as_asked_by_the_databases_clock(workspace, customer):
+    reserve(workspace, customer, 1, "short", ttl_seconds=60)
+    reserve(workspace, customer, 1, "default")
+    seconds = [
+        hold.expires_at - hold.created_at for hold in Hold.objects.order_by("pk")
+    ]
+    assert [round(span / dt.timedelta(seconds=1)) for span in seconds] == [60, 300]
+
+
+def test_f43_300_expired_holds_are_free_after_one_sweep(workspace, customer, capsys):
+    operations.add(
+        workspace.pk, customer, amount=500, reference="more", idempotency_key="more"
+    )
+    for number in range(300):
+        reserve(workspace, customer, 2, f"reserve-{number}")
+    let_expire()
+
+    call_command("meterly_ledger_expire", batch_size=128)
+
+    assert capsys.readouterr().out == "300 reservations expired.\n"
+    assert numbers(workspace, customer) == (600, 0)
+    assert set(Hold.objects.values_list("status", flat=True)) == {"expired"}
+    assert Entry.objects.filter(kind="credits_expired").count() == 300
+    call_command("meterly_ledger_verify")
+
+
+def test_the_sweep_leaves_what_is_not_due(workspace, customer):
+    reserve(workspace, customer)
+    assert expire_holds() == 0
+    assert numbers(workspace, customer) == (100, 40)
+
+
+def test_the_sweep_refuses_a_batch_of_nothing():
+    with pytest.raises(CommandError, match="at least 1"):
+        call_command("meterly_ledger_expire", batch_size=0)
+
+
+def test_an_account_that_refuses_does_not_stop_the_sweep(workspace, customer, caplog):
+    reserve(workspace, customer)
+    other = operations.grant(
+        workspace.pk,
+        external_id="user_2",
+        amount=10,
+        credit_unit="credits",
+        reference="opening",
+        idempotency_key="opening-2",
+    ).account.customer_id
+    reserve(workspace, other, 10, "reserve-2")
+    # Somebody wrote to the table by hand: giving back 40 would go below zero.
+    Account.objects.filter(customer__public_id=customer).update(reserved=1)
+    let_expire()
+
+    assert operations.expire_due(batch_size=1) == 1
+    assert numbers(workspace, other) == (10, 0)
+    assert "do not expire" in caplog.text
+
+
+def test_due_holds_are_given_back_when_their_credits_are_needed(workspace, customer):
+    reserve(workspace, customer, 100)
+    let_expire()
+
+    assert reserve(workspace, customer, 70, "second").account.available == 30
+    assert numbers(workspace, customer) == (100, 70)
+
+
+def test_live_holds_are_not_given_back_when_credits_are_needed(workspace, customer):
+    reserve(workspace, customer, 100)
+    with pytest.raises(errors.MeterlyInsufficientCreditsError):
+        reserve(workspace, customer, 70, "second")
+
+
+@pytest.mark.parametrize("close", [operations.commit, operations.release])
+def test_closing_a_hold_past_its_time_expires_it(workspace, customer, close):
+    held = reserve(workspace, customer)
+    let_expire()
+
+    with pytest.raises(errors.MeterlyReservationExpiredError):
+        close(workspace.pk, held.reservation_id, idempotency_key="close")
+
+    assert Hold.objects.get().status == "expired"
+    assert numbers(workspace, customer) == (100, 0)
+    assert Entry.objects.latest("pk").kind == "credits_expired"
+    # And again, now that it is recorded.
+    with pytest.raises(errors.MeterlyReservationExpiredError):
+        close(workspace.pk, held.reservation_id, idempotency_key="close")
+
+
+def test_a_hold_past_its_time_is_shown_as_expired_before_any_sweep(workspace, customer):
+    held = reserve(workspace, customer)
+    let_expire()
+
+    shown = operations.get_reservation(workspace.pk, held.reservation_id)
+    replayed = reserve(workspace, customer)
+
+    assert shown.status == replayed.status == "expired"
+
+
+def test_a_commit_in_time_can_be_replayed_after_the_time(workspace, customer):
+    held = reserve(workspace, customer)
+    operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    let_expire()
+
+    again = operations.commit(
+        workspace.pk, held.reservation_id, idempotency_key="commit"
+    )
+
+    assert again.status == "committed"
+    assert operations.expire_due() == 0

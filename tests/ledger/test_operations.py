@@ -1,0 +1,496 @@
+from __future__ import annotations
+
+import pytest
+from django.db import IntegrityError, transaction
+
+from django_meterly import errors
+from django_meterly.ledger import operations
+from django_meterly.ledger.models import Account, Customer, Entry, Hold, Workspace
+from django_meterly.transports.base import MAX_AMOUNT
+
+pytestmark = pytest.mark.django_db
+
+
+def reserve(workspace, customer, amount=40, key="reserve", **options):
+    return operations.reserve(
+        workspace.pk,
+        customer,
+        amount=amount,
+        reference="job-1",
+        idempotency_key=key,
+        **options,
+    )
+
+
+def numbers(workspace, customer):
+    account = operations.default_balance(workspace.pk, customer)
+    return account.balance, account.reserved
+
+
+# Customers
+
+
+def test_the_same_customer_twice_is_one_customer(workspace):
+    first = operations.create_customer(
+        workspace.pk, external_id="user_1", credit_unit="credits"
+    )
+    again = operations.create_customer(
+        workspace.pk, external_id="user_1", credit_unit="credits"
+    )
+
+    assert first.created
+    assert not again.created
+    assert again.customer_id == first.customer_id
+
+
+def test_a_customer_with_another_unit_exists(workspace, customer):
+    with pytest.raises(errors.MeterlyCustomerExistsError) as caught:
+        operations.create_customer(
+            workspace.pk, external_id="user_1", credit_unit="pages"
+        )
+    assert caught.value.customer_id == customer
+
+
+def test_f40_ids_that_differ_in_case_are_two_customers(workspace, customer):
+    other = operations.create_customer(
+        workspace.pk, external_id="USER_1", credit_unit="credits"
+    )
+    assert other.customer_id != customer
+    found = operations.find_customer(workspace.pk, external_id="USER_1")
+    assert found is not None
+    assert found.customer_id == other.customer_id
+
+
+def test_f40_keys_that_differ_in_case_are_two_movements(workspace, customer):
+    first = reserve(workspace, customer, 10, "key")
+    second = reserve(workspace, customer, 10, "KEY")
+
+    assert first.reservation_id != second.reservation_id
+    assert numbers(workspace, customer) == (100, 20)
+
+
+def test_a_new_customer_has_an_empty_account_of_its_unit(workspace):
+    record = operations.create_customer(
+        workspace.pk, external_id="user_1", credit_unit="credits"
+    )
+    (account,) = operations.balances(workspace.pk, record.customer_id)
+    assert (account.unit, account.balance, account.reserved) == ("credits", 0, 0)
+
+
+# Grants and adds
+
+
+def test_a_grant_with_the_same_reference_and_values_is_the_first_one(
+    workspace, customer
+):
+    again = operations.grant(
+        workspace.pk,
+        external_id="user_1",
+        amount=100,
+        credit_unit="credits",
+        reference="opening",
+        idempotency_key="another key",
+    )
+
+    assert again.replayed
+    assert again.entry_id == Entry.objects.get().public_id
+    assert numbers(workspace, customer) == (100, 0)
+
+
+@pytest.mark.parametrize("other", [{"amount": 99}, {"description": "a gift"}])
+def test_a_grant_with_the_same_reference_and_other_values_conflicts(
+    workspace, customer, other
+):
+    with pytest.raises(errors.MeterlyReferenceConflictError):
+        operations.grant(
+            workspace.pk,
+            external_id="user_1",
+            credit_unit="credits",
+            reference="opening",
+            idempotency_key="another key",
+            **{"amount": 100, **other},
+        )
+    assert numbers(workspace, customer) == (100, 0)
+
+
+def test_an_add_with_the_reference_of_a_grant_conflicts(workspace, customer):
+    with pytest.raises(errors.MeterlyReferenceConflictError):
+        operations.add(
+            workspace.pk,
+            customer,
+            amount=100,
+            reference="opening",
+            idempotency_key="add",
+        )
+
+
+def test_a_reference_is_free_in_another_unit(workspace, customer):
+    movement = operations.add(
+        workspace.pk,
+        customer,
+        amount=7,
+        unit="pages",
+        reference="opening",
+        idempotency_key="add",
+    )
+    assert movement.account.balance == 7
+    assert [a.unit for a in operations.balances(workspace.pk, customer)] == [
+        "credits",
+        "pages",
+    ]
+
+
+def test_a_balance_past_the_largest_integer_is_refused(workspace, customer):
+    room = MAX_AMOUNT - 100
+    with pytest.raises(errors.MeterlyInvalidRequestError) as caught:
+        operations.add(
+            workspace.pk,
+            customer,
+            amount=room + 1,
+            reference="much",
+            idempotency_key="much",
+        )
+    assert "amount" in caught.value.fields
+
+    # The refusal left no record, so the same key and reference are free.
+    movement = operations.add(
+        workspace.pk,
+        customer,
+        amount=room,
+        reference="much",
+        idempotency_key="much",
+    )
+    assert movement.account.balance == MAX_AMOUNT
+    # And a full account can still be spent from.
+    reserve(workspace, customer, MAX_AMOUNT)
+    with pytest.raises(errors.MeterlyInsufficientCreditsError):
+        reserve(workspace, customer, MAX_AMOUNT, "one more")
+
+
+# Spending
+
+
+def test_use_takes_credits(workspace, customer):
+    movement = operations.use(
+        workspace.pk, customer, amount=30, reference="page", idempotency_key="use"
+    )
+    assert (movement.kind, movement.balance_delta) == ("credits_used", -30)
+    assert movement.account.available == 70
+
+
+def test_use_does_not_take_what_is_held(workspace, customer):
+    reserve(workspace, customer, 80)
+    with pytest.raises(errors.MeterlyInsufficientCreditsError) as caught:
+        operations.use(
+            workspace.pk, customer, amount=30, reference="page", idempotency_key="use"
+        )
+
+    error = caught.value
+    assert error.details == {
+        "required": 30,
+        "available": 20,
+        "reserved": 80,
+        "unit": "credits",
+    }
+    assert error.held_by_running_work
+    assert numbers(workspace, customer) == (100, 80)
+
+
+def test_f41_of_two_holds_on_a_balance_for_one_the_second_is_denied(
+    workspace, customer
+):
+    reserve(workspace, customer, 60)
+    with pytest.raises(errors.MeterlyInsufficientCreditsError):
+        reserve(workspace, customer, 60, "second")
+    assert numbers(workspace, customer) == (100, 60)
+
+
+def test_a_unit_without_an_account_has_no_credits(workspace, customer):
+    with pytest.raises(errors.MeterlyInsufficientCreditsError) as caught:
+        reserve(workspace, customer, 1, unit="pages")
+    assert (caught.value.available, caught.value.unit) == (0, "pages")
+
+
+def test_a_refused_key_succeeds_after_a_top_up(workspace, customer):
+    with pytest.raises(errors.MeterlyInsufficientCreditsError):
+        reserve(workspace, customer, 150)
+    operations.add(
+        workspace.pk, customer, amount=50, reference="top-up", idempotency_key="top-up"
+    )
+    assert reserve(workspace, customer, 150).account.available == 0
+
+
+# Closing holds
+
+
+def test_commit_charges_the_hold(workspace, customer):
+    held = reserve(workspace, customer)
+    done = operations.commit(
+        workspace.pk, held.reservation_id, idempotency_key="commit"
+    )
+    assert done.status == "committed"
+    assert numbers(workspace, customer) == (60, 0)
+    assert Hold.objects.get().closed_at is not None
+
+
+@pytest.mark.parametrize("charged", [0, 15, 40])
+def test_commit_of_less_gives_the_rest_back_in_one_entry(workspace, customer, charged):
+    held = reserve(workspace, customer)
+    operations.commit(
+        workspace.pk, held.reservation_id, amount=charged, idempotency_key="commit"
+    )
+
+    assert numbers(workspace, customer) == (100 - charged, 0)
+    entry = Entry.objects.latest("pk")
+    assert entry.amount == charged
+    assert (entry.balance_delta, entry.reserved_delta) == (-charged, -40)
+
+
+def test_commit_of_more_than_the_hold_is_refused(workspace, customer):
+    held = reserve(workspace, customer)
+    with pytest.raises(errors.MeterlyInvalidRequestError) as caught:
+        operations.commit(
+            workspace.pk, held.reservation_id, amount=41, idempotency_key="commit"
+        )
+    assert "amount" in caught.value.fields
+    assert numbers(workspace, customer) == (100, 40)
+
+
+def test_release_gives_the_hold_back(workspace, customer):
+    held = reserve(workspace, customer)
+    done = operations.release(
+        workspace.pk, held.reservation_id, idempotency_key="release"
+    )
+    assert done.status == "released"
+    assert numbers(workspace, customer) == (100, 0)
+
+
+@pytest.mark.parametrize("close", [operations.commit, operations.release])
+def test_closing_twice_moves_once_even_with_another_key(workspace, customer, close):
+    held = reserve(workspace, customer)
+    first = close(workspace.pk, held.reservation_id, idempotency_key="one")
+    before = Entry.objects.count()
+
+    again = close(workspace.pk, held.reservation_id, idempotency_key="two")
+
+    assert again.replayed
+    assert again.status == first.status
+    assert Entry.objects.count() == before
+
+
+def test_the_same_commit_key_with_another_amount_is_a_mismatch(workspace, customer):
+    held = reserve(workspace, customer)
+    operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        operations.commit(
+            workspace.pk, held.reservation_id, amount=1, idempotency_key="commit"
+        )
+
+
+def test_a_released_hold_cannot_be_committed(workspace, customer):
+    held = reserve(workspace, customer)
+    operations.release(workspace.pk, held.reservation_id, idempotency_key="release")
+    with pytest.raises(errors.MeterlyReservationReleasedError):
+        operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    assert numbers(workspace, customer) == (100, 0)
+
+
+def test_a_committed_hold_cannot_be_released(workspace, customer):
+    held = reserve(workspace, customer)
+    operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    with pytest.raises(errors.MeterlyReservationCommittedError):
+        operations.release(workspace.pk, held.reservation_id, idempotency_key="release")
+    assert numbers(workspace, customer) == (60, 0)
+
+
+# Idempotency
+
+
+def test_f42_a_replay_answers_with_the_balance_after_that_movement(workspace, customer):
+    first = reserve(workspace, customer)
+    operations.use(
+        workspace.pk, customer, amount=5, reference="page", idempotency_key="use"
+    )
+
+    again = reserve(workspace, customer)
+
+    assert again.replayed
+    assert again.reservation_id == first.reservation_id
+    assert again.account == first.account
+    assert numbers(workspace, customer) == (95, 40)
+
+
+def test_a_replayed_reserve_shows_the_present_status(workspace, customer):
+    held = reserve(workspace, customer)
+    operations.release(workspace.pk, held.reservation_id, idempotency_key="release")
+
+    again = reserve(workspace, customer)
+
+    assert again.status == "released"
+    assert (again.account.balance, again.account.reserved) == (100, 40)
+
+
+@pytest.mark.parametrize(
+    "other", [{"amount": 41}, {"ttl_seconds": 60}, {"unit": "pages"}]
+)
+def test_f42_the_same_key_with_another_body_is_a_mismatch(workspace, customer, other):
+    reserve(workspace, customer)
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        reserve(workspace, customer, **other)
+    assert numbers(workspace, customer) == (100, 40)
+
+
+def test_the_same_key_for_another_operation_is_a_mismatch(workspace, customer):
+    reserve(workspace, customer)
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        operations.use(
+            workspace.pk,
+            customer,
+            amount=40,
+            reference="job-1",
+            idempotency_key="reserve",
+        )
+
+
+def test_the_same_key_is_free_in_another_workspace(workspace, customer):
+    other = Workspace.objects.create(name="other")
+    movement = operations.grant(
+        other.pk,
+        external_id="user_1",
+        amount=5,
+        credit_unit="credits",
+        reference="opening",
+        idempotency_key="opening",
+    )
+    assert not movement.replayed
+    assert movement.account.balance == 5
+
+
+def test_f45_another_workspace_finds_nothing(workspace, customer):
+    held = reserve(workspace, customer)
+    other = Workspace.objects.create(name="other").pk
+
+    for call in (
+        lambda: operations.balances(other, customer),
+        lambda: operations.default_balance(other, customer),
+        lambda: operations.entries(other, customer),
+        lambda: operations.get_reservation(other, held.reservation_id),
+        lambda: operations.commit(other, held.reservation_id, idempotency_key="c"),
+        lambda: operations.release(other, held.reservation_id, idempotency_key="r"),
+        lambda: operations.use(
+            other, customer, amount=1, reference="x", idempotency_key="u"
+        ),
+        lambda: operations.add(
+            other, customer, amount=1, reference="x", idempotency_key="a"
+        ),
+        lambda: operations.reserve(
+            other, customer, amount=1, reference="x", idempotency_key="v"
+        ),
+    ):
+        with pytest.raises(errors.MeterlyNotFoundError):
+            call()
+    assert operations.find_customer(other, external_id="user_1") is None
+    assert numbers(workspace, customer) == (100, 40)
+
+
+# What the database itself refuses
+
+
+def test_entries_cannot_be_changed_or_deleted(customer):
+    entry = Entry.objects.get()
+    for change in (
+        entry.save,
+        entry.delete,
+        Entry.objects.all().delete,
+        lambda: Entry.objects.update(amount=1),
+        lambda: Entry.objects.bulk_update([entry], ["amount"]),
+        Account.objects.get().entries.all().delete,
+    ):
+        with (
+            pytest.raises(errors.MeterlyUsageError, match="append-only"),
+            transaction.atomic(),
+        ):
+            change()
+    assert Entry.objects.get().amount == 100
+
+
+@pytest.mark.parametrize("change", [{"reserved": -1}, {"reserved": 101}])
+def test_the_database_refuses_an_account_that_holds_more_than_it_has(customer, change):
+    with pytest.raises(IntegrityError), transaction.atomic():
+        Account.objects.update(**change)
+
+
+def test_a_customer_with_entries_cannot_be_deleted(customer):
+    with pytest.raises(IntegrityError), transaction.atomic():
+        Customer.objects.all().delete()
+
+
+# Inside a caller's transaction
+
+
+def test_a_movement_stands_or_falls_with_the_callers_transaction(workspace, customer):
+    with transaction.atomic():
+        reserve(workspace, customer)
+        transaction.set_rollback(True)
+    assert numbers(workspace, customer) == (100, 0)
+    assert not Hold.objects.exists()
+
+
+def test_f28_a_lost_race_for_a_key_does_not_poison_the_callers_transaction(
+    workspace, customer, monkeypatch
+):
+    first = reserve(workspace, customer)
+    # The first look finds nothing, as when the other call commits right after it.
+    recorded = operations._Request.recorded
+    looks = iter([lambda request: None])
+    monkeypatch.setattr(
+        operations._Request,
+        "recorded",
+        lambda request: next(looks, recorded)(request),
+    )
+
+    with transaction.atomic():
+        again = reserve(workspace, customer)
+        assert numbers(workspace, customer) == (100, 40)
+
+    assert again.replayed
+    assert again.reservation_id == first.reservation_id
+    assert Hold.objects.count() == 1
+
+
+def test_a_lost_race_for_a_reference_answers_with_the_first_grant(
+    workspace, customer, monkeypatch
+):
+    # Both looks at the entries find nothing, the unique constraint decides.
+    entries = operations._entries
+    looks = iter([Entry.objects.none, Entry.objects.none])
+    monkeypatch.setattr(operations, "_entries", lambda: next(looks, entries)())
+
+    again = operations.grant(
+        workspace.pk,
+        external_id="user_1",
+        amount=100,
+        credit_unit="credits",
+        reference="opening",
+        idempotency_key="another key",
+    )
+
+    assert again.replayed
+    assert numbers(workspace, customer) == (100, 0)
+
+
+def test_the_last_credits_taken_by_the_same_key_are_no_refusal(
+    workspace, customer, monkeypatch
+):
+    first = reserve(workspace, customer, 100)
+    recorded = operations._Request.recorded
+    looks = iter([lambda request: None])
+    monkeypatch.setattr(
+        operations._Request,
+        "recorded",
+        lambda request: next(looks, recorded)(request),
+    )
+
+    again = reserve(workspace, customer, 100)
+
+    assert again.reservation_id == first.reservation_id

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+from django.core.management import CommandError, call_command
+from django.db import connection
+from django.db.models import F
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.extra.django import TestCase
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from django_meterly import errors
+from django_meterly.db import from_now
+from django_meterly.ledger import operations
+from django_meterly.ledger.models import Account, Entry, Hold
+
+
+@pytest.fixture
+def books(workspace, customer):
+    """A ledger with one hold of each kind."""
+    for number, close in enumerate(
+        (operations.commit, operations.release, None), start=1
+    ):
+        held = operations.reserve(
+            workspace.pk,
+            customer,
+            amount=10 * number,
+            reference="job",
+            idempotency_key=f"job-{number}",
+        )
+        if close is not None:
+            close(workspace.pk, held.reservation_id, idempotency_key=f"end-{number}")
+
+
+def edit_entry(kind, **values):
+    """Change an entry as only somebody at the database can."""
+    assignments = ", ".join(f"{name} = {name} + %s" for name in values)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"UPDATE {Entry._meta.db_table} SET {assignments} WHERE kind = %s",
+            [*values.values(), kind],
+        )
+
+
+@pytest.mark.django_db
+def test_good_books_balance(books, capsys):
+    call_command("meterly_ledger_verify")
+    assert capsys.readouterr().out == "1 accounts, 6 entries: the books balance.\n"
+
+
+@pytest.mark.django_db
+def test_an_empty_ledger_balances(capsys):
+    call_command("meterly_ledger_verify")
+    assert capsys.readouterr().out == "0 accounts, 0 entries: the books balance.\n"
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("spoil", "where", "count"),
+    [
+        (lambda: Account.objects.update(balance=F("balance") + 1), "account", 1),
+        # The reserved credits are compared with entries and with live holds.
+        (lambda: Account.objects.update(reserved=F("reserved") + 1), "account", 2),
+        (lambda: Hold.objects.live().update(amount=1), "live holds", 1),
+        (lambda: edit_entry("credits_committed", balance_delta=1), "ent_", 1),
+        (lambda: edit_entry("credits_released", reserved_delta=1), "ent_", 1),
+        (lambda: edit_entry("credits_granted", balance_delta=1), "ent_", 1),
+        # Wrong in itself, and wrong as what the next one follows from.
+        (lambda: edit_entry("credits_released", balance_after=1), "ent_", 2),
+    ],
+)
+def test_a_difference_is_shown_and_fails(books, spoil, where, count, capsys):
+    spoil()
+    before = list(Account.objects.values())
+
+    with pytest.raises(CommandError, match=f"Differences: {count}") as caught:
+        call_command("meterly_ledger_verify")
+
+    assert caught.value.returncode == 1
+    out = capsys.readouterr().out
+    assert "do not balance" in out.splitlines()[0]
+    assert where in out
+    assert "user_1" in out
+    # Nothing is repaired silently.
+    assert list(Account.objects.values()) == before
+
+
+class Ledger(RuleBasedStateMachine):
+    """Random calls, also repeated and late ones, against a model in Python."""
+
+    names = st.sampled_from(["a", "b"])
+    keys = st.integers(0, 30).map(str)
+    amounts = st.integers(1, 60)
+    _runs: ClassVar[int] = 0
+
+    def __init__(self):
+        super().__init__()
+        Ledger._runs += 1
+        self.workspace = operations.ensure_workspace(f"run-{Ledger._runs}").pk
+        self.customers = {
+            name: operations.create_customer(
+                self.workspace, external_id=name, credit_unit="credits"
+            ).customer_id
+            for name in "ab"
+        }
+        self.holds = []
+
+    def attempt(self, call, *args, **kwargs):
+        try:
+            return call(self.workspace, *args, **kwargs)
+        except errors.MeterlyApiError:
+            return None
+
+    @rule(name=names, amount=amounts, reference=keys, key=keys)
+    def add(self, name, amount, reference, key):
+        self.attempt(
+            operations.add,
+            self.customers[name],
+            amount=amount,
+            reference=reference,
+            idempotency_key=key,
+        )
+
+    @rule(name=names, amount=amounts, key=keys)
+    def use(self, name, amount, key):
+        self.attempt(
+            operations.use,
+            self.customers[name],
+            amount=amount,
+            reference="page",
+            idempotency_key=key,
+        )
+
+    @rule(name=names, amount=amounts, key=keys)
+    def reserve(self, name, amount, key):
+        held = self.attempt(
+            operations.reserve,
+            self.customers[name],
+            amount=amount,
+            reference="job",
+            idempotency_key=key,
+        )
+        if held is not None:
+            self.holds.append(held.reservation_id)
+
+    @rule(data=st.data(), amount=st.none() | st.integers(0, 60), key=keys)
+    def commit(self, data, amount, key):
+        if self.holds:
+            self.attempt(
+                operations.commit,
+                data.draw(st.sampled_from(self.holds)),
+                amount=amount,
+                idempotency_key=key,
+            )
+
+    @rule(data=st.data(), key=keys)
+    def release(self, data, key):
+        if self.holds:
+            self.attempt(
+                operations.release,
+                data.draw(st.sampled_from(self.holds)),
+                idempotency_key=key,
+            )
+
+    @rule(data=st.data())
+    def let_expire(self, data):
+        if self.holds:
+            Hold.objects.filter(
+                public_id=data.draw(st.sampled_from(self.holds))
+            ).update(expires_at=from_now(-1))
+
+    @rule()
+    def sweep(self):
+        operations.expire_due()
+
+    @invariant()
+    def entries_rebuild_the_balances(self):
+        for account in Account.objects.filter(customer__workspace=self.workspace):
+            balance = reserved = 0
+            for entry in account.entries.order_by("pk"):
+                balance += entry.balance_delta
+                reserved += entry.reserved_delta
+                assert (entry.balance_after, entry.reserved_after) == (
+                    balance,
+                    reserved,
+                )
+                assert 0 <= reserved <= balance
+            assert (account.balance, account.reserved) == (balance, reserved)
+            held = account.holds.live().values_list("amount", flat=True)
+            assert sum(held) == reserved
+
+    @invariant()
+    def every_hold_was_closed_at_most_once(self):
+        for hold in Hold.objects.filter(account__customer__workspace=self.workspace):
+            kinds = list(hold.entries.order_by("pk").values_list("kind", flat=True))
+            closing = [] if hold.status == "reserved" else [f"credits_{hold.status}"]
+            assert kinds == ["credits_reserved", *closing]
+
+
+class TestLedger(TestCase):
+    """The database is rolled back after the runs, by Django's own test case."""
+
+    def test_random_calls_leave_books_that_balance(self):
+        machine = Ledger.TestCase
+        machine.settings = settings(
+            max_examples=15,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        machine("runTest").runTest()
+        assert Entry.objects.exists()
+        call_command("meterly_ledger_verify")
