@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from .errors import MeterlyError, MeterlyNotSentError, MeterlyUnknownOutcomeError
 from .transports.base import (
+    MAX_KEY_LENGTH,
     Call,
     check_amount,
     check_description,
@@ -192,13 +193,20 @@ class MeterlyClient:
         reference: str | None = None,
         *,
         idempotency_key: str | None = None,
+        timeout: float | None = None,
     ) -> Movement:
         """Use credits at once, without a hold; *reference* is a label.
 
         Raises ``MeterlyInsufficientCreditsError`` when too few are available.
         """
         return self._move(
-            "use_credits", customer_id, amount, unit, reference, idempotency_key
+            "use_credits",
+            customer_id,
+            amount,
+            unit,
+            reference,
+            idempotency_key,
+            timeout,
         )
 
     # Reservations
@@ -336,7 +344,11 @@ class MeterlyClient:
         two calls leaves the hold to its time to live, and the work uncharged.
         ``django_meterly.guard`` keeps one.
         """
-        key = idempotency_key or str(uuid.uuid4())
+        key = str(uuid.uuid4())
+        if idempotency_key is not None:
+            # Room for the keys that are derived from it: found too long only
+            # then, it would end in a ValueError after the work.
+            key = check_key(idempotency_key, length=MAX_KEY_LENGTH - len(":release"))
         held = self._guarded(customer_id, amount, unit, reference, key, ttl_seconds)
         if callback is None:
             return held
@@ -409,6 +421,7 @@ class MeterlyClient:
         unit: str | None,
         reference: str | None,
         idempotency_key: str | None,
+        timeout: float | None = None,
     ) -> Movement:
         arguments: dict[str, Any] = {
             "customerId": _customer(customer_id),
@@ -417,7 +430,9 @@ class MeterlyClient:
         }
         if unit is not None:
             arguments["unit"] = check_unit(unit)
-        return self._post(operation, Movement.from_wire, arguments, idempotency_key)
+        return self._post(
+            operation, Movement.from_wire, arguments, idempotency_key, timeout
+        )
 
     def _post(
         self,

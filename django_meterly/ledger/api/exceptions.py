@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from django.core.exceptions import PermissionDenied
+from django.db import InterfaceError, OperationalError
+from django.http import Http404
+from rest_framework import exceptions
+from rest_framework.response import Response
+
+from ...errors import MeterlyApiError, api_error
+
+logger = logging.getLogger(__name__)
+
+# What is not here has a status of its own in DRF and keeps it, as a request
+# that the wire contract does not know.
+_CODES: dict[type[Exception], str] = {
+    exceptions.NotAuthenticated: "unauthenticated",
+    exceptions.AuthenticationFailed: "unauthenticated",
+    exceptions.PermissionDenied: "forbidden",
+    exceptions.NotFound: "not_found",
+    exceptions.Throttled: "rate_limited",
+}
+
+
+def exception_handler(exc: Exception, context: dict[str, Any]) -> Response:
+    """Return the wire contract's answer to any exception of a view."""
+    error = _as_api_error(exc)
+    if error.status >= 500:
+        logger.error(
+            "The ledger could not serve a request.",
+            exc_info=exc,
+            extra={"request_id": context["view"].request_id},
+        )
+    headers = {}
+    if challenge := getattr(exc, "auth_header", None):
+        headers["WWW-Authenticate"] = challenge
+    if wait := getattr(exc, "wait", None):
+        headers["Retry-After"] = str(int(wait))
+    return Response(
+        {
+            "error": {"code": error.code, "message": error.message, **error.details},
+            "requestId": context["view"].request_id,
+        },
+        status=error.status,
+        headers=headers,
+    )
+
+
+def _as_api_error(exc: Exception) -> MeterlyApiError:
+    if isinstance(exc, MeterlyApiError):
+        return exc
+    if isinstance(exc, Http404):
+        exc = exceptions.NotFound()
+    elif isinstance(exc, PermissionDenied):
+        exc = exceptions.PermissionDenied()
+    if isinstance(exc, exceptions.APIException):
+        code = _CODES.get(type(exc), "invalid_request")
+        return api_error(exc.status_code, code, str(exc.detail))
+    if isinstance(exc, OperationalError | InterfaceError):
+        return api_error(503, "unavailable", "The ledger's database is unavailable.")
+    # The message would tell a stranger about our insides.
+    return api_error(500, "internal_error", "The ledger failed.")

@@ -1,0 +1,133 @@
+"""The wire contract's calls as views: all rules are in ``ledger.service``."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from django.db import connections, transaction
+from rest_framework.exceptions import MethodNotAllowed, NotFound
+from rest_framework.negotiation import DefaultContentNegotiation
+from rest_framework.renderers import BaseRenderer, JSONRenderer
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from ...errors import MeterlyInvalidRequestError
+from ..authentication import BearerAuthentication
+from ..service import perform
+from .exceptions import exception_handler
+from .parsers import StrictJSONParser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from django.http import HttpRequest
+    from rest_framework.request import Request
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class _PlainJSONRenderer(JSONRenderer):
+    compact, ensure_ascii, strict = True, False, True
+
+
+class _AlwaysJSON(DefaultContentNegotiation):
+    def select_renderer(
+        self,
+        request: Request,
+        renderers: Iterable[BaseRenderer],
+        format_suffix: str | None = None,
+    ) -> tuple[BaseRenderer, str]:
+        renderer = next(iter(renderers))
+        return renderer, str(renderer.media_type)
+
+
+class OperationView(APIView):
+    """One path of the contract: *operations* names what each method does.
+
+    Nothing of the project's ``REST_FRAMEWORK`` settings applies here.
+    """
+
+    operations: Mapping[str, str] = {}
+
+    http_method_names = ["get", "post"]
+    authentication_classes = (BearerAuthentication,)
+    content_negotiation_class = _AlwaysJSON
+    parser_classes = (StrictJSONParser,)
+    permission_classes = ()
+    renderer_classes = (_PlainJSONRenderer,)
+    throttle_classes = ()
+    versioning_class = None
+
+    @classmethod
+    def as_view(cls, **initkwargs: Any) -> Any:
+        view = super().as_view(**initkwargs)
+        # Each operation is a transaction of its own, and an answer must not be
+        # given before its COMMIT.
+        for alias in connections:
+            view = transaction.non_atomic_requests(using=alias)(view)
+        return view
+
+    def setup(self, request: HttpRequest, *args: Any, **kwargs: Any) -> None:
+        super().setup(request, *args, **kwargs)
+        given = request.headers.get("X-Request-Id", "")
+        sane = _REQUEST_ID.fullmatch(given)
+        self.request_id = given if sane else f"req_{uuid.uuid4().hex}"
+
+    @property
+    def allowed_methods(self) -> list[str]:
+        return list(self.operations)
+
+    def get_exception_handler(self) -> Callable[..., Response]:
+        return exception_handler
+
+    def finalize_response(
+        self, request: Any, response: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        response = super().finalize_response(request, response, *args, **kwargs)
+        response["X-Request-Id"] = self.request_id
+        return response
+
+    def get(self, request: Request, **path: str) -> Response:
+        query = request.query_params
+        for name, values in query.lists():
+            if len(values) > 1:
+                raise _wrong(name, "This field comes twice.")
+        return self._perform(request, query.dict(), path)
+
+    def post(self, request: Request, **path: str) -> Response:
+        body: Any = request.data
+        return self._perform(request, body, path)
+
+    def _perform(
+        self, request: Request, arguments: dict[str, Any], path: dict[str, str]
+    ) -> Response:
+        operation = self.operations.get(request.method or "")
+        if operation is None:
+            raise MethodNotAllowed(str(request.method))
+        for name in path:
+            if name in arguments:
+                raise _wrong(name, "There is no such field.")
+        key: Any = request.auth
+        answer = perform(
+            key.workspace,
+            operation,
+            {**arguments, **path},
+            request.headers.get("Idempotency-Key"),
+        )
+        headers = {"Idempotency-Replayed": "true"} if answer.replayed else None
+        return Response(answer.body, status=answer.status, headers=headers)
+
+
+class UnknownPathView(OperationView):
+    """Answers the contract's 404 where the contract has no path."""
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        raise NotFound("There is no such path.")
+
+
+def _wrong(name: str, message: str) -> MeterlyInvalidRequestError:
+    return MeterlyInvalidRequestError(
+        f"{name}: {message}", details={"fields": {name: [message]}}
+    )

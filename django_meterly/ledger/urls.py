@@ -1,0 +1,34 @@
+"""The ledger's REST API: ``path("ledger/", include("django_meterly.ledger.urls"))``."""
+
+from __future__ import annotations
+
+import re
+
+from django.urls import re_path
+
+from ..transports.base import ROUTES
+from .api.views import OperationView, UnknownPathView
+
+app_name = "meterly_ledger"
+
+_operations: dict[str, dict[str, str]] = {}
+for _operation, (_method, _path) in ROUTES.items():
+    _operations.setdefault(_path, {})[_method] = _operation
+
+
+def _pattern(path: str) -> str:
+    ids = re.sub(r"{(\w+)}", r"(?P<\1>[A-Za-z0-9_-]+)", path.removeprefix("/"))
+    return rf"^{ids}\Z"
+
+
+urlpatterns = [
+    *(
+        re_path(
+            _pattern(path),
+            OperationView.as_view(operations=operations),
+            name=next(iter(operations.values())),
+        )
+        for path, operations in _operations.items()
+    ),
+    re_path(r"^v1(?:/|\Z)", UnknownPathView.as_view()),
+]

@@ -1,0 +1,454 @@
+"""What a client can rely on, whichever transport carries its calls."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from django.db import connections
+
+from django_meterly.errors import (
+    MeterlyApiError,
+    MeterlyCustomerExistsError,
+    MeterlyIdempotencyMismatchError,
+    MeterlyInsufficientCreditsError,
+    MeterlyInvalidRequestError,
+    MeterlyNotFoundError,
+    MeterlyReferenceConflictError,
+    MeterlyReservationCommittedError,
+    MeterlyReservationExpiredError,
+    MeterlyReservationReleasedError,
+)
+from django_meterly.transports import Call
+from django_meterly.transports.base import MAX_AMOUNT
+from django_meterly.types import Balance
+
+
+@pytest.fixture
+def customer(meterly) -> str:
+    """The id of a customer with 100 tokens."""
+    return meterly.grant_credits("user_1", 100, "tokens", "opening").grant.customer_id
+
+
+def tokens(balance: int, reserved: int = 0) -> Balance:
+    return Balance("tokens", balance, reserved, balance - reserved)
+
+
+def refused(
+    expected: type[MeterlyApiError], method: Any, *args: Any, **kwargs: Any
+) -> MeterlyApiError:
+    """Return the refusal of a call, which is *expected* with all it carries."""
+    with pytest.raises(MeterlyApiError) as caught:
+        method(*args, **kwargs)
+    error = caught.value
+    assert type(error) is expected
+    assert (error.status, error.code) == (expected.status, expected.code)
+    assert error.message
+    assert error.request_id
+    assert error.path.startswith("/v1/")
+    return error
+
+
+# Customers, grants, balances
+
+
+def test_created_customer_is_found_by_both_ids(meterly):
+    customer = meterly.create_customer("user_9", "tokens")
+    assert customer.customer_external_id == "user_9"
+    assert customer.credit_unit == "tokens"
+    assert abs(customer.created_at - dt.datetime.now(dt.UTC)) < dt.timedelta(minutes=1)
+    assert meterly.find_customer("user_9") == customer
+    assert meterly.get_balance(customer.customer_id) == tokens(0)
+    assert meterly.create_customer("user_9", "tokens") == customer
+
+
+def test_unknown_external_id_finds_none(meterly):
+    assert meterly.find_customer("nobody") is None
+
+
+def test_f40_external_ids_that_differ_in_case_stay_apart(meterly):
+    lower = meterly.create_customer("user_a", "tokens")
+    upper = meterly.create_customer("USER_A", "tokens")
+    assert lower.customer_id != upper.customer_id
+
+
+def test_customer_with_another_unit_exists_already(meterly, customer):
+    error = refused(
+        MeterlyCustomerExistsError, meterly.create_customer, "user_1", "seconds"
+    )
+    assert error.customer_id == customer
+    assert error.details == {"customerId": customer}
+    assert (error.method, error.path) == ("POST", "/v1/customers")
+
+
+def test_grant_creates_the_customer_and_returns_the_balance(meterly):
+    result = meterly.grant_credits("user_2", 40, "tokens", "order-1", "Willkommen: é")
+    grant = result.grant
+    assert (grant.credit_amount, grant.credit_unit) == (40, "tokens")
+    assert (grant.reference, grant.description) == ("order-1", "Willkommen: é")
+    assert result.balance == tokens(40)
+    assert meterly.find_customer("user_2").customer_id == grant.customer_id
+
+
+def test_balances_has_every_unit(meterly, customer):
+    meterly.add_credits(customer, 7, "seconds")
+    balances = meterly.get_balances(customer)
+    assert balances.customer_id == customer
+    assert sorted(balances.balances, key=lambda item: item.credit_unit) == [
+        Balance("seconds", 7, 0, 7),
+        tokens(100),
+    ]
+    assert meterly.get_balance(customer) == tokens(100)
+
+
+def test_add_and_use_return_entry_and_balance(meterly, customer):
+    added = meterly.add_credits(customer, 20, reference="top-up")
+    used = meterly.use_credits(customer, 30, reference="job")
+    assert added.balance == tokens(120)
+    assert used.balance == tokens(90)
+    assert (added.entry.kind, added.entry.balance_delta) == ("credits_added", 20)
+    assert (used.entry.kind, used.entry.balance_delta) == ("credits_used", -30)
+    assert (used.entry.amount, used.entry.unit) == (30, "tokens")
+    assert used.entry.reference == "job"
+
+
+def test_using_more_than_available_is_refused_with_numbers(meterly, customer):
+    meterly.reserve_credits(customer, 30)
+    error = refused(MeterlyInsufficientCreditsError, meterly.use_credits, customer, 71)
+    assert error.details == {
+        "required": 71,
+        "available": 70,
+        "reserved": 30,
+        "unit": "tokens",
+    }
+    assert error.held_by_running_work
+    assert error.path == f"/v1/customers/{customer}/credits/use"
+    assert meterly.get_balance(customer) == tokens(100, 30)
+
+
+def test_unit_nobody_granted_is_insufficient(meterly, customer):
+    error = refused(
+        MeterlyInsufficientCreditsError, meterly.reserve_credits, customer, 1, unit="x"
+    )
+    assert error.details == {"required": 1, "available": 0, "reserved": 0, "unit": "x"}
+
+
+def test_balance_cannot_leave_the_range(meterly, customer):
+    refused(MeterlyInvalidRequestError, meterly.add_credits, customer, MAX_AMOUNT)
+    assert meterly.get_balance(customer) == tokens(100)
+    meterly.add_credits(customer, MAX_AMOUNT - 100)
+    assert meterly.get_balance(customer) == tokens(MAX_AMOUNT)
+
+
+# Reservations
+
+
+def test_reservation_holds_and_commit_charges(meterly, customer):
+    before = dt.datetime.now(dt.UTC)
+    held = meterly.reserve_credits(customer, 30, reference="job", ttl_seconds=60)
+    assert (held.status, held.amount, held.unit) == ("reserved", 30, "tokens")
+    assert (held.customer_id, held.reference) == (customer, "job")
+    assert held.balance == tokens(100, 30)
+    assert 50 < (held.expires_at - before).total_seconds() < 70
+    assert meterly.get_reservation(held.reservation_id) == held
+
+    done = meterly.commit_reservation(held.reservation_id)
+    assert (done.status, done.balance) == ("committed", tokens(70))
+    assert meterly.get_reservation(held.reservation_id).status == "committed"
+
+
+def test_release_gives_back(meterly, customer):
+    held = meterly.reserve_credits(customer, 30)
+    done = meterly.release_reservation(held.reservation_id)
+    assert (done.status, done.balance) == ("released", tokens(100))
+
+
+@pytest.mark.parametrize(("amount", "left"), [(10, 90), (0, 100), (30, 70)])
+def test_commit_of_less_returns_the_rest(meterly, customer, amount, left):
+    held = meterly.reserve_credits(customer, 30)
+    done = meterly.commit_reservation(held.reservation_id, amount=amount)
+    assert (done.status, done.balance) == ("committed", tokens(left))
+
+
+def test_commit_of_more_than_the_hold_is_refused(meterly, customer):
+    held = meterly.reserve_credits(customer, 30)
+    error = refused(
+        MeterlyInvalidRequestError,
+        meterly.commit_reservation,
+        held.reservation_id,
+        amount=31,
+    )
+    assert list(error.fields) == ["amount"]
+    assert meterly.get_balance(customer) == tokens(100, 30)
+
+
+def test_reserving_more_than_available_is_refused(meterly, customer):
+    error = refused(
+        MeterlyInsufficientCreditsError, meterly.reserve_credits, customer, 101
+    )
+    assert (error.required, error.available, error.reserved) == (101, 100, 0)
+    assert not error.held_by_running_work
+
+
+def test_repeated_settlement_moves_nothing_and_the_opposite_is_refused(
+    meterly, customer
+):
+    committed = meterly.reserve_credits(customer, 10).reservation_id
+    released = meterly.reserve_credits(customer, 10).reservation_id
+    for _ in range(2):
+        assert meterly.commit_reservation(committed).status == "committed"
+        assert meterly.release_reservation(released).status == "released"
+    refused(MeterlyReservationCommittedError, meterly.release_reservation, committed)
+    refused(MeterlyReservationReleasedError, meterly.commit_reservation, released)
+    assert meterly.get_balance(customer) == tokens(90)
+
+
+def test_expired_hold_is_free_again_and_cannot_be_settled(meterly, customer):
+    held = meterly.reserve_credits(
+        customer, 100, ttl_seconds=1, idempotency_key="key-1"
+    )
+    time.sleep(1.2)
+    assert meterly.get_reservation(held.reservation_id).status == "expired"
+    refused(
+        MeterlyReservationExpiredError, meterly.commit_reservation, held.reservation_id
+    )
+    refused(
+        MeterlyReservationExpiredError, meterly.release_reservation, held.reservation_id
+    )
+    replayed = meterly.reserve_credits(
+        customer, 100, ttl_seconds=1, idempotency_key="key-1", reference=held.reference
+    )
+    assert replayed.reservation_id == held.reservation_id
+    assert replayed.status == "expired"
+    # Enforced when credits are wanted, without waiting for a sweep.
+    assert meterly.use_credits(customer, 100).balance == tokens(0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.get_balance("cus_none"),
+        lambda client: client.get_balances("cus_none"),
+        lambda client: client.add_credits("cus_none", 1),
+        lambda client: client.use_credits("cus_none", 1),
+        lambda client: client.reserve_credits("cus_none", 1),
+        lambda client: client.get_reservation("res_none"),
+        lambda client: client.commit_reservation("res_none"),
+        lambda client: client.release_reservation("res_none"),
+    ],
+)
+def test_unknown_id_is_not_found(meterly, call):
+    refused(MeterlyNotFoundError, call, meterly)
+
+
+# Keys and references
+
+
+def replays(client: Any, customer: str) -> dict[str, Any]:
+    held = client.reserve_credits(customer, 5, idempotency_key="hold", reference="r")
+    again = client.reserve_credits(customer, 6, idempotency_key="give", reference="r")
+    return {
+        "grant": lambda: client.grant_credits(
+            "user_1", 9, "tokens", "g", idempotency_key="k"
+        ),
+        "add": lambda: client.add_credits(
+            customer, 9, reference="a", idempotency_key="k"
+        ),
+        "use": lambda: client.use_credits(
+            customer, 9, reference="u", idempotency_key="k"
+        ),
+        "reserve": lambda: client.reserve_credits(
+            customer, 9, reference="h", ttl_seconds=60, idempotency_key="k"
+        ),
+        "commit": lambda: client.commit_reservation(
+            held.reservation_id, amount=3, idempotency_key="k"
+        ),
+        "release": lambda: client.release_reservation(
+            again.reservation_id, idempotency_key="k"
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "operation", ["grant", "add", "use", "reserve", "commit", "release"]
+)
+def test_f42_replay_is_the_first_answer_and_moves_nothing(meterly, customer, operation):
+    call = replays(meterly, customer)[operation]
+    first = call()
+    after = meterly.get_balance(customer)
+    # The balance of a replay is the one after that movement, not today's.
+    meterly.add_credits(customer, 1000, reference="later")
+    assert call() == first
+    now = meterly.get_balance(customer)
+    assert (now.balance, now.reserved) == (after.balance + 1000, after.reserved)
+
+
+def test_f42_key_with_another_request_is_a_mismatch(meterly, customer):
+    meterly.use_credits(customer, 1, reference="r", idempotency_key="k")
+    for amount, reference in ((2, "r"), (1, "s")):
+        refused(
+            MeterlyIdempotencyMismatchError,
+            meterly.use_credits,
+            customer,
+            amount,
+            reference=reference,
+            idempotency_key="k",
+        )
+    refused(
+        MeterlyIdempotencyMismatchError,
+        meterly.add_credits,
+        customer,
+        1,
+        reference="r",
+        idempotency_key="k",
+    )
+    assert meterly.get_balance(customer) == tokens(99)
+
+
+def test_f40_keys_that_differ_in_case_stay_apart(meterly, customer):
+    meterly.use_credits(customer, 1, reference="r", idempotency_key="key")
+    meterly.use_credits(customer, 1, reference="r", idempotency_key="KEY")
+    assert meterly.get_balance(customer) == tokens(98)
+
+
+def test_refusal_leaves_no_record_of_the_key(meterly, customer):
+    arguments = {"reference": "r", "idempotency_key": "k"}
+    refused(
+        MeterlyInsufficientCreditsError,
+        meterly.use_credits,
+        customer,
+        150,
+        **arguments,
+    )
+    meterly.add_credits(customer, 100)
+    assert meterly.use_credits(customer, 150, **arguments).balance == tokens(50)
+
+
+def test_replayed_reservation_has_its_present_status(meterly, customer):
+    arguments = {"reference": "r", "idempotency_key": "k"}
+    held = meterly.reserve_credits(customer, 10, **arguments)
+    meterly.commit_reservation(held.reservation_id)
+    replayed = meterly.reserve_credits(customer, 10, **arguments)
+    assert replayed.reservation_id == held.reservation_id
+    assert (replayed.status, replayed.balance) == ("committed", held.balance)
+
+
+@pytest.mark.parametrize("kind", ["grant", "add"])
+def test_reference_dedupes_grants_and_adds(meterly, customer, kind):
+    def move(amount: int) -> Any:
+        if kind == "grant":
+            return meterly.grant_credits("user_1", amount, "tokens", "order-7")
+        return meterly.add_credits(customer, amount, reference="order-7")
+
+    first = move(5)
+    assert move(5) == first
+    refused(MeterlyReferenceConflictError, move, 6)
+    assert meterly.get_balance(customer) == tokens(105)
+
+
+def test_reference_is_only_a_label_for_use_and_reserve(meterly, customer):
+    for _ in range(2):
+        meterly.use_credits(customer, 5, reference="job")
+        meterly.reserve_credits(customer, 5, reference="job")
+    assert meterly.get_balance(customer) == tokens(90, 10)
+
+
+def test_reference_belongs_to_one_unit(meterly, customer):
+    meterly.add_credits(customer, 5, "seconds", "order")
+    meterly.add_credits(customer, 6, "tokens", "order")
+    assert meterly.get_balance(customer) == tokens(106)
+
+
+# Entries
+
+
+def test_entries_add_up_to_the_balance(meterly, customer):
+    held = meterly.reserve_credits(customer, 30, reference="job")
+    meterly.commit_reservation(held.reservation_id, amount=20)
+    body = meterly.transport.send(
+        Call("list_entries", {"customerId": customer, "unit": "tokens"})
+    )
+    entries = body["entries"]
+    assert body["nextCursor"] is None
+    assert sorted(entry["kind"] for entry in entries) == [
+        "credits_committed",
+        "credits_granted",
+        "credits_reserved",
+    ]
+    assert sum(entry["balanceDelta"] for entry in entries) == 80
+    assert sum(entry["reservedDelta"] for entry in entries) == 0
+    assert {entry["unit"] for entry in entries} == {"tokens"}
+    assert all(entry["createdAt"].endswith("Z") for entry in entries)
+
+
+# Raw calls: what the typed methods would have stopped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"amount": "5", "reference": "r"}, "amount"),
+        ({"amount": 1.5, "reference": "r"}, "amount"),
+        ({"amount": True, "reference": "r"}, "amount"),
+        ({"amount": 0, "reference": "r"}, "amount"),
+        ({"amount": 2**63, "reference": "r"}, "amount"),
+        ({"amount": 5}, "reference"),
+        ({"amount": 5, "reference": " r"}, "reference"),
+        ({"amount": 5, "reference": "r", "unit": "a b"}, "unit"),
+        ({"amount": 5, "reference": "r", "ttl": 5}, "ttl"),
+    ],
+)
+def test_f11_ledger_checks_arguments_itself(meterly, customer, arguments, field):
+    call = Call("use_credits", {"customerId": customer, **arguments}, "key-1")
+    error = refused(MeterlyInvalidRequestError, meterly.transport.send, call)
+    assert list(error.fields) == [field]
+    assert set(error.details) == {"fields"}
+    assert meterly.get_balance(customer) == tokens(100)
+
+
+# At the same time
+
+
+def at_once(count: int, work: Any) -> list[Any]:
+    """Return what *count* simultaneous calls of *work* return or raise."""
+    start = threading.Barrier(count)
+
+    def run(number: int) -> Any:
+        start.wait()
+        try:
+            return work(number)
+        except MeterlyApiError as exc:
+            return type(exc)
+        finally:
+            connections.close_all()
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_f42_one_key_at_once_is_one_movement_and_one_answer(meterly, customer):
+    answers = at_once(
+        8,
+        lambda _: meterly.use_credits(customer, 5, reference="r", idempotency_key="k"),
+    )
+    assert all(answer == answers[0] for answer in answers), answers
+    assert meterly.get_balance(customer) == tokens(95)
+
+
+def test_f41_holds_at_once_never_exceed_the_balance(meterly, customer):
+    answers = at_once(8, lambda _: meterly.reserve_credits(customer, 30))
+    assert answers.count(MeterlyInsufficientCreditsError) == 5, answers
+    assert meterly.get_balance(customer) == tokens(100, 90)
+
+
+def test_f41_deliveries_of_one_grant_at_once_are_one_grant(meterly):
+    answers = at_once(
+        6,
+        lambda _: meterly.grant_credits("user_5", 10, "tokens", "order"),
+    )
+    assert all(answer == answers[0] for answer in answers), answers
+    assert answers[0].balance == tokens(10)

@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from django.db import InterfaceError, OperationalError, transaction
+from django.test import Client, override_settings
+from django.urls import resolve, reverse
+
+from django_meterly.ledger import operations
+from django_meterly.ledger.api import views
+from django_meterly.ledger.authentication import create_api_key
+from django_meterly.ledger.models import ApiKey, Entry
+from django_meterly.transports.base import ROUTES
+
+if TYPE_CHECKING:
+    from django_meterly.ledger.models import Workspace
+
+pytestmark = pytest.mark.django_db
+
+
+class Api:
+    """A client of the ledger's API, with a key of one workspace."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.row, self.key = create_api_key(workspace, "test")
+        # What a test client hides by default, a server would do.
+        self.client = Client(raise_request_exception=False, enforce_csrf_checks=True)
+
+    def get(self, path: str, query: Any = None, **headers: str) -> Any:
+        return self.client.get(f"/ledger{path}", query, headers=self.headers(headers))
+
+    def post(self, path: str, body: Any, key: str | None = "key-1", **headers: str):
+        if key is not None:
+            headers["Idempotency-Key"] = key
+        return self.client.post(
+            f"/ledger{path}",
+            body if isinstance(body, bytes) else json.dumps(body),
+            content_type=headers.pop("content_type", "application/json"),
+            headers=self.headers(headers),
+        )
+
+    def headers(self, more: dict[str, str]) -> dict[str, str]:
+        given = {name.replace("_", "-"): value for name, value in more.items()}
+        return {"Authorization": f"Bearer {self.key}", **given}
+
+
+@pytest.fixture
+def api(workspace) -> Api:
+    return Api(workspace)
+
+
+def is_error(response: Any, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status, response.content
+    assert response["Content-Type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error", "requestId"}
+    assert body["error"]["code"] == code
+    assert body["error"]["message"]
+    assert body["requestId"] == response["X-Request-Id"]
+    return body["error"]
+
+
+def grant(**changes: Any) -> dict[str, Any]:
+    return {
+        "externalCustomerId": "user_9",
+        "creditAmount": 50,
+        "creditUnit": "tokens",
+        "reference": "order-1",
+        **changes,
+    }
+
+
+# Answers
+
+
+def test_every_route_resolves_to_its_operation():
+    for operation, (method, path) in ROUTES.items():
+        match = resolve(f"/ledger{path.format(customerId='a-B_1', reservationId='r')}")
+        assert match.func.view_initkwargs["operations"][method] == operation
+    url = reverse("meterly_ledger:get_balance", kwargs={"customerId": "c1"})
+    assert url == "/ledger/v1/customers/c1/balance"
+
+
+def test_grant_is_201_with_the_contracts_body(api):
+    response = api.post("/v1/grants", grant(description="Willkommen é"))
+    assert response.status_code == 201
+    body = response.json()
+    assert set(body) == {"grant", "balance"}
+    assert body["grant"]["description"] == "Willkommen é"
+    assert body["balance"] == {
+        "customerId": body["grant"]["customerId"],
+        "creditUnit": "tokens",
+        "balance": 50,
+        "reserved": 0,
+        "available": 50,
+    }
+    assert "Idempotency-Replayed" not in response
+
+
+def test_replay_is_the_same_answer_and_says_so(api):
+    first = api.post("/v1/grants", grant())
+    second = api.post("/v1/grants", grant())
+    assert (second.status_code, second.json()) == (201, first.json())
+    assert second["Idempotency-Replayed"] == "true"
+    assert Entry.objects.count() == 1
+
+
+def test_reserve_commit_and_reads(api, customer):
+    held = api.post(
+        "/v1/reservations",
+        {"customerId": customer, "amount": 30, "reference": "job", "ttlSeconds": 60},
+    )
+    assert (held.status_code, held.json()["status"]) == (201, "reserved")
+    path = f"/v1/reservations/{held.json()['reservationId']}"
+    done = api.post(f"{path}/commit", {"amount": 10}, "key-2")
+    assert (done.status_code, done.json()["status"]) == (200, "committed")
+    assert api.get(path).json()["status"] == "committed"
+    balance = api.get(f"/v1/customers/{customer}/balance").json()
+    assert (balance["balance"], balance["reserved"]) == (90, 0)
+    entries = api.get(f"/v1/customers/{customer}/entries", {"unit": "credits"}).json()
+    assert len(entries["entries"]) == 3
+    found = api.get("/v1/customers", {"externalId": "user_1"}).json()["customers"]
+    assert [item["customerId"] for item in found] == [customer]
+
+
+def test_release_needs_no_body(api, customer):
+    held = api.post(
+        "/v1/reservations", {"customerId": customer, "amount": 1, "reference": "job"}
+    ).json()
+    path = f"/v1/reservations/{held['reservationId']}/release"
+    released = api.client.generic(
+        "POST",
+        f"/ledger{path}",
+        headers={"Authorization": f"Bearer {api.key}", "Idempotency-Key": "key-2"},
+    )
+    assert released.json()["status"] == "released"
+
+
+@pytest.mark.parametrize("given", ["a", "A-1_b.c", "x" * 64])
+def test_sane_request_id_comes_back(api, given):
+    assert api.get("/v1/customers", X_Request_Id=given)["X-Request-Id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "a\tb", "<script>", "é"])
+def test_other_request_id_is_replaced(api, given):
+    response = api.get("/v1/customers", {"externalId": "u"}, X_Request_Id=given)
+    assert response.status_code == 200
+    assert response["X-Request-Id"].startswith("req_")
+
+
+# Refusals
+
+
+def test_insufficient_credits_is_402_with_details(api, customer):
+    error = is_error(
+        api.post(
+            f"/v1/customers/{customer}/credits/use", {"amount": 101, "reference": "r"}
+        ),
+        402,
+        "insufficient_credits",
+    )
+    assert (error["required"], error["available"]) == (101, 100)
+    assert (error["reserved"], error["unit"]) == (0, "credits")
+
+
+def test_other_conditions_have_the_contracts_status_and_code(api, customer):
+    api.post("/v1/grants", grant())
+    mismatch = api.post("/v1/grants", grant(creditAmount=51))
+    is_error(mismatch, 422, "idempotency_mismatch")
+    conflict = api.post("/v1/grants", grant(creditAmount=51), "key-2")
+    is_error(conflict, 409, "reference_conflict")
+    missing = api.get("/v1/reservations/res_none")
+    is_error(missing, 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"creditAmount": 1.0},
+        {"creditAmount": True},
+        {"creditAmount": "5"},
+        {"creditAmount": 0},
+        {"creditAmount": 2**63},
+        {"creditAmount": None},
+        {"reference": "é"},
+        {"reference": ["a"]},
+        {"surprise": 1},
+    ],
+)
+def test_wrong_field_is_400_and_named(api, change):
+    error = is_error(api.post("/v1/grants", grant(**change)), 400, "invalid_request")
+    assert list(error["fields"]) == list(change)
+    assert Entry.objects.count() == 0
+
+
+def test_path_parameter_in_the_body_is_an_unknown_field(api, customer):
+    response = api.post(
+        f"/v1/customers/{customer}/credits/add",
+        {"customerId": customer, "amount": 1, "reference": "r"},
+    )
+    assert "customerId" in is_error(response, 400, "invalid_request")["fields"]
+
+
+def test_query_field_that_comes_twice_is_400(api):
+    response = api.get("/v1/customers?externalId=a&externalId=b")
+    assert "externalId" in is_error(response, 400, "invalid_request")["fields"]
+
+
+@pytest.mark.parametrize("key", [None, "", "a b", "é", "x" * 256])
+def test_post_without_a_sane_idempotency_key_is_400(api, key):
+    error = is_error(api.post("/v1/grants", grant(), key), 400, "invalid_request")
+    assert list(error["fields"]) == ["Idempotency-Key"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"amount": 1, "amount": 2}',
+        b'{"a": {"b": 1, "b": 2}}',
+        b'{"amount": NaN}',
+        b'{"amount": -Infinity}',
+        b"[]",
+        b'"text"',
+        b"null",
+        b'{"a": ',
+        b'{"a": "\xff"}',
+        b'{"a": "\\ud800"}',
+        b'{"\\ud800": 1}',
+        b"\xef\xbb\xbf{}",
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"[" * 60_000,
+        b'{"a": "' + b"x" * 65536 + b'"}',
+    ],
+)
+def test_body_that_is_not_one_strict_json_object_is_400(api, body):
+    is_error(api.post("/v1/grants", body), 400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "nonsense"]
+)
+def test_other_media_types_are_refused(api, content_type):
+    response = api.post("/v1/grants", grant(), content_type=content_type)
+    is_error(response, 415, "invalid_request")
+
+
+def test_other_methods_are_refused(api):
+    for method in ("put", "patch", "delete", "options", "head", "trace"):
+        response = getattr(api.client, method)(
+            "/ledger/v1/grants", headers=api.headers({})
+        )
+        assert response.status_code == 405, method
+        assert response["Allow"] == "POST"
+    is_error(api.get("/v1/grants"), 405, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1", "/v1/", "/v1/nothing", "/v1/customers/", "/v1/customers/a.b/balance"],
+)
+@pytest.mark.parametrize("method", ["get", "put"])
+def test_unknown_path_is_a_json_404(api, path, method):
+    response = getattr(api.client, method)(f"/ledger{path}")
+    is_error(response, 404, "not_found")
+
+
+# Who is let in
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        "Bearer é",
+        "Basic {key}",
+        "{key}",
+        "Bearer {key}x",
+        "Bearer  {key}",
+    ],
+)
+def test_without_a_valid_key_it_is_401(api, header):
+    headers = (
+        {} if header is None else {"Authorization": header.replace("{key}", api.key)}
+    )
+    response = api.client.get("/ledger/v1/customers", headers=headers)
+    is_error(response, 401, "unauthenticated")
+    assert response["WWW-Authenticate"] == "Bearer"
+
+
+def test_revoked_key_is_401(api):
+    ApiKey.objects.update(revoked_at="2026-01-01T00:00:00Z")
+    is_error(api.get("/v1/customers"), 401, "unauthenticated")
+
+
+def test_session_lets_nobody_in(api, admin_client):
+    response = admin_client.get("/ledger/v1/customers", {"externalId": "a"})
+    is_error(response, 401, "unauthenticated")
+
+
+def test_f45_objects_of_another_workspace_are_404(api, customer):
+    stranger = Api(operations.ensure_workspace("other"))
+    held = api.post(
+        "/v1/reservations", {"customerId": customer, "amount": 5, "reference": "job"}
+    ).json()["reservationId"]
+    for response in (
+        stranger.get(f"/v1/customers/{customer}/balance"),
+        stranger.get(f"/v1/customers/{customer}/balances"),
+        stranger.get(f"/v1/customers/{customer}/entries"),
+        stranger.get(f"/v1/reservations/{held}"),
+        stranger.post(f"/v1/reservations/{held}/commit", {}, "s-1"),
+        stranger.post(f"/v1/reservations/{held}/release", {}, "s-2"),
+        stranger.post(
+            "/v1/reservations",
+            {"customerId": customer, "amount": 5, "reference": "job"},
+            "s-3",
+        ),
+        stranger.post(
+            f"/v1/customers/{customer}/credits/add", {"amount": 5, "reference": "r"}
+        ),
+    ):
+        is_error(response, 404, "not_found")
+    assert stranger.get("/v1/customers", {"externalId": "user_1"}).json() == {
+        "customers": []
+    }
+
+
+# The project around it
+
+
+@override_settings(
+    REST_FRAMEWORK={
+        "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAdminUser"],
+        "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.AdminRenderer"],
+        "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.FormParser"],
+        "DEFAULT_VERSIONING_CLASS": "rest_framework.versioning.URLPathVersioning",
+        "EXCEPTION_HANDLER": "no.such.handler",
+        "URL_FORMAT_OVERRIDE": "unit",
+        "UNICODE_JSON": False,
+    }
+)
+def test_rest_framework_settings_of_the_project_do_not_matter(api, customer):
+    response = api.get(
+        f"/v1/customers/{customer}/entries", {"unit": "credits"}, Accept="text/html"
+    )
+    assert response.status_code == 200
+    assert len(response.json()["entries"]) == 1
+    is_error(api.get("/v1/reservations/none"), 404, "not_found")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_views_are_not_atomic_under_atomic_requests(
+    api, customer, atomic_requests, monkeypatch
+):
+    inside = []
+    perform = views.perform
+
+    def watched(*args: Any) -> Any:
+        inside.append(transaction.get_connection().in_atomic_block)
+        return perform(*args)
+
+    monkeypatch.setattr(views, "perform", watched)
+    assert api.get(f"/v1/customers/{customer}/balance").status_code == 200
+    assert inside == [False]
+
+
+@pytest.mark.parametrize(
+    ("exception", "status", "code"),
+    [
+        (OperationalError("the host is db.internal"), 503, "unavailable"),
+        (InterfaceError("connection already closed"), 503, "unavailable"),
+        (RuntimeError("secret insides"), 500, "internal_error"),
+    ],
+)
+def test_failure_inside_is_logged_and_not_shown(
+    api, monkeypatch, caplog, exception, status, code
+):
+    def fail(*args: Any) -> None:
+        raise exception
+
+    monkeypatch.setattr(views, "perform", fail)
+    response = api.post("/v1/grants", grant())
+    is_error(response, status, code)
+    assert str(exception) not in response.content.decode()
+    assert str(exception) in caplog.text
+    assert api.key not in caplog.text

@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from django_meterly.client import MeterlyClient
+from django_meterly.errors import (
+    MeterlyApiError,
+    MeterlyError,
+    MeterlyInsufficientCreditsError,
+    MeterlyNotFoundError,
+    MeterlyNotSentError,
+    MeterlyReservationExpiredError,
+    MeterlyServerError,
+    MeterlyUnknownOutcomeError,
+)
+from django_meterly.transports import Call, Transport
+
+
+class Recorder(Transport):
+    """Answers with reservations, or with what *answers* has for an operation."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.calls: list[Call] = []
+        self.closed = False
+
+    def send(self, call: Call) -> dict[str, Any]:
+        self.calls.append(call)
+        answer = self.answers.get(call.operation, {})
+        if isinstance(answer, BaseException):
+            raise answer
+        return {
+            "reservationId": "res_1",
+            "customerId": "cus_1",
+            "unit": "tokens",
+            "amount": 5,
+            "status": "reserved",
+            "reference": "job",
+            "expiresAt": "2026-01-01T00:00:00Z",
+            "balance": {
+                "creditUnit": "tokens",
+                "balance": 10,
+                "reserved": 5,
+                "available": 5,
+            },
+            **answer,
+        }
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def operations(self) -> list[str]:
+        return [call.operation for call in self.calls]
+
+
+@pytest.fixture
+def transport() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def meterly(transport) -> MeterlyClient:
+    return MeterlyClient(transport=transport)
+
+
+# What is refused before anything is sent
+
+BAD_AMOUNTS = [
+    True,
+    False,
+    1.5,
+    1.0,
+    "10",
+    Decimal(10),
+    float("nan"),
+    float("inf"),
+    None,
+    -1,
+    2**63,
+]
+BAD_TEXTS = ["", " a", "a ", "a\n", "a\tb", "\x00", "é", "x" * 256, 5, b"a"]
+BAD_KEYS = ["", "a b", " a", "a\n", "\x7f", "é", "x" * 256, 5, b"a"]
+BAD_UNITS = ["", "a b", "_a", "é", "x" * 65, 5, "a\n"]
+BAD_IDS = ["", "a/b", "..", "a b", "a\n", "é", "x" * 65, 5, None]
+
+
+@pytest.mark.parametrize("amount", [*BAD_AMOUNTS, 0], ids=repr)
+@pytest.mark.parametrize(
+    "method", ["add_credits", "use_credits", "reserve_credits", "guard"]
+)
+def test_f11_bad_amount_is_refused_before_anything_is_sent(
+    meterly, transport, method, amount
+):
+    with pytest.raises(ValueError, match="amount must be"):
+        _enter(getattr(meterly, method)("cus_1", amount))
+    with pytest.raises(ValueError, match="amount must be"):
+        meterly.grant_credits("user_1", amount, "tokens", "r")
+    assert transport.calls == []
+
+
+@pytest.mark.parametrize("amount", [a for a in BAD_AMOUNTS if a is not None], ids=repr)
+def test_f11_bad_commit_amount_is_refused(meterly, transport, amount):
+    with pytest.raises(ValueError, match="amount must be"):
+        meterly.commit_reservation("res_1", amount=amount)
+    assert transport.calls == []
+
+
+def test_commit_of_zero_is_sent_and_of_nothing_leaves_it_out(meterly, transport):
+    meterly.commit_reservation("res_1", amount=0)
+    meterly.commit_reservation("res_1")
+    assert [call.payload for call in transport.calls] == [{"amount": 0}, {}]
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS, ids=repr)
+def test_f11_bad_reference_or_external_id_is_refused(meterly, transport, text):
+    for call in (
+        lambda: meterly.grant_credits("user_1", 1, "tokens", text),
+        lambda: meterly.add_credits("cus_1", 1, reference=text),
+        lambda: meterly.use_credits("cus_1", 1, reference=text),
+        lambda: meterly.reserve_credits("cus_1", 1, reference=text),
+        lambda: _enter(meterly.guard("cus_1", 1, reference=text)),
+        lambda: meterly.grant_credits(text, 1, "tokens", "r"),
+        lambda: meterly.create_customer(text, "tokens"),
+        lambda: meterly.find_customer(text),
+    ):
+        with pytest.raises(ValueError, match=r"(reference|external\w*_id) must be"):
+            call()
+    assert transport.calls == []
+
+
+@pytest.mark.parametrize("key", BAD_KEYS, ids=repr)
+def test_f11_bad_idempotency_key_is_refused(meterly, transport, key):
+    for call in (
+        lambda: meterly.create_customer("user_1", "tokens", idempotency_key=key),
+        lambda: meterly.use_credits("cus_1", 1, idempotency_key=key),
+        lambda: meterly.reserve_credits("cus_1", 1, idempotency_key=key),
+        lambda: meterly.commit_reservation("res_1", idempotency_key=key),
+        lambda: meterly.release_reservation("res_1", idempotency_key=key),
+    ):
+        with pytest.raises(ValueError, match="idempotency_key must be"):
+            call()
+    assert transport.calls == []
+
+
+@pytest.mark.parametrize("unit", BAD_UNITS, ids=repr)
+def test_f11_bad_unit_is_refused(meterly, transport, unit):
+    for call in (
+        lambda: meterly.create_customer("user_1", unit),
+        lambda: meterly.use_credits("cus_1", 1, unit),
+        lambda: meterly.reserve_credits("cus_1", 1, unit=unit),
+    ):
+        with pytest.raises(ValueError, match="unit must be"):
+            call()
+    assert transport.calls == []
+
+
+@pytest.mark.parametrize("value", BAD_IDS, ids=repr)
+def test_id_that_would_change_the_path_is_refused(meterly, transport, value):
+    for call in (
+        lambda: meterly.get_balance(value),
+        lambda: meterly.use_credits(value, 1),
+        lambda: meterly.get_reservation(value),
+        lambda: meterly.commit_reservation(value),
+    ):
+        with pytest.raises(ValueError, match="_id must be"):
+            call()
+    assert transport.calls == []
+
+
+@pytest.mark.parametrize("ttl", [0, -1, 86401, 1.5, True, "60"], ids=repr)
+def test_bad_ttl_is_refused(meterly, transport, ttl):
+    with pytest.raises(ValueError, match="ttl_seconds must be"):
+        meterly.reserve_credits("cus_1", 1, ttl_seconds=ttl)
+    assert transport.calls == []
+
+
+# What is sent, and how answers are read
+
+
+def test_call_has_the_names_of_the_wire(meterly, transport):
+    meterly.reserve_credits(
+        "cus_1",
+        5,
+        unit="tokens",
+        reference="job",
+        idempotency_key="key",
+        ttl_seconds=60,
+        timeout=1.5,
+    )
+    assert transport.calls == [
+        Call(
+            "reserve_credits",
+            {
+                "customerId": "cus_1",
+                "amount": 5,
+                "reference": "job",
+                "unit": "tokens",
+                "ttlSeconds": 60,
+            },
+            "key",
+            1.5,
+        )
+    ]
+
+
+def test_omitted_key_and_reference_are_new_for_every_call(meterly, transport):
+    for _ in range(2):
+        meterly.reserve_credits("cus_1", 5)
+    first, second = transport.calls
+    assert first.idempotency_key != second.idempotency_key
+    assert first.arguments["reference"] != second.arguments["reference"]
+
+
+@pytest.mark.parametrize(
+    "answer", [{"amount": 5, "expiresAt": "soon"}, {"balance": None}, {"balance": {}}]
+)
+def test_answer_of_another_shape_is_unknown_and_names_the_key(answer):
+    meterly = MeterlyClient(transport=Recorder(reserve_credits=answer))
+    with pytest.raises(MeterlyUnknownOutcomeError, match="shape") as caught:
+        meterly.reserve_credits("cus_1", 5, idempotency_key="key")
+    assert caught.value.idempotency_key == "key"
+
+
+def test_unknown_outcome_names_the_key(meterly, transport):
+    transport.answers["use_credits"] = MeterlyServerError()
+    with pytest.raises(MeterlyServerError) as caught:
+        meterly.use_credits("cus_1", 5, idempotency_key="key")
+    assert caught.value.idempotency_key == "key"
+
+
+def test_key_and_transport_together_are_refused(transport):
+    with pytest.raises(TypeError, match="not both"):
+        MeterlyClient("mk_test_x", transport=transport)
+
+
+def test_client_is_a_context_manager_that_closes(transport):
+    with MeterlyClient(transport=transport):
+        assert not transport.closed
+    assert transport.closed
+
+
+# guard
+
+
+def _enter(held: Any) -> None:
+    with held:
+        pass
+
+
+def test_guard_reserves_runs_then_commits(meterly, transport):
+    with meterly.guard("cus_1", 5, "tokens", "job", "key", 60) as reservation:
+        assert reservation.reservation_id == "res_1"
+        assert transport.operations == ["reserve_credits"]
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+    assert [call.idempotency_key for call in transport.calls] == ["key", "key:commit"]
+
+
+@pytest.mark.parametrize("key", [*BAD_KEYS, "x" * 248], ids=repr)
+def test_f11_guard_refuses_a_key_that_leaves_no_room_for_the_derived_ones(
+    meterly, transport, key
+):
+    with pytest.raises(ValueError, match="idempotency_key must be"):
+        meterly.guard("cus_1", 5, idempotency_key=key, callback=lambda: None)
+    assert transport.calls == []
+
+
+def test_guard_takes_a_key_of_the_greatest_length(meterly, transport):
+    _enter(meterly.guard("cus_1", 5, idempotency_key="x" * 247))
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+def test_guard_with_callback_returns_its_result(meterly, transport):
+    assert meterly.guard("cus_1", 5, callback=lambda: "done") == "done"
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt(), SystemExit()])
+@pytest.mark.parametrize(
+    "release", [{}, MeterlyNotSentError(), MeterlyUnknownOutcomeError()], ids=repr
+)
+def test_f23_work_that_raises_is_released_and_the_same_object_raised(
+    meterly, transport, error, release
+):
+    transport.answers["release_reservation"] = release
+
+    def work() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        meterly.guard("cus_1", 5, idempotency_key="key", callback=work)
+    assert caught.value is error
+    assert transport.operations == ["reserve_credits", "release_reservation"]
+    assert transport.calls[1].idempotency_key == "key:release"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        MeterlyInsufficientCreditsError(),
+        MeterlyNotSentError(),
+        MeterlyUnknownOutcomeError(),
+        MeterlyServerError(),
+    ],
+    ids=repr,
+)
+def test_f01_nothing_runs_without_a_hold(meterly, transport, refusal):
+    transport.answers["reserve_credits"] = refusal
+    ran = []
+    with pytest.raises(MeterlyError) as caught:
+        meterly.guard("cus_1", 5, callback=lambda: ran.append(1))
+    assert caught.value is refusal
+    assert (ran, transport.operations) == ([], ["reserve_credits"])
+
+
+@pytest.mark.parametrize("status", ["committed", "released", "expired"])
+def test_nothing_runs_on_a_replayed_hold_that_is_dead(meterly, transport, status):
+    transport.answers["reserve_credits"] = {"status": status}
+    ran = []
+    with pytest.raises(MeterlyError, match=f"{status} already"):
+        meterly.guard("cus_1", 5, callback=lambda: ran.append(1))
+    assert (ran, transport.operations) == ([], ["reserve_credits"])
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        MeterlyUnknownOutcomeError("lost"),
+        MeterlyServerError(),
+        MeterlyNotSentError("refused"),
+    ],
+    ids=repr,
+)
+def test_f03_unknown_commit_releases_nothing_and_carries_result_and_key(
+    meterly, transport, failure
+):
+    transport.answers["commit_reservation"] = failure
+    with pytest.raises(MeterlyUnknownOutcomeError, match="whether it was") as caught:
+        meterly.guard("cus_1", 5, idempotency_key="key", callback=lambda: "done")
+    assert caught.value.result == "done"
+    assert caught.value.idempotency_key == "key:commit"
+    assert caught.value.__cause__ is failure
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+@pytest.mark.parametrize(
+    "refusal", [MeterlyReservationExpiredError(), MeterlyNotFoundError()], ids=repr
+)
+def test_refused_commit_is_raised_and_releases_nothing(meterly, transport, refusal):
+    transport.answers["commit_reservation"] = refusal
+    with pytest.raises(MeterlyApiError) as caught:
+        meterly.guard("cus_1", 5, callback=lambda: "done")
+    assert caught.value is refusal
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+def test_unknown_outcome_of_the_work_itself_is_a_failure_of_the_work(
+    meterly, transport
+):
+    lost = MeterlyUnknownOutcomeError("another ledger's")
+
+    def work() -> None:
+        raise lost
+
+    with pytest.raises(MeterlyUnknownOutcomeError) as caught:
+        meterly.guard("cus_1", 5, callback=work)
+    assert caught.value is lost
+    assert lost.result is None
+    assert transport.operations == ["reserve_credits", "release_reservation"]
+
+
+# Imports
+
+
+def test_import_needs_no_settings_and_pulls_in_no_requests():
+    code = (
+        "import sys, django_meterly.client, django_meterly.transports\n"
+        "from django.conf import settings\n"
+        "assert not settings.configured\n"
+        "assert not {'requests', 'rest_framework', 'celery'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=30)

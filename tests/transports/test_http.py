@@ -1,0 +1,741 @@
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import multiprocessing
+import pickle
+import socket
+import ssl
+import struct
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from django_meterly import __version__
+from django_meterly.errors import (
+    MeterlyApiError,
+    MeterlyAuthenticationError,
+    MeterlyError,
+    MeterlyForbiddenError,
+    MeterlyInsufficientCreditsError,
+    MeterlyNotFoundError,
+    MeterlyNotSentError,
+    MeterlyRateLimitedError,
+    MeterlyServerError,
+    MeterlyUnknownOutcomeError,
+)
+from django_meterly.transports import Call, HttpTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KEY = "mk_test_0123456789abcdefghijklmnopqrstuv"
+RESERVE = Call("reserve_credits", {"customerId": "c1", "amount": 5}, "key-1")
+SETTINGS = {
+    "API_KEY": KEY,
+    "BASE_URL": "http://ledger.test/x",
+    "CONNECT_TIMEOUT": 1,
+    "READ_TIMEOUT": 2,
+    "DEADLINE": 3,
+    "ALLOW_INSECURE_HTTP": True,
+}
+BALANCE = Call("get_balance", {"customerId": "c1"})
+
+
+def answer(
+    body: Any, status: str = "200 OK", headers: str = "", *, length: int | None = None
+) -> bytes:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    size = len(data) if length is None else length
+    return f"HTTP/1.1 {status}\r\nContent-Length: {size}\r\n{headers}\r\n".encode() + (
+        data
+    )
+
+
+def read_request(connection: socket.socket) -> bytes:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = connection.recv(65536)
+        if not piece:
+            return data
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            while len(body) < int(line.partition(b":")[2]):
+                body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+class Server:
+    """A server on 127.0.0.1 that does to each request what *behave* says."""
+
+    def __init__(
+        self,
+        behave: Callable[[socket.socket], object],
+        context: ssl.SSLContext | None = None,
+    ) -> None:
+        self.behave = behave
+        self.context = context
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.stopping = threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self.listener.getsockname()[1]
+        scheme = "https" if context else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.port}"
+        self.threads = [threading.Thread(target=self.accept)]
+        self.threads[0].start()
+
+    def accept(self) -> None:
+        while True:
+            connection, _ = self.listener.accept()
+            if self.stopping.is_set():
+                connection.close()
+                return
+            self.connections += 1
+            thread = threading.Thread(target=self.serve, args=(connection,))
+            self.threads.append(thread)
+            thread.start()
+
+    def serve(self, connection: socket.socket) -> None:
+        connection.settimeout(20)
+        try:
+            if self.context:
+                connection = self.context.wrap_socket(connection, server_side=True)
+            while request := read_request(connection):
+                self.requests.append(request)
+                if self.behave(connection) is not None:
+                    return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        self.stopping.set()
+        socket.create_connection(("127.0.0.1", self.port)).close()
+        for thread in self.threads:
+            thread.join()
+        self.listener.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+    transports: list[HttpTransport] = []
+
+    def start(behave: Callable[[socket.socket], object] | bytes, **options: Any) -> Any:
+        if isinstance(behave, bytes):
+            data = behave
+
+            def behave(connection: socket.socket) -> None:
+                connection.sendall(data)
+
+        server: Any = Server(behave, options.pop("context", None))
+        server.transport = HttpTransport(KEY, base_url=server.url, **options)
+        servers.append(server)
+        transports.append(server.transport)
+        return server
+
+    yield start
+    for transport in transports:
+        transport.close()
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def certificate() -> SimpleNamespace:
+    """A self-signed certificate of 127.0.0.1, and a context that serves it.
+
+    Its key protects nothing: it is in every checkout.
+    """
+    file = Path(__file__).with_name("localhost.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    return SimpleNamespace(file=str(file), context=context)
+
+
+def drip(data: bytes, head: bytes = b"") -> Callable[[socket.socket], object]:
+    """Send *data* byte by byte, each well within any read time-out."""
+
+    def behave(connection: socket.socket) -> object:
+        connection.sendall(head)
+        for byte in data:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.05)
+        return "close"
+
+    return behave
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    assert time.monotonic() - started < seconds
+
+
+# What goes out
+
+
+def test_post_carries_key_identity_and_compact_json(serve):
+    server = serve(answer({"ok": True}))
+
+    assert server.transport.send(RESERVE) == {"ok": True}
+
+    head, _, body = server.requests[0].partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+    assert lines[0] == "POST /v1/reservations HTTP/1.1"
+    assert body == b'{"customerId":"c1","amount":5}'
+    assert headers["authorization"] == f"bearer {KEY}"
+    assert headers["idempotency-key"] == "key-1"
+    assert headers["user-agent"] == f"django-meterly/{__version__}"
+    assert headers["accept"] == headers["content-type"] == "application/json"
+    assert headers["accept-encoding"] == "identity"
+    assert len(headers["x-request-id"]) == 32
+    assert "cookie" not in headers
+
+
+def test_get_puts_arguments_in_the_query_and_has_no_idempotency_key(serve):
+    server = serve(answer({}))
+
+    server.transport.send(Call("find_customer", {"externalId": "a b&c=d/é"}))
+
+    head = server.requests[0]
+    assert head.startswith(b"GET /v1/customers?externalId=a+b%26c%3Dd%2F%C3%A9 HTTP")
+    assert b"idempotency-key" not in head.lower()
+
+
+def test_path_prefix_of_the_base_url_is_kept(serve):
+    server = serve(answer({}))
+    transport = HttpTransport(KEY, base_url=f"{server.url}/ledger/")
+    transport.send(BALANCE)
+    transport.close()
+    assert server.requests[0].startswith(b"GET /ledger/v1/customers/c1/balance HTTP")
+
+
+def test_connection_is_reused(serve):
+    server = serve(answer({}))
+    for _ in range(5):
+        server.transport.send(RESERVE)
+    assert (len(server.requests), server.connections) == (5, 1)
+
+
+# What provably never arrived
+
+
+def test_f02_refused_connection_is_not_sent(free_port):
+    transport = HttpTransport(KEY, base_url=f"http://127.0.0.1:{free_port}")
+    with pytest.raises(MeterlyNotSentError, match="ConnectionRefusedError"):
+        transport.send(RESERVE)
+
+
+def test_f02_unknown_host_is_not_sent():
+    transport = HttpTransport(
+        KEY, base_url="http://no-such-host.invalid", allow_insecure_http=True
+    )
+    with pytest.raises(MeterlyNotSentError, match="gaierror"):
+        transport.send(RESERVE)
+
+
+def test_f02_connect_timeout_is_not_sent():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        # Nobody accepts: a full backlog leaves the next connection hanging.
+        waiting = [socket.socket() for _ in range(4)]
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(address)
+        transport = HttpTransport(
+            KEY, base_url=f"http://127.0.0.1:{address[1]}", connect_timeout=0.3
+        )
+        with within(2), pytest.raises(MeterlyNotSentError, match="TimeoutError"):
+            transport.send(RESERVE)
+        for client in waiting:
+            client.close()
+
+
+def test_f02_untrusted_certificate_is_not_sent(serve, certificate):
+    server = serve(answer({}), context=certificate.context)
+    with pytest.raises(MeterlyNotSentError, match="CERTIFICATE_VERIFY_FAILED"):
+        server.transport.send(RESERVE)
+    assert server.requests == []
+
+
+def test_f02_tls_that_hangs_in_the_handshake_is_not_sent(serve):
+    server = serve(hang)
+    transport = HttpTransport(
+        KEY, base_url=server.url.replace("http", "https"), connect_timeout=0.3
+    )
+    with within(2), pytest.raises(MeterlyNotSentError):
+        transport.send(RESERVE)
+
+
+def test_call_without_time_left_is_not_sent(serve):
+    server = serve(answer({}))
+    late = Call("reserve_credits", RESERVE.arguments, "key-1", timeout=0)
+    with pytest.raises(MeterlyNotSentError, match="deadline"):
+        server.transport.send(late)
+    assert server.connections == 0
+
+
+# What may have arrived
+
+
+def hang(connection: socket.socket) -> object:
+    """Say nothing until the client has hung up."""
+    connection.recv(1)
+    return "close"
+
+
+def reset(connection: socket.socket) -> object:
+    linger = struct.pack("ii", 1, 0)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    return "close"
+
+
+def close(connection: socket.socket) -> object:
+    return "close"
+
+
+def say(data: bytes) -> Callable[[socket.socket], object]:
+    def behave(connection: socket.socket) -> object:
+        connection.sendall(data)
+        return "close"
+
+    return behave
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+UNUSABLE = {
+    "silence": hang,
+    "reset": reset,
+    "closed without a byte": close,
+    "truncated status line": say(b"HTTP/1.1 20"),
+    "truncated headers": say(b"HTTP/1.1 200 OK\r\nContent-Le"),
+    "not HTTP": say(b"SSH-2.0-OpenSSH_9.9\r\n"),
+    "truncated body": say(answer(b'{"a": 1}', length=100)),
+    "truncated error": say(answer(b'{"a": 1}', "402 Payment Required", length=100)),
+    "silence in the body": lambda c: c.sendall(answer(b"{", length=2)) or hang(c),
+    "truncated chunks": say(CHUNKED + b'8\r\n{"a": 1}\r\n'),
+    "garbled chunks": say(CHUNKED + b'zz\r\n{"a": 1}\r\n'),
+    "broken JSON": say(answer(b'{"a": ')),
+    "deep JSON": say(answer(b"[" * 100_000)),
+    "not UTF-8": say(answer(b'{"a": "\xff"}')),
+    "JSON, but no object": say(answer([1])),
+    "empty body": say(answer(b"")),
+    "no content": say(b"HTTP/1.1 204 No Content\r\n\r\n"),
+    "HTML": say(answer(b"<h1>Welcome to nginx!</h1>")),
+    "gzip": say(answer(gzip.compress(b"{}"), headers="Content-Encoding: gzip\r\n")),
+    "two lengths": say(answer(b"{}", headers="Content-Length: 7\r\n")),
+    "strange status": say(answer({}, "600 What")),
+    "endless header": say(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_f01_unusable_answer_is_unknown(serve, name):
+    server = serve(UNUSABLE[name], read_timeout=0.3)
+    with within(2), pytest.raises(MeterlyUnknownOutcomeError) as caught:
+        server.transport.send(RESERVE)
+    assert not isinstance(caught.value, MeterlyApiError)
+    assert len(server.requests) == 1
+
+
+def test_f01_connection_that_dies_in_the_pool_under_a_request_is_unknown(serve):
+    server = serve(answer({}))
+    server.transport.send(RESERVE)
+    server.behave = reset
+    with pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
+
+
+def test_unusable_answer_does_not_spoil_the_next_call(serve):
+    server = serve(say(answer(b'{"a": 1}', length=100)))
+    with pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
+    server.behave = lambda connection: connection.sendall(answer({"ok": 1}))
+    assert server.transport.send(RESERVE) == {"ok": 1}
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        drip(b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 100),
+        drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 5),
+        drip(
+            b'{"a": "' + b"x" * 100, b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n"
+        ),
+        drip(b"1\r\n \r\n" * 20, CHUNKED),
+    ],
+    ids=["headers", "100 Continue", "body", "chunks"],
+)
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_f06_drip_feeding_server_cannot_hold_a_call_past_its_deadline(
+    serve, certificate, behave, tls
+):
+    server = serve(
+        behave,
+        deadline=0.6,
+        read_timeout=0.5,
+        **({"context": certificate.context, "verify": certificate.file} if tls else {}),
+    )
+    with within(3), pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
+
+
+def test_f06_timeout_of_the_call_shortens_the_deadline(serve):
+    server = serve(hang)
+    call = Call("reserve_credits", RESERVE.arguments, "key-1", timeout=0.2)
+    with within(2), pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(call)
+
+
+def test_slow_server_within_the_deadline_is_waited_for(serve):
+    server = serve(drip(answer({"a": 1})[-12:], answer({"a": 1})[:-12]))
+    assert server.transport.send(RESERVE) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        CHUNKED + b"FFFFFFF\r\n",
+        CHUNKED + b"1;",
+    ],
+    ids=["body", "chunk", "chunk extension"],
+)
+def test_f08_endless_answer_is_cut_off(serve, head):
+    sent = []
+
+    def pour(connection: socket.socket) -> object:
+        connection.sendall(head)
+        for _ in range(64):
+            sent.append(connection.send(b"x" * 2**20))
+        return "close"
+
+    server = serve(pour)
+    with pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
+    server.stop()
+    server.stop = lambda: None
+    assert sum(sent) < 32 * 2**20
+
+
+# What the ledger says
+
+
+def test_success_is_the_json_object(serve):
+    body = {"reservationId": "r1", "reference": "é"}
+    server = serve(answer(body, "201 Created"))
+    assert server.transport.send(RESERVE) == body
+
+
+def test_error_carries_status_code_details_and_call(serve):
+    body = {
+        "error": {
+            "code": "insufficient_credits",
+            "message": "Too few.",
+            "required": 5,
+            "available": 2,
+            "reserved": 1,
+            "unit": "tokens",
+        },
+        "requestId": "req-1",
+    }
+    server = serve(
+        answer(body, "402 Payment Required", headers="X-Request-Id: req-1\r\n")
+    )
+    with pytest.raises(MeterlyInsufficientCreditsError) as caught:
+        server.transport.send(RESERVE)
+    error = caught.value
+    assert (error.required, error.available, error.reserved) == (5, 2, 1)
+    assert error.unit == "tokens"
+    assert (error.status, error.message) == (402, "Too few.")
+    assert (error.request_id, error.method) == ("req-1", "POST")
+    assert error.path == "/v1/reservations"
+    assert set(error.details) == {"required", "available", "reserved", "unit"}
+
+
+@pytest.mark.parametrize("body", [b"<h1>No</h1>", b"", b'"x"', b'{"error": 1}', b"[]"])
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("401 Unauthorized", MeterlyAuthenticationError),
+        ("403 Forbidden", MeterlyForbiddenError),
+        ("404 Not Found", MeterlyNotFoundError),
+        ("418 Teapot", MeterlyApiError),
+        ("429 Too Many Requests", MeterlyRateLimitedError),
+        ("503 Service Unavailable", MeterlyServerError),
+    ],
+)
+def test_f08_error_without_json_is_classed_by_its_status(serve, status, expected, body):
+    server = serve(answer(body, status, headers="Content-Type: text/html\r\n"))
+    with pytest.raises(MeterlyApiError) as caught:
+        server.transport.send(RESERVE)
+    assert type(caught.value) is expected
+    assert caught.value.status == int(status[:3])
+
+
+def test_f07_sane_retry_after_is_a_detail(serve):
+    server = serve(answer({}, "429 Too Many Requests", headers="Retry-After: 7\r\n"))
+    with pytest.raises(MeterlyRateLimitedError) as caught:
+        server.transport.send(RESERVE)
+    assert caught.value.details == {"retryAfter": 7}
+
+
+@pytest.mark.parametrize("value", ["-5", "1.5", "abc", "1e9", "9" * 5000, ""])
+def test_f07_other_retry_after_is_ignored(serve, value):
+    server = serve(
+        answer({}, "429 Too Many Requests", headers=f"Retry-After: {value}\r\n")
+    )
+    with pytest.raises(MeterlyRateLimitedError) as caught:
+        server.transport.send(RESERVE)
+    assert caught.value.details == {}
+
+
+# Redirects, cookies, environment, processes, threads
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 T", "308 P"])
+def test_f09_redirect_is_not_followed(serve, status):
+    second = serve(answer({}))
+    first = serve(answer({}, status, headers=f"Location: {second.url}/v1\r\n"))
+    for call in (RESERVE, BALANCE):
+        with pytest.raises(MeterlyUnknownOutcomeError, match=status[:3]):
+            first.transport.send(call)
+    assert second.connections == 0
+
+
+def test_f09_environment_changes_nothing(serve, monkeypatch, tmp_path):
+    other = serve(answer({}))
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login thief password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing"))
+    monkeypatch.setenv("CURL_CA_BUNDLE", str(tmp_path / "missing"))
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, other.url)
+    server = serve(answer({"ok": 1}))
+
+    assert server.transport.send(RESERVE) == {"ok": 1}
+
+    assert f"Authorization: Bearer {KEY}".encode() in server.requests[0]
+    assert other.connections == 0
+
+
+def test_f09_ca_bundle_in_the_environment_is_not_trusted(
+    serve, certificate, monkeypatch
+):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate.file)
+    monkeypatch.setenv("SSL_CERT_FILE", certificate.file)
+    server = serve(answer({}), context=certificate.context)
+    with pytest.raises(MeterlyNotSentError, match="CERTIFICATE_VERIFY_FAILED"):
+        server.transport.send(RESERVE)
+
+
+def test_explicit_ca_bundle_is_trusted(serve, certificate):
+    server = serve(
+        answer({"ok": 1}), context=certificate.context, verify=certificate.file
+    )
+    assert server.transport.send(RESERVE) == {"ok": 1}
+
+
+def test_explicit_proxy_is_used(serve):
+    proxy = serve(answer({"ok": 1}))
+    transport = HttpTransport(
+        KEY,
+        base_url="http://ledger.invalid",
+        allow_insecure_http=True,
+        proxies={"http": proxy.url},
+    )
+    assert transport.send(RESERVE) == {"ok": 1}
+    transport.close()
+    assert proxy.requests[0].startswith(b"POST http://ledger.invalid/v1/reservations")
+
+
+def test_socks_proxy_is_refused():
+    with pytest.raises(ValueError, match="SOCKS"):
+        HttpTransport(KEY, proxies={"https": "socks5://127.0.0.1:1"})
+
+
+def test_f10_cookies_are_ignored(serve):
+    server = serve(answer({}, headers="Set-Cookie: session=1; Path=/\r\n"))
+    for _ in range(2):
+        server.transport.send(RESERVE)
+    assert b"cookie" not in b"".join(server.requests).lower()
+
+
+def test_f10_threads_share_one_transport(serve):
+    def behave(connection: socket.socket) -> None:
+        time.sleep(0.02)
+        connection.sendall(answer({"port": connection.getpeername()[1]}))
+
+    server = serve(behave)
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda _: server.transport.send(RESERVE), range(256)))
+    assert len(answers) == len(server.requests) == 256
+    assert server.connections <= 64
+
+
+def _send_in_child(transport: HttpTransport, results: Any) -> None:
+    results.put(transport.send(RESERVE)["port"])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_f10_forked_process_does_not_use_its_parents_sockets(serve):
+    def behave(connection: socket.socket) -> None:
+        connection.sendall(answer({"port": connection.getpeername()[1]}))
+
+    server = serve(behave)
+    own = server.transport.send(RESERVE)["port"]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_send_in_child, args=(server.transport, results))
+    child.start()
+    assert results.get(timeout=10) != own
+    child.join()
+    assert server.transport.send(RESERVE)["port"] == own
+
+
+# Secrets and configuration
+
+
+def test_f46_key_is_in_no_repr_and_no_pickle():
+    transport = HttpTransport(KEY)
+    shown = [repr(transport), str(transport), repr(vars(transport))]
+    assert KEY not in "".join(shown)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(transport)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        copy.deepcopy(transport)
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [hang, reset, close, say(answer({}, "401 No")), say(answer({}, "302 Found"))],
+    ids=["silence", "reset", "closed", "401", "302"],
+)
+def test_f46_key_is_not_in_an_exception_or_its_traceback(serve, caplog, behave):
+    caplog.set_level("DEBUG")
+    server = serve(behave, read_timeout=0.3)
+    with pytest.raises(MeterlyError) as caught:
+        server.transport.send(RESERVE)
+    error: BaseException | None = caught.value
+    rendered = traceback.TracebackException.from_exception(
+        caught.value, capture_locals=True
+    )
+    assert KEY not in "".join(rendered.format())
+    assert KEY not in caplog.text
+    while error is not None:
+        assert KEY not in repr(vars(error))
+        assert not hasattr(error, "request")
+        error = error.__cause__ or error.__context__
+
+
+def test_f46_key_is_not_in_the_traceback_of_a_refused_connection(free_port):
+    transport = HttpTransport(KEY, base_url=f"http://127.0.0.1:{free_port}")
+    with pytest.raises(MeterlyNotSentError) as caught:
+        transport.send(RESERVE)
+    assert caught.value.__context__ is None
+    rendered = traceback.TracebackException.from_exception(
+        caught.value, capture_locals=True
+    )
+    assert KEY not in "".join(rendered.format())
+
+
+@pytest.mark.parametrize("key", [None, ""])
+def test_missing_key_names_the_setting(key):
+    with pytest.raises(ValueError, match=r'METERLY\["API_KEY"\]'):
+        HttpTransport(key)
+
+
+@pytest.mark.parametrize("key", ["mk_live_a b", "mk_live_a\n", "mk_live_ä", "a\x00"])
+def test_malformed_key_is_refused_without_being_shown(key):
+    with pytest.raises(ValueError, match="visible ASCII") as caught:
+        HttpTransport(key)
+    assert key.strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"API_KEY": f"{KEY}\n"}, {"API_KEY": f"mk_hmac_{KEY}"}, {"BASE_URL": "ftp://x"}],
+)
+def test_f46_key_is_not_in_the_traceback_of_wrong_settings(wrong):
+    with pytest.raises(ValueError, match=r"key|base_url") as caught:
+        HttpTransport.from_settings(SimpleNamespace(**{**SETTINGS, **wrong}))
+    frame = caught.value.__traceback__
+    while frame := frame.tb_next:
+        shown = {**frame.tb_frame.f_locals, "settings": None}
+        assert KEY not in repr(shown)
+
+
+def test_hmac_key_is_never_sent_as_a_bearer_token():
+    with pytest.raises(ValueError, match="HMAC") as caught:
+        HttpTransport("mk_hmac_k1_s3cr3t")
+    assert "s3cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://api.getmeterly.dev",
+        "http://10.0.0.5:8000",
+        "http://localhost.evil.test",
+        "http://127.0.0.1.evil.test",
+        "HTTP://example.test",
+    ],
+)
+def test_plain_http_beyond_loopback_is_refused_unless_allowed(url):
+    with pytest.raises(ValueError, match="in the clear"):
+        HttpTransport(KEY, base_url=url)
+    HttpTransport(KEY, base_url=url, allow_insecure_http=True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:1", "http://[::1]:1", "http://localhost", "https://x.test/a"],
+)
+def test_loopback_and_https_are_accepted(url):
+    HttpTransport(KEY, base_url=url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://x.test",
+        "x.test",
+        "https://",
+        "https://u:p4ss@x.test",
+        "https://x.test?a=1",
+        "https://x.test#a",
+        "",
+    ],
+)
+def test_other_base_urls_are_refused(url):
+    with pytest.raises(ValueError, match="base_url") as caught:
+        HttpTransport(KEY, base_url=url)
+    assert "p4ss" not in str(caught.value)
+
+
+def test_from_settings_reads_what_concerns_it():
+    transport = HttpTransport.from_settings(SimpleNamespace(**SETTINGS))
+    assert transport.base_url == "http://ledger.test/x"
+    assert transport.connect_timeout == 1
+    assert transport.read_timeout == 2
+    assert transport.deadline == 3
