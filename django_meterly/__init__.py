@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         MeterlyUnknownOutcomeError,
         MeterlyUsageError,
     )
-    from .guard import guard
+    from .guards import guard
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ __all__ = [
 _HOMES = {
     "MeterlyClient": "client",
     "get_client": "client",
-    "guard": "guard",
+    "guard": "guards",
     "meterly_guard": "decorators",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -15,17 +16,22 @@ ALLOWED_HOSTS = ["*"]
 ROOT_URLCONF = "tests.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
-_folder = Path(tempfile.gettempdir())
-DATABASES = {
-    "default": env.db(
-        "DATABASE_URL", default=f"sqlite:///{_folder}/meterly-dev.sqlite3"
-    )
-}
-if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
-    # A file, so that threads and processes of a test see one database.
-    DATABASES["default"]["TEST"] = {
-        "NAME": str(_folder / f"meterly-test-{__import__('os').getpid()}.sqlite3")
-    }
+# In the environment, where conftest.py puts the test database's name.
+os.environ.setdefault(
+    "DATABASE_URL", f"sqlite:///{tempfile.gettempdir()}/meterly.sqlite3"
+)
+_database = env.db("DATABASE_URL")
+# Two runs at once do not share a test database. On SQLite it is a file, so that
+# the threads and processes of a test see the same one.
+_name = Path(_database["NAME"])
+_database["TEST"] = {"NAME": str(_name.with_name(f"test_{os.getpid()}_{_name.name}"))}
+if _database["ENGINE"] == "django.db.backends.sqlite3":
+    _database["OPTIONS"] = {"timeout": 20}
+elif _database["ENGINE"] == "django.db.backends.mysql":
+    import pymysql
+
+    pymysql.install_as_MySQLdb()
+DATABASES = {"default": _database}
 
 INSTALLED_APPS = [
     "django.contrib.admin",
@@ -47,6 +53,7 @@ MIDDLEWARE = [
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [Path(__file__).parent / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
             "context_processors": [

@@ -1,0 +1,180 @@
+"""System checks: what is misconfigured, found before a user does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from django.core.checks import CheckMessage, Error, Tags, register
+from django.core.checks import Warning as CheckWarning
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections, router
+from django.utils.module_loading import import_string
+
+from .conf import DEFAULTS, meterly_settings, suggestion
+from .transports.base import check_ttl, check_unit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+HTTP_TRANSPORT = "django_meterly.transports.HttpTransport"
+LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
+LEDGER_APP = "django_meterly.ledger"
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+@register("meterly")
+def check_settings(**kwargs: Any) -> list[CheckMessage]:
+    """Check ``settings.METERLY``."""
+    try:
+        project = meterly_settings.as_dict()
+    except ImproperlyConfigured as exc:
+        return [Error(str(exc), id="meterly.E001")]
+    unknown = [name for name in project if name not in DEFAULTS]
+    if unknown:
+        # Every other setting refuses to be read until these are gone.
+        return [
+            Error(
+                f"There is no setting METERLY[{name!r}].",
+                hint=suggestion(str(name), DEFAULTS).strip()
+                or f"The settings are {', '.join(sorted(DEFAULTS))}.",
+                id="meterly.E002",
+            )
+            for name in unknown
+        ]
+    return [*_check_values(), *_check_transport()]
+
+
+def _check_values() -> Iterator[CheckMessage]:
+    for name in DEFAULTS:
+        try:
+            getattr(meterly_settings, name)
+        except ImproperlyConfigured as exc:
+            yield Error(str(exc), id="meterly.E003")
+            return
+    for name, check in (("RESERVATION_TTL", check_ttl), ("DEFAULT_UNIT", check_unit)):
+        value = getattr(meterly_settings, name)
+        if value is not None:
+            try:
+                check(value, f"METERLY[{name!r}]")
+            except ValueError as exc:
+                yield Error(str(exc), id="meterly.E003")
+    for name, choices in (
+        ("OVERAGE", ("charge", "cap")),
+        ("ON_DISCONNECT", ("release", "commit", "settled")),
+    ):
+        value = getattr(meterly_settings, name)
+        if value not in choices:
+            yield Error(
+                f"METERLY[{name!r}] must be one of {', '.join(choices)}, "
+                f"not {value!r}.",
+                id="meterly.E003",
+            )
+    for name in ("TRANSPORT", "CUSTOMER_RESOLVER", "EXTERNAL_ID"):
+        try:
+            import_string(getattr(meterly_settings, name))
+        except (ImportError, TypeError, AttributeError) as exc:
+            yield Error(
+                f"METERLY[{name!r}] cannot be imported: {exc}",
+                hint="Give the dotted path of a class or function.",
+                id="meterly.E004",
+            )
+
+
+def _check_transport() -> Iterator[CheckMessage]:
+    transport = meterly_settings.TRANSPORT
+    if transport == LEDGER_TRANSPORT and LEDGER_APP not in _app_modules():
+        yield Error(
+            "METERLY['TRANSPORT'] is the embedded ledger, which is not installed.",
+            hint=f"Add {LEDGER_APP!r} to INSTALLED_APPS and run migrate.",
+            id="meterly.E005",
+        )
+    if transport != HTTP_TRANSPORT:
+        return
+    if not meterly_settings.API_KEY:
+        yield Error(
+            "METERLY['API_KEY'] is missing.",
+            hint=(
+                "Set it (METERLY_API_KEY with from_env), or set METERLY['TRANSPORT'] "
+                f"to {LEDGER_TRANSPORT!r} to keep the credits in your own database."
+            ),
+            id="meterly.E006",
+        )
+    base_url = str(meterly_settings.BASE_URL)
+    address = urlsplit(base_url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        yield Error(
+            f"METERLY['BASE_URL'] is not an http or https URL: {base_url!r}.",
+            id="meterly.E007",
+        )
+    elif (
+        address.scheme == "http"
+        and address.hostname not in LOOPBACK
+        and not meterly_settings.ALLOW_INSECURE_HTTP
+    ):
+        yield Error(
+            f"METERLY['BASE_URL'] sends the API key in clear: {base_url!r}.",
+            hint=(
+                "Use https. Where the network is trusted, set "
+                "METERLY['ALLOW_INSECURE_HTTP'] to True."
+            ),
+            id="meterly.E008",
+        )
+
+
+@register("meterly", Tags.database)
+def check_customer_model(
+    databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Refuse a ``CUSTOMER_MODEL`` that is not the one of the first migrate."""
+    from django.apps import apps
+
+    from .models import Customer
+
+    using = router.db_for_write(Customer)
+    if using not in (databases or ()):
+        return []
+    owner = Customer._meta.get_field("owner")
+    expected = apps.get_model(meterly_settings.CUSTOMER_MODEL)._meta.db_table
+    connection = connections[using]
+    with connection.cursor() as cursor:
+        table = Customer._meta.db_table
+        if table not in connection.introspection.table_names(cursor):
+            return []
+        relations = connection.introspection.get_relations(cursor, table)
+    actual = relations.get(owner.column)
+    if actual is None or actual[1] == expected:
+        return []
+    return [
+        Error(
+            f"METERLY['CUSTOMER_MODEL'] is {meterly_settings.CUSTOMER_MODEL!r}, but "
+            f"the customers of the database {using!r} belong to the table "
+            f"{actual[1]!r}.",
+            hint=(
+                "CUSTOMER_MODEL is fixed by the first migrate. Set it back, or move "
+                "the customers with a migration of your own."
+            ),
+            id="meterly.E009",
+        )
+    ]
+
+
+def _app_modules() -> set[str]:
+    from django.apps import apps
+
+    return {config.name for config in apps.get_app_configs()}
+
+
+@register("meterly")
+def check_databases(**kwargs: Any) -> list[CheckMessage]:
+    """Warn about SQLite with ``ATOMIC_REQUESTS``."""
+    return [
+        CheckWarning(
+            f"The database {alias!r} is SQLite with ATOMIC_REQUESTS: a guarded view "
+            "holds its one write lock until it is done, and concurrent requests fail.",
+            hint="Set ATOMIC_REQUESTS to False there, or use another database.",
+            id="meterly.W001",
+        )
+        for alias, options in connections.settings.items()
+        if options["ENGINE"].endswith("sqlite3") and options["ATOMIC_REQUESTS"]
+    ]

@@ -1,0 +1,109 @@
+"""Granting credits, with a record of who granted what, and why."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from django.db import IntegrityError, router, transaction
+
+from .errors import MeterlyApiError
+from .journal import OUTAGE
+from .models import Customer, Grant
+from .transports.base import check_amount, check_description, check_text, check_unit
+
+if TYPE_CHECKING:
+    from .client import MeterlyClient
+
+logger = logging.getLogger(__name__)
+State = Grant.State
+#: Rows looked up at a time.
+BATCH = 200
+
+
+def grant(
+    client: MeterlyClient,
+    customer: Customer,
+    amount: int,
+    unit: str,
+    *,
+    reason: str,
+    reference: str,
+    actor: Any = None,
+) -> tuple[Grant, bool]:
+    """Grant *amount* credits of *unit* to *customer*, once per *reference*.
+
+    Returns the grant and whether it is new; a second call with the same
+    reference returns the first one's grant. The record is written before the
+    ledger is asked: a grant whose answer was lost stays pending, and is carried
+    out by ``settle_due``. Raises ``ValueError`` for arguments out of bounds,
+    and an empty *reason*.
+    """
+    check_amount(amount)
+    check_unit(unit)
+    check_text(reference, "reference")
+    if not check_description(reason, "reason").strip():
+        raise ValueError("Give a reason: it is kept with the grant.")
+    using = router.db_for_write(Grant)
+    try:
+        with transaction.atomic(using=using):
+            row = Grant.objects.using(using).create(
+                customer=customer,
+                unit=unit,
+                amount=amount,
+                reason=reason,
+                reference=reference,
+                actor=actor,
+            )
+    except IntegrityError:
+        first = Grant.objects.using(using).get(
+            customer=customer, unit=unit, reference=reference
+        )
+        return first, False
+    settle(client, row)
+    return row, True
+
+
+def settle(client: MeterlyClient, row: Grant) -> None:
+    """Ask the ledger for a pending grant, and record its answer."""
+    try:
+        answer = client.grant_credits(
+            row.customer.external_id,
+            row.amount,
+            row.unit,
+            row.reference,
+            row.reason,
+            idempotency_key=f"{row.customer.wire_scope}:{row.pk}:grant",
+        )
+    except OUTAGE as exc:
+        _record(row, State.PENDING, str(exc))
+        logger.warning("Grant %s is still pending: %s", row.pk, exc)
+    except MeterlyApiError as exc:
+        _record(row, State.REFUSED, str(exc))
+        logger.warning("Grant %s was refused: %s", row.pk, exc)
+    else:
+        _record(row, State.GRANTED, "")
+        # The ledger has registered a customer it did not know.
+        Customer.objects.filter(pk=row.customer.pk, customer_id=None).update(
+            customer_id=answer.grant.customer_id
+        )
+
+
+def _record(row: Grant, state: str, error: str) -> None:
+    changed = Grant.objects.filter(pk=row.pk, state=State.PENDING).update(
+        state=state, last_error=error
+    )
+    if changed:
+        row.state, row.last_error = state, error
+
+
+def settle_due(client: MeterlyClient) -> int:
+    """Ask the ledger again for every pending grant; return how many there were."""
+    pending = list(
+        Grant.objects.filter(state=State.PENDING)
+        .select_related("customer")
+        .order_by("created_at")[:BATCH]
+    )
+    for row in pending:
+        settle(client, row)
+    return len(pending)

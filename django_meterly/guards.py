@@ -1,0 +1,289 @@
+"""``guard()``: reserve, run, then commit or release."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DatabaseError, connections, transaction
+
+from . import journal
+from .client import get_client
+from .conf import meterly_settings
+from .errors import MeterlyUsageError
+from .models import MAX_CALLER_KEY_LENGTH, Customer
+from .transports.base import check_amount, check_key, check_text, check_ttl, check_unit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from .models import Reservation
+    from .types import Balance
+
+__all__ = ["Guard", "guard"]
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """One guarded piece of work: what ``guard()`` returns and ``request.meterly`` is.
+
+    *amount* credits of *unit* are held while the work runs. The work may call
+    ``settle`` to be charged for what it used, or ``release`` to be free.
+    """
+
+    def __init__(
+        self,
+        customer: Any,
+        amount: int,
+        unit: str,
+        *,
+        reference: str,
+        idempotency_key: str | None,
+        ttl_seconds: int,
+        durable: bool,
+    ) -> None:
+        self._payer = customer
+        self.amount = amount
+        self.unit = unit
+        self.reference = reference
+        self.idempotency_key = idempotency_key
+        self.ttl_seconds = ttl_seconds
+        self.durable = durable
+        self.reservation: Reservation | None = None
+        self._balance: Balance | None = None
+        self._charge: int | None = amount
+        self._settled = False
+        self._concluded = False
+        self._client = get_client()
+
+    def __repr__(self) -> str:
+        state = self.reservation.state if self.reservation else "not reserved"
+        return f"<Guard {self.reference}: {self.amount} {self.unit}, {state}>"
+
+    @property
+    def available(self) -> int:
+        """The credits that were left for other work when these were reserved."""
+        return self._balance.available if self._balance else 0
+
+    @property
+    def charge(self) -> int:
+        """What success costs: the amount held, unless the work said otherwise."""
+        return self._charge or 0
+
+    def settle(self, amount: int) -> None:
+        """Charge *amount* on success, instead of the amount held.
+
+        Less than was held: the rest returns. More: ``OVERAGE`` decides whether
+        the rest is charged too (``"charge"``) or the hold is the most
+        (``"cap"``). 0 is free. Raises ``ValueError`` for anything that is not a
+        whole number of credits.
+        """
+        charge = check_amount(amount, minimum=0)
+        if charge > self.amount and meterly_settings.OVERAGE == "cap":
+            logger.warning(
+                "%s used %d %s, but is charged the %d it reserved (OVERAGE is 'cap').",
+                self.reference,
+                charge,
+                self.unit,
+                self.amount,
+            )
+            charge = self.amount
+        self._charge = charge
+        self._settled = True
+
+    def release(self) -> None:
+        """Let the work be free, even if it succeeds."""
+        self._charge = None
+
+    def __enter__(self) -> Guard:
+        self.reserve()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is None:
+            self.succeed()
+        else:
+            self.fail()
+
+    # What the edges call, in this order: reserve, then one of the others.
+
+    def reserve(self) -> None:
+        """Hold the credits. Raises what ``journal.reserve`` raises."""
+        if self.reservation is not None:
+            raise MeterlyUsageError(
+                "A guard guards one piece of work. Call guard() again for the next."
+            )
+        if self.durable:
+            journal.refuse_open_transaction()
+        self.reservation, self._balance = journal.reserve(
+            self._client,
+            Customer.objects.resolve(self._payer),
+            self.amount,
+            self.unit,
+            reference=self.reference,
+            key=self.idempotency_key,
+            ttl_seconds=self.ttl_seconds,
+        )
+
+    def decide(self) -> None:
+        """Record success as part of the transaction that is open, the work's own.
+
+        With the ledger in the same database the credits move in it, too, so
+        that work and charge are one; but only at READ COMMITTED, for above it
+        a busy account would fail the work with a serialization error.
+        """
+        if not self._record_decision():
+            return
+        using = journal.alias()
+        if self._client.transport.joins(using) and _reads_committed(using):
+            self._settle_now()
+
+    def succeed(self) -> None:
+        """Record success in a transaction of its own, then settle."""
+        self._conclude(self._record_decision)
+
+    def fail(self) -> None:
+        """Record failure, then settle, whatever the row says by now.
+
+        After an exception from a COMMIT only the row knows whether the work was
+        done. Nothing is raised: the work's own exception is the one to see.
+        """
+        try:
+            self._conclude(lambda: journal.record_failure(self._row))
+        except DatabaseError:
+            logger.exception(
+                "%s could not be released; the sweeper will do it", self.reference
+            )
+
+    def disconnect(self) -> None:
+        """Conclude a stream whose reader went away, as ``ON_DISCONNECT`` says."""
+        policy = meterly_settings.ON_DISCONNECT
+        if policy == "commit" or (policy == "settled" and self._settled):
+            self.succeed()
+        else:
+            self.fail()
+
+    def abandon(self) -> None:
+        """Release what nobody has concluded."""
+        if not self._concluded:
+            self.fail()
+
+    def confirm(self) -> None:
+        """Settle what ``decide`` has recorded, now that it is committed."""
+        try:
+            self._settle_now()
+        except DatabaseError:
+            logger.exception(
+                "%s could not be settled; the sweeper will do it", self.reference
+            )
+
+    @property
+    def _row(self) -> Reservation:
+        if self.reservation is None:
+            raise MeterlyUsageError("This guard has not reserved anything yet.")
+        return self.reservation
+
+    def _record_decision(self) -> bool:
+        if self._charge is None:
+            return journal.record_failure(self._row)
+        return journal.record_success(self._row, self._charge)
+
+    def _conclude(self, record: Callable[[], bool]) -> None:
+        self._concluded = True
+        using = journal.alias()
+        transport = self._client.transport
+
+        def record_and_settle() -> None:
+            with transport.unit_of_work(using):
+                if not record():
+                    # The row has another decision, and that one stands.
+                    self._row.refresh_from_db(using=using)
+                if self.durable or transport.joins(using):
+                    self._settle_now()
+                else:
+                    # The ledger may only hear of it once it is committed.
+                    transaction.on_commit(self.confirm, using=using, robust=True)
+
+        try:
+            journal.on_live_connection(using, record_and_settle)
+        except DatabaseError:
+            # The movement may be what failed: the decision alone must hold.
+            logger.exception("%s could not be settled at once", self.reference)
+            record()
+        except BaseException:
+            # A time limit or an interrupt in the middle took the decision along.
+            record()
+            raise
+
+    def _settle_now(self) -> None:
+        journal.settle(self._client, self._row, timeout=journal.SETTLE_TIMEOUT)
+
+
+def guard(
+    customer: Any,
+    amount: int,
+    unit: str | None = None,
+    *,
+    reference: str | None = None,
+    idempotency_key: str | None = None,
+    ttl_seconds: int | None = None,
+    durable: bool = True,
+) -> Guard:
+    """Hold credits while a block of code runs; charge them if it succeeds.
+
+    Use it as a context manager::
+
+        with guard(user, 100, "gpu_seconds", reference="render-42") as work:
+            ...
+            work.settle(80)
+
+    *customer* is an instance of ``CUSTOMER_MODEL``, a ``Customer`` or an
+    external id; *amount* a positive whole number of credits; *unit* defaults to
+    ``DEFAULT_UNIT``; *reference* names the work for people; *ttl_seconds* (1 to
+    86400, default ``RESERVATION_TTL``) is how long the credits are held at
+    most. An *idempotency_key* (up to 200 visible ASCII characters, unique for
+    the customer) runs the work once: after a success it is refused, after a
+    refusal or a failure it may be tried again.
+
+    An exception from the block releases the credits and goes on. Entering
+    raises ``MeterlyInsufficientCreditsError``, ``MeterlyUnavailableError`` when
+    the ledger cannot be asked, ``MeterlyDuplicateError`` when the key was used,
+    and ``MeterlyUsageError`` inside an open transaction. With *durable* false
+    the reservation lives and dies with that transaction instead. Arguments out
+    of bounds are a ``ValueError`` before anything is written or sent.
+    """
+    unit = unit or meterly_settings.DEFAULT_UNIT
+    if unit is None:
+        raise ImproperlyConfigured(
+            'Name a unit: guard(customer, amount, "image_credits"), or set '
+            "METERLY['DEFAULT_UNIT']."
+        )
+    if idempotency_key is not None:
+        check_key(idempotency_key, length=MAX_CALLER_KEY_LENGTH)
+    return Guard(
+        customer,
+        check_amount(amount),
+        check_unit(unit),
+        reference=check_text(reference or f"guard:{uuid.uuid4()}", "reference"),
+        idempotency_key=idempotency_key,
+        ttl_seconds=check_ttl(
+            meterly_settings.RESERVATION_TTL if ttl_seconds is None else ttl_seconds
+        ),
+        durable=durable,
+    )
+
+
+def _reads_committed(using: str) -> bool:
+    level = connections[using].settings_dict["OPTIONS"].get("isolation_level")
+    # Django's default on PostgreSQL and MySQL; SQLite has one writer at a time.
+    name = getattr(level, "name", level)
+    return name is None or str(name).lower().replace("_", " ") == "read committed"

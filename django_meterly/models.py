@@ -1,0 +1,324 @@
+"""The customer mirror, the grants, and the journal of reservations."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from typing import TYPE_CHECKING, Any, cast
+
+from django.conf import settings
+from django.db import models
+from django.utils.module_loading import import_string
+from django.utils.translation import gettext_lazy as _
+
+from .conf import meterly_settings
+from .db import DatabaseNow, ExactCharField
+from .errors import MeterlyCustomerExistsError
+from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text
+
+if TYPE_CHECKING:
+    from .client import MeterlyClient
+
+#: A caller's key at most; the rest of the wire's 255 is for what is derived from it.
+MAX_CALLER_KEY_LENGTH = 200
+UNIT_LENGTH = 64
+ID_LENGTH = 64
+
+
+class CustomerQuerySet(models.QuerySet["Customer"]):
+    def for_owner(self, owner: models.Model) -> Customer:
+        """Return the customer of *owner*, made on first use.
+
+        Two first uses at once make one row. Raises ``ValueError`` when
+        ``EXTERNAL_ID`` returns something that cannot be an external id.
+        """
+        external_id = import_string(meterly_settings.EXTERNAL_ID)(owner)
+        customer, _ = self.get_or_create(
+            external_id=check_text(external_id, "external_id"),
+            defaults={"owner": cast(Any, owner)},
+        )
+        return customer
+
+    def resolve(self, value: Any) -> Customer:
+        """Return the customer that *value* stands for.
+
+        *value* is a ``Customer``, an instance of ``CUSTOMER_MODEL`` or an
+        external id. Raises ``TypeError`` for anything else.
+        """
+        if isinstance(value, Customer):
+            return value
+        if isinstance(value, str):
+            return self.get_or_create(external_id=check_text(value, "external_id"))[0]
+        owner_model = Customer._meta.get_field("owner").related_model
+        if isinstance(value, owner_model):
+            return self.for_owner(value)
+        raise TypeError(
+            "A customer is a Customer, an instance of "
+            f"{meterly_settings.CUSTOMER_MODEL} or an external id, not {value!r}."
+        )
+
+
+class Customer(models.Model):
+    """Who pays with credits: your external id, and the ledger's id for it."""
+
+    owner = models.ForeignKey(
+        meterly_settings.CUSTOMER_MODEL,
+        verbose_name=_("owner"),
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="+",
+    )
+    external_id = ExactCharField(
+        _("external id"), max_length=MAX_TEXT_LENGTH, unique=True
+    )
+    customer_id = ExactCharField(
+        _("customer id"),
+        max_length=ID_LENGTH,
+        null=True,
+        blank=True,
+        unique=True,
+        editable=False,
+        help_text=_("The ledger's id, known from the first use on."),
+    )
+    created_at = models.DateTimeField(_("created at"), auto_now_add=True)
+
+    objects = CustomerQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("customer")
+        verbose_name_plural = _("customers")
+        permissions = [("grant_credits", _("Can grant credits"))]
+
+    def __str__(self) -> str:
+        return str(self.external_id)
+
+    @property
+    def wire_scope(self) -> str:
+        """What keeps this customer's keys apart from others' on the wire.
+
+        The ledger's keys are unique in a workspace, a caller's keys only for
+        one customer.
+        """
+        return hashlib.sha256(self.external_id.encode()).hexdigest()[:12]
+
+    def register(self, client: MeterlyClient, unit: str) -> str:
+        """Return the ledger's id, registering the customer there on first use.
+
+        *unit* becomes the default unit of a new customer. Two first uses at
+        once end with one customer: the ledger deduplicates by external id.
+        Raises what ``create_customer`` raises.
+        """
+        if self.customer_id:
+            return str(self.customer_id)
+        try:
+            customer_id = client.create_customer(self.external_id, unit).customer_id
+        except MeterlyCustomerExistsError as exc:
+            customer_id = exc.customer_id
+        Customer.objects.filter(pk=self.pk).update(customer_id=customer_id)
+        self.customer_id = customer_id
+        return customer_id
+
+
+class Grant(models.Model):
+    """Credits somebody granted: who, to whom, how many and why.
+
+    Written before the ledger is asked, so that a grant whose answer was lost is
+    asked for again, with the same key, until the ledger has said yes or no.
+    """
+
+    class State(models.TextChoices):
+        PENDING = "pending", _("pending")
+        GRANTED = "granted", _("granted")
+        REFUSED = "refused", _("refused")
+
+    customer = models.ForeignKey(
+        Customer, verbose_name=_("customer"), on_delete=models.PROTECT
+    )
+    unit = ExactCharField(_("unit"), max_length=UNIT_LENGTH)
+    amount = models.BigIntegerField(_("amount"))
+    reason = models.CharField(_("reason"), max_length=500)
+    reference = ExactCharField(_("reference"), max_length=MAX_TEXT_LENGTH)
+    actor = models.ForeignKey(
+        settings.AUTH_USER_MODEL,
+        verbose_name=_("granted by"),
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="+",
+    )
+    state = models.CharField(
+        _("state"), max_length=16, choices=State.choices, default=State.PENDING
+    )
+    last_error = models.TextField(_("last error"), blank=True)
+    created_at = models.DateTimeField(_("created at"), auto_now_add=True)
+
+    class Meta:
+        verbose_name = _("grant")
+        verbose_name_plural = _("grants")
+        constraints = [
+            models.UniqueConstraint(
+                fields=["customer", "unit", "reference"], name="meterly_grant_once"
+            ),
+            models.CheckConstraint(
+                condition=models.Q(amount__gt=0), name="meterly_grant_positive"
+            ),
+        ]
+        indexes = [
+            models.Index(fields=["state", "created_at"], name="meterly_grant_pending")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.amount} {self.unit} → {self.customer}"
+
+
+class ReservationQuerySet(models.QuerySet["Reservation"]):
+    def lapsed(self) -> ReservationQuerySet:
+        """Open rows whose lease has run out by the database's clock."""
+        return self.filter(
+            state__in=Reservation.State.open(), lease_until__lt=DatabaseNow()
+        )
+
+    def due(self) -> ReservationQuerySet:
+        """Decided rows that are to be carried out now."""
+        return self.filter(
+            state__in=Reservation.State.pending(),
+            stuck_at=None,
+            next_attempt_at__lte=DatabaseNow(),
+        )
+
+    def stuck(self) -> ReservationQuerySet:
+        """Decided rows that the ledger has refused too often."""
+        return self.filter(stuck_at__isnull=False)
+
+
+class Reservation(models.Model):
+    """One attempt at one guarded piece of work, from before the first byte on.
+
+    The journal's row: what was asked of the ledger, and what was decided.
+    ``django_meterly.journal`` is its only writer.
+    """
+
+    class State(models.TextChoices):
+        INTENT = "intent", _("asking the ledger")
+        RESERVED = "reserved", _("reserved")
+        DENIED = "denied", _("denied")
+        FAILED = "failed", _("failed")
+        RELEASE_PENDING = "release_pending", _("release pending")
+        RELEASED = "released", _("released")
+        CONFLICT = "conflict", _("conflict")
+        COMMIT_PENDING = "commit_pending", _("commit pending")
+        COMMITTED = "committed", _("committed")
+        UNBILLED = "unbilled", _("unbilled")
+
+        @classmethod
+        def open(cls) -> tuple[Reservation.State, ...]:
+            """Nobody has decided yet; the row has a lease."""
+            return (cls.INTENT, cls.RESERVED)
+
+        @classmethod
+        def pending(cls) -> tuple[Reservation.State, ...]:
+            """Decided, and to be carried out at the ledger."""
+            return (cls.RELEASE_PENDING, cls.COMMIT_PENDING, cls.UNBILLED)
+
+        @classmethod
+        def free(cls) -> tuple[Reservation.State, ...]:
+            """Nothing was charged; the key may be tried again."""
+            return (cls.DENIED, cls.FAILED, cls.RELEASED)
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    customer = models.ForeignKey(
+        Customer, verbose_name=_("customer"), on_delete=models.PROTECT
+    )
+    unit = ExactCharField(_("unit"), max_length=UNIT_LENGTH)
+    amount = models.BigIntegerField(_("amount held"))
+    charge = models.BigIntegerField(
+        _("amount charged"),
+        null=True,
+        blank=True,
+        help_text=_("What was decided to be charged; empty until then."),
+    )
+    reference = ExactCharField(_("reference"), max_length=MAX_TEXT_LENGTH)
+    key = ExactCharField(_("idempotency key"), max_length=MAX_CALLER_KEY_LENGTH)
+    attempt = models.PositiveIntegerField(_("attempt"), default=1)
+    ttl_seconds = models.PositiveIntegerField(_("hold time in seconds"))
+    state = models.CharField(
+        _("state"), max_length=16, choices=State.choices, default=State.INTENT
+    )
+    reservation_id = ExactCharField(
+        _("reservation id"), max_length=ID_LENGTH, null=True, blank=True
+    )
+    lapsed = models.BooleanField(
+        _("lapsed"),
+        default=False,
+        help_text=_("The lease ran out before anybody decided."),
+    )
+    lease_until = models.DateTimeField(_("lease until"), null=True, blank=True)
+    next_attempt_at = models.DateTimeField(_("next attempt at"), null=True, blank=True)
+    settle_attempts = models.PositiveIntegerField(_("settle attempts"), default=0)
+    refusals = models.PositiveIntegerField(_("refusals"), default=0)
+    stuck_at = models.DateTimeField(_("stuck since"), null=True, blank=True)
+    last_error = models.TextField(_("last error"), blank=True)
+    created_at = models.DateTimeField(_("created at"), auto_now_add=True)
+    decided_at = models.DateTimeField(_("decided at"), null=True, blank=True)
+    settled_at = models.DateTimeField(_("settled at"), null=True, blank=True)
+
+    objects = ReservationQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("reservation")
+        verbose_name_plural = _("reservations")
+        constraints = [
+            models.UniqueConstraint(
+                fields=["customer", "key", "attempt"],
+                name="meterly_reservation_attempt",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(amount__gt=0), name="meterly_reservation_positive"
+            ),
+            models.CheckConstraint(
+                condition=models.Q(charge=None) | models.Q(charge__gte=0),
+                name="meterly_reservation_charge",
+            ),
+            models.CheckConstraint(
+                # An open row without a lease, or a decided one without a next
+                # attempt, would be invisible to the sweeper for ever.
+                condition=(
+                    models.Q(
+                        state__in=["intent", "reserved"], lease_until__isnull=False
+                    )
+                    | models.Q(
+                        state__in=["release_pending", "commit_pending", "unbilled"],
+                        next_attempt_at__isnull=False,
+                    )
+                    | models.Q(
+                        state__in=[
+                            "denied",
+                            "failed",
+                            "released",
+                            "conflict",
+                            "committed",
+                        ]
+                    )
+                ),
+                name="meterly_reservation_swept",
+            ),
+        ]
+        indexes = [
+            models.Index(fields=["lease_until"], name="meterly_reservation_lease"),
+            models.Index(fields=["next_attempt_at"], name="meterly_reservation_due"),
+            models.Index(fields=["created_at"], name="meterly_reservation_created"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.reference} ({self.get_state_display()})"
+
+    def wire_key(self, operation: str) -> str:
+        """Return the key of this attempt's ``reserve``, ``commit``, ... call.
+
+        Built so that it can be taken apart again from its end, and begins with
+        the customer's scope: no two rows, and no two calls, can share one.
+        """
+        key = f"{self.customer.wire_scope}:{self.key}~{self.attempt}:{operation}"
+        assert len(key) <= MAX_KEY_LENGTH
+        return key

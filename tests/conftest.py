@@ -1,0 +1,100 @@
+"""What every test shares: the rule about skips, the database, a free port."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+from django.db import connection, connections
+
+from tests import database
+from tests.faults import FaultyTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
+
+# Taken out of the environment, because it is no METERLY setting and from_env()
+# refuses variables that name none.
+NO_SKIP = os.environ.pop("METERLY_TEST_NO_SKIP", "") == "1"
+
+
+def _without_skips(report: R) -> R:
+    # An expected failure is reported as a skip, too, but it did run.
+    if NO_SKIP and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"METERLY_TEST_NO_SKIP forbids this skip: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[
+    None, pytest.TestReport, pytest.TestReport
+]:
+    return _without_skips((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[
+    None, pytest.CollectReport, pytest.CollectReport
+]:
+    return _without_skips((yield))
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None) -> None:
+    """Let child processes open the test database: ``DATABASE_URL`` names it."""
+    url, mark, options = os.environ["DATABASE_URL"].partition("?")
+    server, _, _ = url.rpartition("/")
+    name = Path(connection.settings_dict["NAME"]).name
+    os.environ["DATABASE_URL"] = f"{server}/{name}{mark}{options}"
+
+
+@pytest.fixture
+def joined(settings: Any) -> None:
+    """The ledger in the journal's own database and transactions (the default)."""
+    settings.METERLY = {
+        **settings.METERLY,
+        "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
+    }
+
+
+@pytest.fixture
+def remote(settings: Any) -> Iterator[type[FaultyTransport]]:
+    """A ledger that joins no transaction, and meets the faults a test names."""
+    settings.METERLY = {
+        **settings.METERLY,
+        "TRANSPORT": "tests.faults.FaultyTransport",
+    }
+    FaultyTransport.reset()
+    yield FaultyTransport
+    FaultyTransport.reset()
+
+
+@pytest.fixture(params=["joined", "remote"])
+def any_ledger(request: pytest.FixtureRequest) -> Any:
+    """Both kinds of ledger, one after the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def atomic_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ATOMIC_REQUESTS`` on the default database."""
+    monkeypatch.setitem(connections.settings["default"], "ATOMIC_REQUESTS", True)
+
+
+@pytest.fixture(params=[False, True], ids=["autocommit", "atomic_requests"])
+def any_requests(request: pytest.FixtureRequest) -> bool:
+    """Without and with ``ATOMIC_REQUESTS``."""
+    if request.param:
+        request.getfixturevalue("atomic_requests")
+    return bool(request.param)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    return database.free_port()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import Group
+from django.core.checks import run_checks
+from django.core.management import call_command
+from django.db import connection
+from django.test import override_settings
+
+from django_meterly import checks
+
+HTTP = {"TRANSPORT": "django_meterly.transports.HttpTransport"}
+
+
+def ids(**kwargs: Any) -> list[str]:
+    return [str(message.id) for message in run_checks(tags=["meterly"], **kwargs)]
+
+
+def test_the_suites_settings_are_fine() -> None:
+    assert ids() == []
+    call_command("check", fail_level="WARNING")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([], "meterly.E001"),
+        ({"API_KEYS": "x"}, "meterly.E002"),
+        ({**HTTP, "API_KEY": "x", "DEADLINE": -1}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "RESERVATION_TTL": 90000}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "DEFAULT_UNIT": "a b"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "OVERAGE": "maybe"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "ON_DISCONNECT": "maybe"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "EXTERNAL_ID": "no.such"}, "meterly.E004"),
+        ({"TRANSPORT": "no.such.Transport"}, "meterly.E004"),
+        (HTTP, "meterly.E006"),
+        ({}, "meterly.E006"),
+        ({**HTTP, "API_KEY": "x", "BASE_URL": "ledger.test"}, "meterly.E007"),
+        ({**HTTP, "API_KEY": "x", "BASE_URL": "http://ledger.test"}, "meterly.E008"),
+    ],
+)
+def test_a_mistake_is_found(value: Any, expected: str) -> None:
+    with override_settings(METERLY=value):
+        assert ids() == [expected]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"BASE_URL": "https://ledger.test"},
+        {"BASE_URL": "http://127.0.0.1:8000/ledger"},
+        {"BASE_URL": "http://ledger.test", "ALLOW_INSECURE_HTTP": True},
+    ],
+)
+def test_good_addresses_pass(extra: dict[str, Any]) -> None:
+    with override_settings(METERLY={**HTTP, "API_KEY": "x", **extra}):
+        assert ids() == []
+
+
+def test_an_unknown_setting_gets_a_suggestion() -> None:
+    with override_settings(METERLY={"API_KEYS": "x"}):
+        (message,) = checks.check_settings()
+    assert message.hint == "Did you mean 'API_KEY'?"
+
+
+def test_the_ledger_transport_needs_its_app(settings: Any) -> None:
+    settings.INSTALLED_APPS = [
+        app for app in settings.INSTALLED_APPS if app != checks.LEDGER_APP
+    ]
+    assert [message.id for message in checks.check_settings()] == ["meterly.E005"]
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_sqlite_with_atomic_requests_is_warned_of() -> None:
+    on_sqlite = connection.vendor == "sqlite"
+    assert ids() == ["meterly.W001"] * on_sqlite
+
+
+@pytest.mark.django_db
+def test_a_customer_model_changed_later_is_refused(settings: Any) -> None:
+    assert ids(databases=["default"]) == []
+    settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": "auth.Group"}
+    (message,) = checks.check_customer_model(databases=["default"])
+    assert message.id == "meterly.E009"
+    assert "auth_user" in str(message.msg)
+    assert Group._meta.db_table not in str(message.msg)
