@@ -1,0 +1,44 @@
+PYTHON ?= python3
+TOOLS := .venv-tools
+DEMO := .venv-demo
+TOX := $(TOOLS)/bin/tox run
+
+.PHONY: help test matrix lint package demo clean
+
+help:
+	@echo "make test     the test suite, on SQLite and on PostgreSQL (ARGS= for pytest)"
+	@echo "make matrix   every environment of tox.ini"
+	@echo "make lint     formatting, static rules and types"
+	@echo "make package  build the distributions and look inside"
+	@echo "make demo     the example project (ONCE=1: start it, try it, stop it)"
+	@echo "make clean    remove what these commands left"
+
+test: $(TOOLS)/.done
+	$(TOX) -e py -- $(ARGS)
+
+matrix: $(TOOLS)/.done
+	$(TOX)
+
+lint: $(TOOLS)/.done
+	$(TOX) -e lint,types
+
+package: $(TOOLS)/.done
+	$(TOX) -e package
+
+demo: $(DEMO)/.done
+	$(DEMO)/bin/python example_project/demo.py $(if $(ONCE),--once)
+
+$(TOOLS)/.done:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet "tox>=4.20"
+	touch $@
+
+$(DEMO)/.done: setup.cfg
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+clean:
+	rm -rf $(TOOLS) $(DEMO) .tox .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info example_project/var benchmarks/var
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
