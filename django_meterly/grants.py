@@ -98,12 +98,21 @@ def _record(row: Grant, state: str, error: str) -> None:
 
 
 def settle_due(client: MeterlyClient) -> int:
-    """Ask the ledger again for every pending grant; return how many there were."""
-    pending = list(
+    """Ask the ledger again for pending grants; return how many were asked for.
+
+    Stops at the first one that is still pending after that: the ledger is out
+    of reach, and the others can wait for the next run.
+    """
+    pending = (
         Grant.objects.filter(state=State.PENDING)
         .select_related("customer")
-        .order_by("created_at")[:BATCH]
+        # A grant the ledger cannot answer must not stand in the others' way.
+        .order_by("?")[:BATCH]
     )
+    asked = 0
     for row in pending:
         settle(client, row)
-    return len(pending)
+        asked += 1
+        if row.state == State.PENDING:
+            break
+    return asked

@@ -474,7 +474,7 @@ def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
     # A late success may have taken a pending release over meanwhile: then this
     # outcome is no longer the row's, and the commit finds out what to do.
     sources = {row.state}
-    if outcome == State.COMMITTED:
+    if outcome == State.COMMITTED and row.state != State.RELEASE_PENDING:
         sources |= {State.COMMIT_PENDING, State.UNBILLED}
     return _move(
         row,
@@ -547,6 +547,9 @@ def settle_due(client: MeterlyClient, *, limit: int | None = None) -> int:
             .order_by("next_attempt_at")
             .values_list("pk", flat=True)[:BATCH]
         )
+        # Sweepers side by side are not to wait for each other row by row, and a
+        # row that ends its settler is not to be everybody's first.
+        random.shuffle(due)
         for pk in due[: None if limit is None else limit - taken]:
             taken += _sweep_row(client, using, pk)
         if len(due) < BATCH:
