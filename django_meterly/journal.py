@@ -218,7 +218,7 @@ def _ask(
     except MeterlyInsufficientCreditsError as exc:
         _move(row, [State.INTENT], State.DENIED, lease_until=None)
         return exc
-    except MeterlyUnknownOutcomeError as exc:
+    except (MeterlyUnknownOutcomeError, MeterlyIdempotencyInProgressError) as exc:
         # There may be a hold. The row keeps its lease; the sweeper sends the
         # same reserve again to learn the hold's id, and releases it.
         return _unavailable(exc)
@@ -249,6 +249,15 @@ def _ask(
         lease_until=F("lease_until")
         + dt.timedelta(seconds=row.ttl_seconds - meterly_settings.DEADLINE),
     ):
+        # The sweeper may have been told that there is no hold, before there was.
+        try:
+            client.release_reservation(
+                held.reservation_id,
+                idempotency_key=row.wire_key("release"),
+                timeout=SETTLE_TIMEOUT,
+            )
+        except MeterlyError as exc:
+            logger.warning("Reservation %s ends with its time: %s", row.pk, exc)
         return MeterlyUnavailableError(
             "The ledger answered after the reservation had been given up."
         )
@@ -310,6 +319,9 @@ def _decided(**fields: Any) -> dict[str, Any]:
         "lease_until": None,
         "next_attempt_at": from_now(meterly_settings.DEADLINE),
         "decided_at": DatabaseNow(),
+        # The ledger may have refused the decision before this one.
+        "stuck_at": None,
+        "refusals": 0,
         **fields,
     }
 
@@ -472,7 +484,7 @@ def _find_hold(client: MeterlyClient, row: Reservation, timeout: float | None) -
 
 def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
     # A late success may have taken a pending release over meanwhile: then this
-    # outcome is no longer the row's, and the commit finds out what to do.
+    # outcome is no longer the row's, and the commit finds out what is owed.
     sources = {row.state}
     if outcome == State.COMMITTED and row.state != State.RELEASE_PENDING:
         sources |= {State.COMMIT_PENDING, State.UNBILLED}
@@ -593,10 +605,9 @@ def _settle_claimed(client: MeterlyClient, row: Reservation) -> None:
     retention = dt.timedelta(seconds=meterly_settings.JOURNAL_RETENTION)
     decided_at = row.decided_at or row.created_at
     if row.state == State.UNBILLED and timezone.now() - decided_at > retention:
-        Reservation.objects.using(alias()).filter(pk=row.pk).update(
-            stuck_at=DatabaseNow()
-        )
-        _announce(signals.reservation_stuck, row)
+        stuck = Reservation.objects.using(alias()).filter(pk=row.pk, state=row.state)
+        if stuck.update(stuck_at=DatabaseNow()):
+            _announce(signals.reservation_stuck, row)
     else:
         settle(client, row, timeout=None)
 
