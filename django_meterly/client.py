@@ -164,10 +164,19 @@ class MeterlyClient:
             Balance.from_wire,
         )
 
-    def get_balances(self, customer_id: str) -> Balances:
-        """Return every account of the customer."""
+    def get_balances(
+        self, customer_id: str, *, timeout: float | None = None
+    ) -> Balances:
+        """Return every account of the customer.
+
+        *timeout* is the number of seconds the whole call may take.
+        """
         return self._send(
-            Call("get_balances", {"customerId": _customer(customer_id)}),
+            Call(
+                "get_balances",
+                {"customerId": _customer(customer_id)},
+                timeout=timeout,
+            ),
             Balances.from_wire,
         )
 

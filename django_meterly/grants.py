@@ -22,7 +22,7 @@ BATCH = 200
 
 
 def grant(
-    client: MeterlyClient,
+    client: MeterlyClient | None,
     customer: Customer,
     amount: int,
     unit: str,
@@ -36,8 +36,8 @@ def grant(
     Returns the grant and whether it is new; a second call with the same
     reference returns the first one's grant. The record is written before the
     ledger is asked: a grant whose answer was lost stays pending, and is carried
-    out by ``settle_due``. Raises ``ValueError`` for arguments out of bounds,
-    and an empty *reason*.
+    out by ``settle_due``. With *client* ``None`` it is only recorded. Raises
+    ``ValueError`` for arguments out of bounds, and an empty *reason*.
     """
     check_amount(amount)
     check_unit(unit)
@@ -60,7 +60,8 @@ def grant(
             customer=customer, unit=unit, reference=reference
         )
         return first, False
-    settle(client, row)
+    if client is not None:
+        settle(client, row)
     return row, True
 
 
