@@ -13,5 +13,6 @@ DATABASES["default"]["ATOMIC_REQUESTS"] = env.bool("CHILD_ATOMIC_REQUESTS", Fals
 METERLY.update(env.json("CHILD_METERLY", {}))
 
 CELERY_BROKER_URL = "filesystem://"
+CELERY_BROKER_TRANSPORT = "tests.broker.Transport"
 CELERY_BROKER_TRANSPORT_OPTIONS = broker_options(os.environ.get("CHILD_BROKER", ""))
 CELERY_BEAT_SCHEDULE = beat_schedule(release_every=1, settle_every=1)

@@ -53,6 +53,7 @@ class Site:
         self._sender = Celery(
             set_as_current=False,
             broker="filesystem://",
+            broker_transport="tests.broker.Transport",
             broker_transport_options=broker_options(str(self.broker)),
         )
         stack.callback(self._sender.close)
