@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connections, router
+from django.db import OperationalError, connections, router
 from django.utils.module_loading import import_string
 
 from .conf import DEFAULTS, meterly_settings, suggestion
@@ -134,15 +134,18 @@ def check_customer_model(
     using = router.db_for_write(Customer)
     if using not in (databases or ()):
         return []
-    owner = Customer._meta.get_field("owner")
-    expected = apps.get_model(meterly_settings.CUSTOMER_MODEL)._meta.db_table
+    table = Customer._meta.db_table
     connection = connections[using]
-    with connection.cursor() as cursor:
-        table = Customer._meta.db_table
-        if table not in connection.introspection.table_names(cursor):
-            return []
-        relations = connection.introspection.get_relations(cursor, table)
-    actual = relations.get(owner.column)
+    try:
+        expected = apps.get_model(meterly_settings.CUSTOMER_MODEL)._meta.db_table
+        with connection.cursor() as cursor:
+            if table not in connection.introspection.table_names(cursor):
+                return []
+            relations = connection.introspection.get_relations(cursor, table)
+    except (ImproperlyConfigured, OperationalError):
+        # check_settings reports the one, and this is no check for the other.
+        return []
+    actual = relations.get(Customer._meta.get_field("owner").column)
     if actual is None or actual[1] == expected:
         return []
     return [

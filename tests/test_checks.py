@@ -6,7 +6,7 @@ import pytest
 from django.contrib.auth.models import Group
 from django.core.checks import run_checks
 from django.core.management import call_command
-from django.db import connection
+from django.db import OperationalError, connection
 from django.test import override_settings
 
 from django_meterly import checks
@@ -14,13 +14,13 @@ from django_meterly import checks
 HTTP = {"TRANSPORT": "django_meterly.transports.HttpTransport"}
 
 
-def ids(**kwargs: Any) -> list[str]:
-    return [str(message.id) for message in run_checks(tags=["meterly"], **kwargs)]
+def ids(databases: Any = ()) -> list[str]:
+    messages = run_checks(tags=["meterly"], databases=databases)
+    return [str(message.id) for message in messages]
 
 
 def test_the_suites_settings_are_fine() -> None:
     assert ids() == []
-    call_command("check", fail_level="WARNING")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,27 @@ def test_the_ledger_transport_needs_its_app(settings: Any) -> None:
 def test_sqlite_with_atomic_requests_is_warned_of() -> None:
     on_sqlite = connection.vendor == "sqlite"
     assert ids() == ["meterly.W001"] * on_sqlite
+
+
+@pytest.mark.django_db
+def test_the_check_command_finds_nothing() -> None:
+    call_command("check", fail_level="WARNING", databases=["default"])
+
+
+@pytest.mark.django_db
+def test_bad_settings_do_not_crash_the_check_of_the_database(settings: Any) -> None:
+    settings.METERLY = []
+    assert ids(databases=["default"]) == ["meterly.E001"]
+
+
+def test_a_database_out_of_reach_is_not_our_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OperationalError("out of reach")
+
+    monkeypatch.setattr(connection, "cursor", refuse)
+    assert ids(databases=["default"]) == []
 
 
 @pytest.mark.django_db
