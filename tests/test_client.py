@@ -191,7 +191,6 @@ def test_call_has_the_names_of_the_wire(meterly, transport):
         reference="job",
         idempotency_key="key",
         ttl_seconds=60,
-        timeout=1.5,
     )
     assert transport.calls == [
         Call(
@@ -204,7 +203,6 @@ def test_call_has_the_names_of_the_wire(meterly, transport):
                 "ttlSeconds": 60,
             },
             "key",
-            1.5,
         )
     ]
 
