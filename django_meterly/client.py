@@ -300,13 +300,10 @@ class MeterlyClient:
         Raises ``MeterlyInsufficientCreditsError`` when too few are available.
         """
         return self._move(
-            "use_credits",
-            customer_id,
-            amount,
-            unit,
-            reference,
-            idempotency_key,
+            "use_credits", customer_id, amount, unit, reference, idempotency_key
         )
+
+    ause_credits = _twin(use_credits)
 
     # Reservations
 

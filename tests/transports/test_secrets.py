@@ -17,9 +17,11 @@ from django_meterly import MeterlyClient, get_client
 from django_meterly.conf import from_env
 from django_meterly.errors import MeterlyError
 from django_meterly.transports import HttpTransport
+from django_meterly.transports.signing import HmacSigner
 from tests.transports.server import KEY, RESERVE, answer, close, hang, reset
 
 HMAC_KEY = "mk_hmac_k1_s3cr3ts3cr3ts3cr3t"
+MALFORMED = HMAC_KEY.replace("k1", "k-1")
 KEYS = {"bearer": KEY, "hmac": HMAC_KEY}
 
 
@@ -136,7 +138,7 @@ class _Unwilling:
     "wrong",
     [
         {"API_KEY": f"{HMAC_KEY}\n"},
-        {"API_KEY": HMAC_KEY.replace("k1", "k-1")},
+        {"API_KEY": MALFORMED},
         {"BASE_URL": "ftp://x"},
         {"BASE_URL": "http://ledger.test"},
         {"NO_SUCH_SETTING": 1},
@@ -164,6 +166,12 @@ def test_f46_wrong_settings_show_nothing(settings, wrong):
 def test_f46_wrong_arguments_show_nothing(options):
     with pytest.raises((ValueError, TypeError)) as caught:
         MeterlyClient(HMAC_KEY, **options)
+    assert secrets_in(debug_page(caught.value)) == []
+
+
+def test_f46_malformed_key_shows_nothing():
+    with pytest.raises(ValueError, match="HMAC key") as caught:
+        HmacSigner(MALFORMED)
     assert secrets_in(debug_page(caught.value)) == []
 
 
