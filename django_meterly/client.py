@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 __all__ = ["MeterlyClient", "get_client"]
 
 T = TypeVar("T")
+R = TypeVar("R")
 P = ParamSpec("P")
 
 
@@ -75,7 +76,8 @@ def _twin(
 
     @wraps(method)
     async def twin(self: MeterlyClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        run = sync_to_async(method, thread_sensitive=False)
+        sensitive = self.transport.thread_sensitive
+        run = sync_to_async(method, thread_sensitive=sensitive)
         return await run(self, *args, **kwargs)
 
     twin.__name__ = f"a{method.__name__}"
@@ -358,7 +360,9 @@ class MeterlyClient:
         """Charge a reservation: all of it, or *amount* (0 charges nothing).
 
         What is not charged is available again. Committing a committed
-        reservation succeeds without a second movement. Raises
+        reservation succeeds without a second movement. Where the transport has no
+        ``partial_commit``, all of it is committed, and the rest added again with
+        the reference ``refund:<reservation_id>``. Raises
         ``MeterlyReservationExpiredError`` or ``MeterlyReservationReleasedError``.
         """
         arguments: dict[str, Any] = {"reservationId": _reservation(reservation_id)}
@@ -664,10 +668,10 @@ class _Held(Generic[T]):
 
     async def __aenter__(self) -> Reservation:
         try:
-            return await _to_its_end(self.__enter__)
+            return await self._to_its_end(self.__enter__)
         except asyncio.CancelledError:
             if self._reservation_id:
-                await _to_its_end(self._release)
+                await self._to_its_end(self._release)
             raise
 
     async def __aexit__(
@@ -676,12 +680,28 @@ class _Held(Generic[T]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await _to_its_end(self.__exit__, exc_type, exc, traceback)
+        await self._to_its_end(self.__exit__, exc_type, exc, traceback)
 
     async def arun(self, callback: Callable[[], Awaitable[T]]) -> T:
         async with self:
             self.result = result = await callback()
         return result
+
+    async def _to_its_end(self, function: Callable[..., R], *args: Any) -> R:
+        """Run *function* in a thread, and be cancelled only when it is done."""
+        sensitive = self._client.transport.thread_sensitive
+        run = sync_to_async(function, thread_sensitive=sensitive)
+        task = asyncio.ensure_future(run(*args))
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                # Unlike awaiting the task itself, this does not cancel it.
+                await asyncio.wait([task])
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None:
+            raise cancelled from (None if task.cancelled() else task.exception())
+        return task.result()
 
     def _release(self) -> None:
         # The work's own exception is the one to report; a hold that cannot be
@@ -704,20 +724,6 @@ class _Held(Generic[T]):
             )
             unknown.idempotency_key, unknown.result = key, self.result
             raise unknown from exc
-
-
-async def _to_its_end(function: Callable[..., T], *args: Any) -> T:
-    """Run *function* in a thread, and be cancelled only when it is done."""
-    task = asyncio.ensure_future(sync_to_async(function, thread_sensitive=False)(*args))
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-    if cancelled is not None:
-        raise cancelled from (None if task.cancelled() else task.exception())
-    return task.result()
 
 
 def _customer(value: object) -> str:

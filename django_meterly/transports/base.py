@@ -86,6 +86,9 @@ class Transport:
     #: Whether a commit may name less than the hold. Where not, the client commits
     #: all of it and adds the rest again.
     partial_commit = True
+    #: Whether ``async`` code has to call it on the thread that Django keeps for
+    #: synchronous code, as whatever uses Django's database connections has to be.
+    thread_sensitive = False
 
     @classmethod
     def from_settings(cls, settings: Any) -> Transport:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from django_meterly import __version__
+from django_meterly import MeterlyClient, __version__
 from django_meterly.errors import (
     MeterlyApiError,
     MeterlyAuthenticationError,
@@ -252,6 +252,13 @@ def test_slow_server_within_the_deadline_is_waited_for(serve):
     assert server.transport.send(RESERVE) == {"a": 1}
 
 
+def test_f08_compressed_answer_is_never_unpacked(serve):
+    bomb = gzip.compress(b'{"a": "' + b"x" * 2**26 + b'"}')
+    server = serve(answer(bomb, headers="Content-Encoding: gzip\r\n"))
+    with within(1), pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -434,6 +441,23 @@ def test_f10_threads_share_one_transport(serve):
         answers = list(pool.map(lambda _: server.transport.send(RESERVE), range(256)))
     assert len(answers) == len(server.requests) == 256
     assert server.connections <= 64
+
+
+def test_f10_threads_share_one_client(serve):
+    together = threading.Barrier(64, timeout=20)
+
+    def behave(connection: socket.socket) -> None:
+        # Nobody is answered until all 64 have asked.
+        together.wait()
+        balance = {"creditUnit": "x", "balance": connection.getpeername()[1]}
+        connection.sendall(answer({**balance, "reserved": 0, "available": 0}))
+
+    server = serve(behave, read_timeout=20, deadline=30)
+    meterly = MeterlyClient(transport=server.transport)
+    with ThreadPoolExecutor(64) as pool:
+        balances = list(pool.map(lambda _: meterly.get_balance("c1"), range(128)))
+    assert len({balance.balance for balance in balances}) == 64
+    assert server.connections == 64
 
 
 def _send_in_child(transport: HttpTransport, results: Any) -> None:
