@@ -473,7 +473,7 @@ def _chain(
 
 
 def _json_object(response: Response) -> dict[str, Any] | None:
-    body = b"".join(response.raw.stream(2**16, decode_content=False))
+    body = response.raw.read(decode_content=False)
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):

@@ -5,6 +5,7 @@ import gzip
 import multiprocessing
 import pickle
 import socket
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
