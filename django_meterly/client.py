@@ -30,7 +30,6 @@ from .errors import (
     OUTAGE,
     MeterlyError,
     MeterlyInvalidRequestError,
-    MeterlyNotSentError,
     MeterlyUnknownOutcomeError,
 )
 from .transports.base import (
@@ -112,7 +111,7 @@ class MeterlyClient:
         **options: Any,
     ) -> None:
         # Or a debug page would show the key with the frame of an error.
-        api_key = None if api_key is None else Secret(api_key)
+        api_key = Secret(api_key) if isinstance(api_key, str) else api_key
         if transport is None:
             from .transports import HttpTransport
 
@@ -717,7 +716,7 @@ class _Held(Generic[T]):
         key = f"{self._key}:commit"
         try:
             self._client.commit_reservation(self._reservation_id, idempotency_key=key)
-        except (MeterlyUnknownOutcomeError, MeterlyNotSentError) as exc:
+        except OUTAGE as exc:
             unknown = MeterlyUnknownOutcomeError(
                 "The work is done, but whether it was charged is unknown. Commit "
                 f"reservation {self._reservation_id} again with idempotency key {key}."

@@ -481,6 +481,7 @@ def test_nothing_runs_on_a_replayed_hold_that_is_dead(meterly, transport, status
         MeterlyUnknownOutcomeError("lost"),
         MeterlyServerError(),
         MeterlyNotSentError("refused"),
+        MeterlyRateLimitedError(),
     ],
     ids=repr,
 )

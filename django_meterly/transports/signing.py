@@ -33,13 +33,20 @@ class Secret(str):
     """A string whose ``repr`` does not show it.
 
     For API keys in settings and local variables, which debug pages, error
-    reports and ``manage.py diffsettings`` print by their ``repr``.
+    reports and ``manage.py diffsettings`` print by their ``repr``. It cannot be
+    pickled.
     """
 
     __slots__ = ()
 
     def __repr__(self) -> str:
         return "'********'"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Secret:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("A Secret cannot be pickled.")
 
 
 class BearerSigner:

@@ -527,7 +527,7 @@ def test_f46_key_is_not_in_the_traceback_of_a_refused_connection(free_port):
     assert KEY not in "".join(rendered.format())
 
 
-@pytest.mark.parametrize("key", [None, ""])
+@pytest.mark.parametrize("key", [None, "", b"mk_test_x", 5])
 def test_missing_key_names_the_setting(key):
     with pytest.raises(ValueError, match=r'METERLY\["API_KEY"\]'):
         HttpTransport(key)

@@ -278,5 +278,7 @@ def test_f46_signed_request_does_not_show_its_authorization(signer):
 def test_secret_is_the_string_but_for_its_repr():
     secret = Secret("s3cr3t")
     assert secret == "s3cr3t"
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps({"API_KEY": secret})
     assert copy.deepcopy({"API_KEY": secret}) == {"API_KEY": "s3cr3t"}
     assert "s3cr3t" not in f"{secret!r} {[secret]} {pprint.pformat({'x': secret})}"
