@@ -21,7 +21,7 @@ BATCH = 200
 
 
 def grant(
-    client: MeterlyClient,
+    client: MeterlyClient | None,
     customer: Customer,
     amount: int,
     unit: str,
@@ -35,8 +35,8 @@ def grant(
     Returns the grant and whether it is new; a second call with the same
     reference returns the first one's grant. The record is written before the
     ledger is asked: a grant whose answer was lost stays pending, and is carried
-    out by ``settle_due``. Raises ``ValueError`` for arguments out of bounds,
-    and an empty *reason*.
+    out by ``settle_due``. With *client* ``None`` it is only recorded. Raises
+    ``ValueError`` for arguments out of bounds, and an empty *reason*.
     """
     check_amount(amount)
     check_unit(unit)
@@ -59,7 +59,8 @@ def grant(
             customer=customer, unit=unit, reference=reference
         )
         return first, False
-    settle(client, row)
+    if client is not None:
+        settle(client, row)
     return row, True
 
 
@@ -97,12 +98,21 @@ def _record(row: Grant, state: str, error: str) -> None:
 
 
 def settle_due(client: MeterlyClient) -> int:
-    """Ask the ledger again for every pending grant; return how many there were."""
-    pending = list(
+    """Ask the ledger again for pending grants; return how many were asked for.
+
+    Stops at the first one that is still pending after that: the ledger is out
+    of reach, and the others can wait for the next run.
+    """
+    pending = (
         Grant.objects.filter(state=State.PENDING)
         .select_related("customer")
-        .order_by("created_at")[:BATCH]
+        # A grant the ledger cannot answer must not stand in the others' way.
+        .order_by("?")[:BATCH]
     )
+    asked = 0
     for row in pending:
         settle(client, row)
-    return len(pending)
+        asked += 1
+        if row.state == State.PENDING:
+            break
+    return asked

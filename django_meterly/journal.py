@@ -134,9 +134,9 @@ def reserve(
     using = alias()
     deadline = meterly_settings.DEADLINE
     # A customer's first reserve is two calls, and they share the one deadline.
-    client = client.within(deadline)
+    limited = client.within(deadline)
     try:
-        customer.register(client, meterly_settings.DEFAULT_UNIT or unit)
+        customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
     except OUTAGE as exc:
         raise _unavailable(exc) from exc
     row = Reservation(
@@ -158,7 +158,7 @@ def reserve(
             raise MeterlyDuplicateError(
                 f"The idempotency key {key!r} is in use right now.", in_progress=True
             ) from exc
-        answer = _ask(client, row)
+        answer = _ask(client, limited, row)
     # Outside the block, so that a refusal is recorded and not rolled back.
     if isinstance(answer, MeterlyError):
         raise answer
@@ -190,11 +190,13 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
     )
 
 
-def _ask(client: MeterlyClient, row: Reservation) -> Balance | MeterlyError:
-    """Send the reserve and record what came of it."""
+def _ask(
+    client: MeterlyClient, limited: MeterlyClient, row: Reservation
+) -> Balance | MeterlyError:
+    """Send the reserve, by the *limited* client, and record what came of it."""
     try:
-        held = client.reserve_credits(
-            row.customer.register(client, row.unit),
+        held = limited.reserve_credits(
+            row.customer.register(limited, row.unit),
             row.amount,
             unit=row.unit,
             reference=row.reference,
@@ -235,6 +237,13 @@ def _ask(client: MeterlyClient, row: Reservation) -> Balance | MeterlyError:
         lease_until=F("lease_until")
         + dt.timedelta(seconds=row.ttl_seconds - meterly_settings.DEADLINE),
     ):
+        # The sweeper may have been told that there is no hold, before there was.
+        try:
+            client.within(SETTLE_TIMEOUT, attempts=1).release_reservation(
+                held.reservation_id, idempotency_key=row.wire_key("release")
+            )
+        except MeterlyError as exc:
+            logger.warning("Reservation %s ends with its time: %s", row.pk, exc)
         return MeterlyUnavailableError(
             "The ledger answered after the reservation had been given up."
         )
@@ -296,6 +305,9 @@ def _decided(**fields: Any) -> dict[str, Any]:
         "lease_until": None,
         "next_attempt_at": from_now(meterly_settings.DEADLINE),
         "decided_at": DatabaseNow(),
+        # The ledger may have refused the decision before this one.
+        "stuck_at": None,
+        "refusals": 0,
         **fields,
     }
 
@@ -452,9 +464,9 @@ def _find_hold(client: MeterlyClient, row: Reservation) -> bool:
 
 def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
     # A late success may have taken a pending release over meanwhile: then this
-    # outcome is no longer the row's, and the commit finds out what to do.
+    # outcome is no longer the row's, and the commit finds out what is owed.
     sources = {row.state}
-    if outcome == State.COMMITTED:
+    if outcome == State.COMMITTED and row.state != State.RELEASE_PENDING:
         sources |= {State.COMMIT_PENDING, State.UNBILLED}
     return _move(
         row,
@@ -527,6 +539,9 @@ def settle_due(client: MeterlyClient, *, limit: int | None = None) -> int:
             .order_by("next_attempt_at")
             .values_list("pk", flat=True)[:BATCH]
         )
+        # Sweepers side by side are not to wait for each other row by row, and a
+        # row that ends its settler is not to be everybody's first.
+        random.shuffle(due)
         for pk in due[: None if limit is None else limit - taken]:
             taken += _sweep_row(client, using, pk)
         if len(due) < BATCH:
@@ -570,10 +585,9 @@ def _settle_claimed(client: MeterlyClient, row: Reservation) -> None:
     retention = dt.timedelta(seconds=meterly_settings.JOURNAL_RETENTION)
     decided_at = row.decided_at or row.created_at
     if row.state == State.UNBILLED and timezone.now() - decided_at > retention:
-        Reservation.objects.using(alias()).filter(pk=row.pk).update(
-            stuck_at=DatabaseNow()
-        )
-        _announce(signals.reservation_stuck, row)
+        stuck = Reservation.objects.using(alias()).filter(pk=row.pk, state=row.state)
+        if stuck.update(stuck_at=DatabaseNow()):
+            _announce(signals.reservation_stuck, row)
     else:
         settle(client, row, timeout=None)
 

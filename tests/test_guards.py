@@ -26,6 +26,7 @@ from django_meterly import (
 from django_meterly.errors import (
     MeterlyApiError,
     MeterlyAuthenticationError,
+    MeterlyIdempotencyInProgressError,
     MeterlyInvalidRequestError,
 )
 from django_meterly.ledger import operations
@@ -487,9 +488,48 @@ class TestLedgerTrouble:
         with pytest.raises(MeterlyUnavailableError, match="given up"):
             guard(user, 25).reserve()
         assert states() == ["release_pending"]
+        assert balance(customer) == (100, 0)
         sweep()
         assert states() == ["released"]
+        assert movements() == ["reserved", "released"]
+
+    def test_f05_a_hold_the_sweeper_was_refused_is_released_all_the_same(
+        self, user: User, customer: Any, remote: Any
+    ) -> None:
+        def swept() -> None:
+            # The sweeper's replay overtakes the reserve, and finds no credits.
+            get_client().use_credits(customer.customer_id, 100)
+            assert sweep() == (1, 1)
+            fund(user, 100)
+
+        remote.meet("reserve_credits", swept)
+        with pytest.raises(MeterlyUnavailableError, match="given up"):
+            guard(user, 25).reserve()
+        assert states() == ["released"]
         assert balance(customer) == (100, 0)
+        verify()
+
+    def test_a_late_success_takes_a_stuck_release_over(
+        self, user: User, customer: Any, remote: Any, settings: Any
+    ) -> None:
+        settings.METERLY = {**settings.METERLY, "MAX_SETTLE_ATTEMPTS": 1}
+        remote.meet("release_reservation", MeterlyInvalidRequestError("no"))
+        remote.meet("commit_reservation", "lost")
+        with guard(user, 25):
+            sweep()
+            assert Reservation.objects.stuck().count() == 1
+        assert states() == ["commit_pending"]
+        sweep()
+        assert states() == ["committed"]
+        assert balance(customer) == (75, 0)
+
+    def test_a_reserve_that_is_being_served_counts_as_unknown(
+        self, user: User, customer: Any, remote: Any
+    ) -> None:
+        remote.meet("reserve_credits", MeterlyIdempotencyInProgressError("wait"))
+        with pytest.raises(MeterlyUnavailableError):
+            guard(user, 25).reserve()
+        assert states() == ["intent"]
 
     def test_a_row_that_is_refused_too_often_is_marked_and_left(
         self, user: User, customer: Any, remote: Any, settings: Any

@@ -1,0 +1,118 @@
+"""The forms of the admin."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from django import forms
+from django.core.exceptions import ValidationError
+from django.utils.module_loading import import_string
+from django.utils.translation import gettext_lazy as _
+
+from .conf import meterly_settings
+from .models import UNIT_LENGTH, Customer, Grant
+from .transports.base import MAX_AMOUNT, check_text, check_unit
+
+if TYPE_CHECKING:
+    CustomerModelForm = forms.ModelForm[Customer]
+else:
+    CustomerModelForm = forms.ModelForm
+
+#: Units offered at most; any other may be typed.
+KNOWN_UNITS = 50
+
+
+class CustomerForm(CustomerModelForm):
+    """Adds a customer: an owner, an external id, or both."""
+
+    class Meta:
+        model = Customer
+        fields = ["owner", "external_id"]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Once the customer exists it is read-only, and no field.
+        if field := self.fields.get("external_id"):
+            field.required = False
+            field.help_text = _(
+                "Your own stable id for this customer. Leave it empty to derive it "
+                "from the owner. It cannot be changed afterwards."
+            )
+
+    def clean_external_id(self) -> str:
+        external_id = self.cleaned_data["external_id"]
+        # Cleaned before this one, and absent if there was an error in it.
+        owner = self.cleaned_data.get("owner")
+        if not external_id and owner is None:
+            if "owner" in self.errors:
+                return ""
+            raise ValidationError(_("Choose an owner, or type an external id."))
+        if not external_id:
+            external_id = import_string(meterly_settings.EXTERNAL_ID)(owner)
+        try:
+            return check_text(external_id, "external_id")
+        except ValueError as exc:
+            raise ValidationError(
+                _(
+                    "An external id is up to 255 printable ASCII characters, with no "
+                    "space at either end."
+                )
+            ) from exc
+
+
+class GrantCreditsForm(forms.Form):
+    """Asks for one grant, and names it before it is made.
+
+    The reference is drawn when the form is shown: the same form sent twice asks
+    for the same grant, which is made once.
+    """
+
+    amount = forms.IntegerField(label=_("Amount"), min_value=1, max_value=MAX_AMOUNT)
+    unit = forms.CharField(
+        label=_("Unit"),
+        max_length=UNIT_LENGTH,
+        widget=forms.TextInput(
+            attrs={"class": "vTextField", "list": "meterly-known-units"}
+        ),
+    )
+    reason = forms.CharField(
+        label=_("Reason"),
+        max_length=Grant._meta.get_field("reason").max_length,
+        help_text=_("Kept with the grant, with your name."),
+        widget=forms.TextInput(attrs={"class": "vTextField"}),
+    )
+    reference = forms.UUIDField(
+        initial=uuid.uuid4,
+        # Some browsers bring back what was in a form when its page is reloaded:
+        # a new form with an old reference would grant nothing.
+        widget=forms.HiddenInput(attrs={"autocomplete": "off"}),
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["unit"].initial = meterly_settings.DEFAULT_UNIT
+
+    @property
+    def known_units(self) -> list[str]:
+        """The units granted before, and the default one."""
+        units = set(
+            Grant.objects.values_list("unit", flat=True).distinct()[:KNOWN_UNITS]
+        )
+        if meterly_settings.DEFAULT_UNIT:
+            units.add(meterly_settings.DEFAULT_UNIT)
+        return sorted(units)
+
+    def clean_unit(self) -> str:
+        try:
+            return check_unit(self.cleaned_data["unit"])
+        except ValueError as exc:
+            raise ValidationError(
+                _(
+                    "A unit is up to 64 letters, digits, “_”, “.” or “-”, and begins "
+                    "with a letter or digit."
+                )
+            ) from exc
+
+    def clean_reference(self) -> str:
+        return f"admin-{self.cleaned_data['reference']}"

@@ -1,0 +1,684 @@
+"""The admin, driven as a browser drives it: pages, forms and buttons."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import Permission, User
+from django.db import connection
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
+from django.utils import timezone, translation
+
+from django_meterly import get_client, grants
+from django_meterly.errors import MeterlyReferenceConflictError
+from django_meterly.models import Customer, Grant, Reservation
+from tests.books import balance, fund, verify
+
+if TYPE_CHECKING:
+    from django.http import HttpResponse
+
+pytestmark = pytest.mark.django_db
+
+CUSTOMERS = "/admin/meterly/customer/"
+GRANTS = "/admin/meterly/grant/"
+RESERVATIONS = "/admin/meterly/reservation/"
+LOG_IN = "/admin/login/"
+
+
+def staff(name: str, *permissions: str) -> User:
+    user = User.objects.create_user(name, is_staff=True)
+    user.user_permissions.set(
+        Permission.objects.filter(
+            content_type__app_label="meterly", codename__in=permissions
+        )
+    )
+    return user
+
+
+def browser(user: User, **options: Any) -> Client:
+    client = Client(**options)
+    client.force_login(user)
+    return client
+
+
+@pytest.fixture
+def granter(db: None) -> User:
+    return staff("grace", "view_customer", "view_grant", "grant_credits")
+
+
+@pytest.fixture
+def page(granter: User) -> Client:
+    return browser(granter)
+
+
+@pytest.fixture
+def everything(db: None) -> Client:
+    return browser(User.objects.create_superuser("root"))
+
+
+@pytest.fixture
+def customer(db: None) -> Customer:
+    return fund(User.objects.create_user("alice"))
+
+
+def grant_url(*customers: Customer) -> str:
+    return f"{CUSTOMERS}grant-credits/?ids={','.join(str(c.pk) for c in customers)}"
+
+
+def filled(client: Client, url: str, **values: Any) -> dict[str, Any]:
+    """Open the form at *url* and return it filled in, ready to be sent."""
+    form = client.get(url).context["form"]
+    return {
+        "amount": 25,
+        "unit": form["unit"].value(),
+        "reason": "sorry for the outage",
+        "reference": str(form["reference"].value()),
+        **values,
+    }
+
+
+def messages(response: Any) -> list[tuple[str, str]]:
+    return [(m.level_tag, str(m)) for m in response.context["messages"]]
+
+
+def granted() -> list[Grant]:
+    """Return the grants made through the admin."""
+    return list(Grant.objects.filter(reference__startswith="admin-").order_by("pk"))
+
+
+def reserve(customer: Customer, **fields: Any) -> Reservation:
+    return Reservation.objects.create(
+        **{
+            "customer": customer,
+            "unit": "image_credits",
+            "amount": 5,
+            "reference": "render-1",
+            "key": f"key-{Reservation.objects.count()}",
+            "ttl_seconds": 300,
+            "state": "committed",
+            **fields,
+        }
+    )
+
+
+# Granting
+
+
+def test_grant_moves_credits_and_records_who_and_why(
+    page: Client, granter: User, customer: Customer
+) -> None:
+    form = filled(page, grant_url(customer))
+    response = page.post(grant_url(customer), form, follow=True)
+    assert response.redirect_chain == [(f"{CUSTOMERS}{customer.pk}/change/", 302)]
+    assert messages(response) == [
+        ("success", f"Granted 25 image_credits to {customer}.")
+    ]
+    assert balance(customer) == (125, 0)
+    verify()
+    (grant,) = granted()
+    assert (grant.actor, grant.reason) == (granter, "sorry for the outage")
+    assert grant.reference == f"admin-{form['reference']}"
+    (entry,) = LogEntry.objects.all()
+    assert (entry.user, entry.get_edited_object()) == (granter, customer)
+    assert entry.change_message == (
+        "Grant of 25 image_credits (granted): sorry for the outage"
+    )
+
+
+def test_grant_to_several_customers_logs_each(page: Client, customer: Customer) -> None:
+    other = fund("team_7", 1)
+    action = page.post(
+        CUSTOMERS,
+        {"action": "grant_credits", "_selected_action": [customer.pk, other.pk]},
+    )
+    assert action.status_code == 302
+    form = filled(page, action.url, amount=3, unit="gpu_seconds")
+    response = page.post(action.url, form, follow=True)
+    assert response.redirect_chain == [(CUSTOMERS, 302)]
+    assert messages(response) == [
+        ("success", "Granted 3 gpu_seconds to each of 2 customers.")
+    ]
+    for each in (customer, other):
+        assert balance(each, "gpu_seconds") == (3, 0)
+    logged = LogEntry.objects.values_list("object_id", flat=True)
+    assert sorted(logged) == sorted([str(customer.pk), str(other.pk)])
+
+
+def test_same_form_sent_twice_grants_once(page: Client, customer: Customer) -> None:
+    form = filled(page, grant_url(customer))
+    page.post(grant_url(customer), form, follow=True)
+    again = page.post(grant_url(customer), form, follow=True)
+    once = f"25 image_credits → {customer}"
+    assert messages(again) == [
+        (
+            "info",
+            f"This form was sent before and granted nothing new: {once} (granted).",
+        )
+    ]
+    assert balance(customer) == (125, 0)
+    assert len(granted()) == LogEntry.objects.count() == 1
+
+
+def test_form_shown_again_grants_again(page: Client, customer: Customer) -> None:
+    for _ in range(2):
+        page.post(grant_url(customer), filled(page, grant_url(customer)))
+    assert balance(customer) == (150, 0)
+
+
+def test_form_corrected_keeps_its_reference(page: Client, customer: Customer) -> None:
+    form = filled(page, grant_url(customer), reason=" ")
+    response = page.post(grant_url(customer), form)
+    assert response.context["form"]["reference"].value() == form["reference"]
+    assert f'value="{form["reference"]}"' in response.content.decode()
+    assert granted() == []
+
+
+@pytest.mark.django_db(transaction=True)
+def test_double_click_grants_once(granter: User, customer: Customer) -> None:
+    form = filled(browser(granter), grant_url(customer))
+    clients = [browser(granter) for _ in range(2)]
+    start = threading.Barrier(len(clients))
+    statuses: list[int] = []
+
+    def click(client: Client) -> None:
+        try:
+            start.wait()
+            statuses.append(client.post(grant_url(customer), form).status_code)
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=click, args=[client]) for client in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [302, 302]
+    assert balance(customer) == (125, 0)
+    assert len(granted()) == LogEntry.objects.count() == 1
+    verify()
+
+
+def test_new_customer_shows_the_credits_just_granted(page: Client) -> None:
+    customer = Customer.objects.resolve("team_7")
+    form = filled(page, grant_url(customer), amount=1234)
+    response = page.post(grant_url(customer), form, follow=True)
+    assert "<td>1234</td>" in response.content.decode()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("amount", "0"),
+        ("amount", "-5"),
+        ("amount", "1.5"),
+        ("amount", "NaN"),
+        ("amount", str(2**63)),
+        ("amount", "9" * 5000),
+        ("unit", ""),
+        ("unit", "_hidden"),
+        ("unit", "a b"),
+        ("unit", "x" * 65),
+        ("reason", "   "),
+        ("reason", "x" * 501),
+        ("reference", ""),
+        ("reference", "mine"),
+    ],
+)
+def test_grant_out_of_bounds_is_refused_with_a_reason(
+    page: Client, customer: Customer, field: str, value: str
+) -> None:
+    form = filled(page, grant_url(customer), **{field: value})
+    response = page.post(grant_url(customer), form)
+    assert response.status_code == 200
+    assert list(response.context["form"].errors) == [field]
+    assert "errorlist" in response.content.decode()
+    assert granted() == []
+
+
+def test_largest_amount_is_granted(page: Client) -> None:
+    customer = Customer.objects.resolve("team_7")
+    form = filled(page, grant_url(customer), amount=2**63 - 1)
+    page.post(grant_url(customer), form)
+    assert [grant.state for grant in granted()] == ["granted"]
+
+
+def test_refused_grant_says_why(page: Client, customer: Customer) -> None:
+    form = filled(page, grant_url(customer), amount=2**63 - 1)
+    response = page.post(grant_url(customer), form, follow=True)
+    ((level, text),) = messages(response)
+    assert level == "error"
+    assert str(customer) in text
+    assert "invalid_request" in text
+    assert [grant.state for grant in granted()] == ["refused"]
+    assert "(refused)" in LogEntry.objects.get().change_message
+    assert balance(customer) == (100, 0)
+
+
+def test_unreachable_ledger_leaves_a_grant_the_sweeper_makes(
+    page: Client, customer: Customer, settings: Any, free_port: int
+) -> None:
+    here = settings.METERLY
+    settings.METERLY = {
+        **here,
+        "TRANSPORT": "django_meterly.transports.HttpTransport",
+        "API_KEY": "mk_test_0123456789abcdefghijklmnopqrstuvwxyz",
+        "BASE_URL": f"http://127.0.0.1:{free_port}",
+        "DEADLINE": 1,
+    }
+    form = filled(page, grant_url(customer))
+    response = page.post(grant_url(customer), form, follow=True)
+    ((level, text),) = messages(response)
+    assert level == "warning"
+    assert "do not grant it again" in text
+    # That page asked the unreachable ledger for the balances, too.
+    assert response.status_code == 200
+    shown = response.content.decode()
+    assert "The ledger does not tell the balances right now." in shown
+    assert "mk_test" not in shown
+    again = page.post(grant_url(customer), form, follow=True)
+    assert [level for level, _ in messages(again)] == ["info"]
+    assert "(pending)" in LogEntry.objects.get().change_message
+
+    settings.METERLY = here
+    assert balance(customer) == (100, 0)
+    grants.settle_due(get_client())
+    assert balance(customer) == (125, 0)
+    assert [grant.state for grant in granted()] == ["granted"]
+
+
+def test_an_unreachable_ledger_is_asked_once_and_every_grant_is_on_record(
+    page: Client, customer: Customer, remote: Any
+) -> None:
+    others = [fund(f"team_{number}") for number in range(3)]
+    everybody = grant_url(customer, *others)
+    form = filled(page, everybody)
+    remote.reset()
+    remote.meet("grant_credits", "unsent", "unsent")
+    page.post(everybody, form)
+    assert remote.operations() == ["grant_credits"]
+    assert [grant.state for grant in granted()] == ["pending"] * 4
+    grants.settle_due(get_client())
+    grants.settle_due(get_client())
+    assert [grant.state for grant in granted()] == ["granted"] * 4
+
+
+@pytest.mark.django_db(transaction=True)
+def test_atomic_requests_do_not_take_the_record_of_a_grant_away(
+    granter: User, customer: Customer, remote: Any, atomic_requests: None
+) -> None:
+    page = browser(granter, raise_request_exception=False)
+    form = filled(page, grant_url(customer))
+    remote.meet("grant_credits", RuntimeError("the process is ill"))
+    assert page.post(grant_url(customer), form).status_code == 500
+    assert [grant.state for grant in granted()] == ["pending"]
+    grants.settle_due(get_client())
+    assert balance(customer) == (125, 0)
+
+
+# Who may
+
+
+def test_without_the_permission_there_is_neither_action_nor_button(
+    page: Client, customer: Customer
+) -> None:
+    viewer = browser(staff("victor", "view_customer", "change_customer"))
+    change = f"{CUSTOMERS}{customer.pk}/change/"
+    for url, mark in ((CUSTOMERS, 'value="grant_credits"'), (change, "grant-credits/")):
+        assert mark in page.get(url).content.decode()
+        assert mark not in viewer.get(url).content.decode()
+    viewer.post(
+        CUSTOMERS, {"action": "grant_credits", "_selected_action": [customer.pk]}
+    )
+    form = filled(page, grant_url(customer))
+    assert viewer.get(grant_url(customer)).status_code == 403
+    assert viewer.post(grant_url(customer), form).status_code == 403
+    assert granted() == []
+
+
+def test_who_may_not_see_customers_cannot_grant_to_them(customer: Customer) -> None:
+    blind = browser(staff("bob", "grant_credits"))
+    assert blind.get(grant_url(customer)).status_code == 403
+
+
+def test_grant_page_is_for_staff(client: Client, customer: Customer) -> None:
+    assert client.get(grant_url(customer)).url.startswith(LOG_IN)
+    client.force_login(User.objects.get(username="alice"))
+    assert client.post(grant_url(customer)).url.startswith(LOG_IN)
+
+
+def test_grant_without_a_csrf_token_is_refused(
+    granter: User, customer: Customer
+) -> None:
+    careful = browser(granter, enforce_csrf_checks=True)
+    form = filled(careful, grant_url(customer))
+    assert careful.post(grant_url(customer), form).status_code == 403
+    assert granted() == []
+    token = careful.cookies["csrftoken"].value
+    response = careful.post(grant_url(customer), {**form, "csrfmiddlewaretoken": token})
+    assert response.status_code == 302
+    assert len(granted()) == 1
+
+
+@pytest.mark.parametrize(
+    "ids", ["", "0", "abc", "1,x", "²", "-1", "9" * 40, "999999999999999999", ","]
+)
+def test_unknown_customers_are_answered_kindly(
+    page: Client, customer: Customer, ids: str
+) -> None:
+    form = filled(page, grant_url(customer))
+    for send in (page.get, lambda url, **kw: page.post(url, form, **kw)):
+        response = send(f"{CUSTOMERS}grant-credits/?ids={ids}", follow=True)
+        assert response.redirect_chain == [(CUSTOMERS, 302)]
+        assert messages(response) == [
+            ("error", "There is no such customer. Choose again; nothing was granted.")
+        ]
+    assert granted() == []
+
+
+def test_too_many_customers_are_answered_kindly(page: Client) -> None:
+    Customer.objects.bulk_create(
+        Customer(external_id=f"team_{number}") for number in range(101)
+    )
+    response = page.post(
+        CUSTOMERS,
+        {
+            "action": "grant_credits",
+            "_selected_action": [Customer.objects.first().pk],  # type: ignore[union-attr]
+            "select_across": "1",
+        },
+        follow=True,
+    )
+    assert messages(response) == [("error", "Choose at most 100 customers at a time.")]
+
+
+def test_customer_outside_the_admins_queryset_cannot_be_granted_to(
+    page: Client, customer: Customer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from django_meterly.admin import CustomerAdmin
+
+    monkeypatch.setattr(
+        CustomerAdmin, "get_queryset", lambda *args: Customer.objects.none()
+    )
+    assert page.get(grant_url(customer)).url == CUSTOMERS
+
+
+# Customers
+
+
+def test_customer_page_shows_every_balance_with_one_call(
+    page: Client, customer: Customer, remote: Any
+) -> None:
+    client = get_client()
+    client.add_credits(str(customer.customer_id), 7, "gpu_seconds", "add-1")
+    client.reserve_credits(str(customer.customer_id), 40, unit="image_credits")
+    remote.calls.clear()
+    shown = page.get(f"{CUSTOMERS}{customer.pk}/change/").content.decode()
+    rows = re.findall(
+        r'<th scope="row">(\w+)</th>\s+' + r"<td>(\d+)</td>\s+" * 3, shown
+    )
+    assert sorted(rows) == [
+        ("gpu_seconds", "7", "0", "7"),
+        ("image_credits", "100", "40", "60"),
+    ]
+    assert remote.operations() == ["get_balances"]
+
+
+def test_customer_list_asks_the_ledger_nothing(
+    page: Client, customer: Customer, remote: Any
+) -> None:
+    assert str(customer.customer_id) in page.get(CUSTOMERS).content.decode()
+    assert remote.calls == []
+
+
+def test_unregistered_customer_is_said_to_be_new(page: Client, remote: Any) -> None:
+    customer = Customer.objects.resolve("team_7")
+    shown = page.get(f"{CUSTOMERS}{customer.pk}/change/").content.decode()
+    assert "registered there on first use" in shown
+    assert remote.calls == []
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"BASE_URL": "http://ledger.example"},
+        {"API_KEY": None, "BASE_URL": "http://127.0.0.1"},
+    ],
+)
+def test_misconfigured_ledger_does_not_break_the_customer_page(
+    page: Client, customer: Customer, settings: Any, broken: dict[str, Any]
+) -> None:
+    settings.METERLY = {
+        "TRANSPORT": "django_meterly.transports.HttpTransport",
+        "API_KEY": "mk_test_0123456789abcdefghijklmnopqrstuvwxyz",
+        **broken,
+    }
+    response = page.get(f"{CUSTOMERS}{customer.pk}/change/")
+    assert response.status_code == 200
+    assert "The ledger does not tell the balances" in response.content.decode()
+
+
+def test_customer_unknown_to_the_ledger_does_not_break_its_page(page: Client) -> None:
+    customer = Customer.objects.create(external_id="team_7", customer_id="cus_lost")
+    response = page.get(f"{CUSTOMERS}{customer.pk}/change/")
+    assert response.status_code == 200
+    assert "404 not_found" in response.content.decode()
+
+
+def test_customer_page_leads_to_that_customers_rows(everything: Client) -> None:
+    alice, bob = fund("alice"), fund("bob")
+    reserve(alice, reference="alices-work")
+    reserve(bob, reference="bobs-work")
+    shown = everything.get(f"{CUSTOMERS}{alice.pk}/change/").content.decode()
+    for path, count in ((GRANTS, 1), (RESERVATIONS, 1)):
+        (link,) = re.findall(f'href="({path}[^"]+)"', shown)
+        found = everything.get(link.replace("&amp;", "&")).context["cl"].result_list
+        assert [row.customer for row in found] == [alice] * count
+    outsider = browser(staff("victor", "view_customer"))
+    shown = outsider.get(f"{CUSTOMERS}{alice.pk}/change/").content.decode()
+    assert "Credits at the ledger" in shown
+    assert not re.search(f'href="({GRANTS}|{RESERVATIONS})', shown)
+
+
+def added(client: Client, **values: Any) -> HttpResponse:
+    return client.post(f"{CUSTOMERS}add/", {"owner": "", "external_id": "", **values})
+
+
+def test_added_customer_gets_the_owners_external_id(everything: Client) -> None:
+    alice = User.objects.create_user("alice")
+    assert added(everything, owner=alice.pk).status_code == 302
+    customer = Customer.objects.get()
+    assert (customer.owner, customer.external_id) == (alice, f"user_{alice.pk}")
+    assert Customer.objects.for_owner(alice) == customer
+    # A second one would be the same customer.
+    response = added(everything, owner=alice.pk)
+    assert response.status_code == 200
+    assert "already exists" in response.content.decode()
+
+
+def test_added_customer_may_have_an_external_id_of_its_own(everything: Client) -> None:
+    assert added(everything, external_id="team_7").status_code == 302
+    customer = Customer.objects.get()
+    assert (customer.owner, customer.external_id) == (None, "team_7")
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({}, "Choose an owner, or type an external id."),
+        ({"external_id": "été"}, "printable ASCII"),
+        ({"owner": "987654321"}, "Select a valid choice"),
+        ({"external_id": "x" * 256}, "at most 255 characters"),
+    ],
+)
+def test_customer_without_a_usable_id_is_not_added(
+    everything: Client, values: dict[str, str], error: str
+) -> None:
+    response = added(everything, **values)
+    assert response.status_code == 200
+    assert error in response.content.decode()
+    assert not Customer.objects.exists()
+
+
+def test_external_id_stays_and_customers_are_not_deleted(
+    everything: Client, customer: Customer
+) -> None:
+    url = f"{CUSTOMERS}{customer.pk}/"
+    posted = {"owner": "", "external_id": "other", "customer_id": "cus_other"}
+    assert everything.post(f"{url}change/", posted).status_code == 302
+    now = Customer.objects.get()
+    assert (now.external_id, now.customer_id) == (
+        customer.external_id,
+        customer.customer_id,
+    )
+    assert now.owner is None
+    assert everything.post(f"{url}delete/", {"post": "yes"}).status_code == 403
+    assert "delete_selected" not in everything.get(CUSTOMERS).content.decode()
+
+
+def test_customers_are_found_by_either_id(
+    everything: Client, customer: Customer
+) -> None:
+    fund("team_7")
+    for term in (customer.external_id, customer.customer_id):
+        found = everything.get(CUSTOMERS, {"q": term}).context["cl"].result_list
+        assert list(found) == [customer]
+
+
+# Grants and reservations
+
+
+def test_grants_and_reservations_are_read_only(
+    everything: Client, customer: Customer
+) -> None:
+    for path, row in (
+        (GRANTS, Grant.objects.get()),
+        (RESERVATIONS, reserve(customer)),
+    ):
+        assert everything.get(path).status_code == 200
+        assert everything.get(f"{path}add/").status_code == 403
+        response = everything.get(f"{path}{row.pk}/change/")
+        assert response.status_code == 200
+        assert 'name="_save"' not in response.content.decode()
+        for change in ("change", "delete"):
+            answer = everything.post(f"{path}{row.pk}/{change}/", {"post": "yes"})
+            assert answer.status_code == 403
+        nobody = browser(staff(f"nobody-{path}"))
+        assert nobody.get(path).status_code == 403
+
+
+@pytest.mark.parametrize("model", [Grant, Reservation])
+def test_every_field_is_shown(
+    everything: Client, customer: Customer, model: Any
+) -> None:
+    reserve(customer)
+    name = model._meta.model_name
+    url = reverse(f"admin:meterly_{name}_change", args=[model.objects.get().pk])
+    shown = everything.get(url).content.decode()
+    for field in model._meta.fields:
+        if field.name == "id" and model is Grant:
+            continue
+        assert f"field-{field.name}" in shown, field.name
+
+
+@pytest.mark.parametrize("state", Reservation.State.values)
+def test_every_state_is_explained(
+    everything: Client, customer: Customer, state: str
+) -> None:
+    now = timezone.now()
+    row = reserve(customer, state=state, lease_until=now, next_attempt_at=now)
+    shown = everything.get(f"{RESERVATIONS}{row.pk}/change/").content.decode()
+    (meaning,) = re.findall(
+        r'What this means:</label>\s*<div class="readonly">([^<]+)<', shown
+    )
+    assert len(meaning) > 30
+    assert "stuck" not in meaning
+    Reservation.objects.update(stuck_at=now)
+    shown = everything.get(f"{RESERVATIONS}{row.pk}/change/").content.decode()
+    assert "But it is stuck" in shown
+
+
+def test_reservations_are_found_and_filtered(
+    everything: Client, customer: Customer
+) -> None:
+    stuck = reserve(
+        customer,
+        key="idem-77",
+        reference="render 42",
+        reservation_id="res_abc",
+        state="commit_pending",
+        next_attempt_at=timezone.now(),
+        stuck_at=timezone.now(),
+    )
+    reserve(fund("team_7"), unit="gpu_seconds")
+    for query in (
+        {"q": "render 42"},
+        {"q": "idem-77"},
+        {"q": "res_abc"},
+        {"q": customer.external_id},
+        {"q": str(stuck.pk)},
+        {"stuck": "yes"},
+        {"state__exact": "commit_pending"},
+        {"unit": "image_credits"},
+    ):
+        found = everything.get(RESERVATIONS, query).context["cl"].result_list
+        assert list(found) == [stuck], query
+    by_age = everything.get(RESERVATIONS).context["cl"].result_list
+    assert list(by_age) == list(Reservation.objects.order_by("-created_at"))
+    tomorrow = timezone.now() + dt.timedelta(days=1)
+    response = everything.get(RESERVATIONS, {"created_at__gte": tomorrow.isoformat()})
+    assert list(response.context["cl"].result_list) == []
+
+
+@pytest.mark.parametrize("path", [CUSTOMERS, GRANTS, RESERVATIONS])
+def test_changelists_ask_the_same_number_of_queries_for_any_number_of_rows(
+    everything: Client, path: str
+) -> None:
+    def add(number: int) -> None:
+        owner = User.objects.create_user(f"owner-{number}")
+        customer = fund(owner)
+        Grant.objects.filter(customer=customer).update(actor=owner)
+        reserve(customer)
+
+    def queries() -> int:
+        with CaptureQueriesContext(connection) as captured:
+            assert everything.get(path).status_code == 200
+        return len(captured)
+
+    add(0)
+    first = queries()
+    for number in range(1, 8):
+        add(number)
+    assert queries() == first
+
+
+def test_pages_render_in_another_language(
+    everything: Client, customer: Customer
+) -> None:
+    row = reserve(customer)
+    with translation.override("de"):
+        for url in (
+            CUSTOMERS,
+            f"{CUSTOMERS}{customer.pk}/change/",
+            grant_url(customer),
+            f"{RESERVATIONS}{row.pk}/change/",
+        ):
+            assert everything.get(url).status_code == 200
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_conflict_at_the_ledger_is_reported_for_each(
+    page: Client, remote: Any, count: int
+) -> None:
+    customers = [fund(f"team_{number}") for number in range(count)]
+    remote.meet("grant_credits", MeterlyReferenceConflictError())
+    form = filled(page, grant_url(*customers))
+    response = page.post(grant_url(*customers), form, follow=True)
+    levels = sorted(level for level, _ in messages(response))
+    assert levels == ["error", "success"][:count]

@@ -1,0 +1,81 @@
+"""The promises of the journal, on every path that an adversary can force.
+
+``EXPLORE_BUDGET`` and ``EXPLORE_SWEEPS`` in the environment set another bound for
+all scenarios; 2 and 2 take some minutes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.exploration import HELD, Scenario, explore, fail_every_statement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_django.fixtures import SettingsWrapper
+
+# The richest ones get the budget for two mishaps: work that fails, an opening
+# balance that does not cover the charge, and one that does not cover the hold.
+DEEP, WIDE = {"budget": 2, "sweeps": 1}, {"budget": 1, "sweeps": 2}
+SCENARIOS = [
+    (Scenario(HELD), WIDE, 100),
+    (Scenario(HELD - 3), WIDE, 100),
+    (Scenario(0), WIDE, 100),
+    (Scenario(HELD + 5), WIDE, 150),
+    (Scenario(HELD, raises=True), WIDE, 100),
+    (Scenario(HELD, forgotten=True), WIDE, 50),
+    (Scenario(HELD, credits=HELD), WIDE, 100),
+    (Scenario(HELD, credits=0), DEEP, 200),
+    (Scenario(None), DEEP, 500),
+    (Scenario(HELD + 5, credits=HELD), DEEP, 800),
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Log nothing: every fault is worth a warning, and there are thousands."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("scenario", "bound", "least"),
+    SCENARIOS,
+    ids=[str(scenario) for scenario, _, _ in SCENARIOS],
+)
+def test_promises_hold_on_every_path(
+    scenario: Scenario,
+    bound: dict[str, int],
+    least: int,
+    settings: SettingsWrapper,
+    record_property: Callable[[str, object], None],
+) -> None:
+    settings.METERLY = {**settings.METERLY, "TRANSPORT": "tests.exploration.Line"}
+    bound = {
+        name: int(os.environ.get(f"EXPLORE_{name.upper()}", value))
+        for name, value in bound.items()
+    }
+    report = explore(scenario, **bound)
+    record_property("exploration", str(report))
+    # Less means that the adversary has lost its ways in.
+    assert report.states >= least, report
+    assert report.ends["released"], report
+    if scenario.charge is not None:
+        assert report.ends["committed"], report
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    "scenario",
+    [Scenario(HELD), Scenario(HELD + 5), Scenario(None), Scenario(HELD, credits=0)],
+    ids=str,
+)
+def test_promises_hold_in_process_when_any_statement_fails(scenario: Scenario) -> None:
+    assert fail_every_statement(scenario) >= 15

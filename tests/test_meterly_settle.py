@@ -1,0 +1,150 @@
+"""``manage.py meterly_settle``: what the Celery tasks do, without Celery."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from django_meterly import get_client, grants, guard
+from django_meterly.ledger.models import Entry
+from django_meterly.models import Grant, Reservation
+from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.children import environment, started, wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from django_meterly.models import Customer
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def customer(any_ledger: Any) -> Customer:
+    return fund("user_1", 1000)
+
+
+def meterly_settle(**options: Any) -> str:
+    call_command("meterly_settle", stdout=(out := StringIO()), **options)
+    return out.getvalue()
+
+
+def leave_behind(customer: Customer, count: int) -> None:
+    """Reserve as somebody does who is never heard of again."""
+    for _ in range(count):
+        guard(customer, 1).reserve()
+
+
+def test_f31_a_lapsed_reservation_is_released(customer: Customer) -> None:
+    leave_behind(customer, 1)
+    assert meterly_settle() == "0 lapsed, 0 taken up, 0 pending grants asked again.\n"
+    assert states() == ["reserved"]
+
+    let_lapse()
+    assert meterly_settle() == "1 lapsed, 1 taken up, 0 pending grants asked again.\n"
+    assert states() == ["released"]
+    assert movements() == ["reserved", "released"]
+    assert balance(customer) == (1000, 0)
+    verify()
+
+
+def test_a_limit_leaves_the_rest_for_the_next_time(customer: Customer) -> None:
+    leave_behind(customer, 3)
+    let_lapse()
+    assert meterly_settle(limit=2).startswith("3 lapsed, 2 taken up")
+    assert sorted(states()) == ["release_pending", "released", "released"]
+    assert meterly_settle(limit=2).startswith("0 lapsed, 1 taken up")
+    assert states() == ["released"] * 3
+    assert balance(customer) == (1000, 0)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_limit_below_one_is_refused(limit: str) -> None:
+    with pytest.raises(CommandError, match="--limit must be at least 1"):
+        call_command("meterly_settle", f"--limit={limit}")
+
+
+def test_an_outage_leaves_the_decisions_for_the_next_time(remote: Any) -> None:
+    customer = fund("user_1", 1000)
+    leave_behind(customer, 3)
+    let_lapse()
+    remote.meet("release_reservation", "lost", "unsent", "unanswered")
+    assert meterly_settle().startswith("3 lapsed, 3 taken up")
+    assert states() == ["release_pending"] * 3
+    assert meterly_settle().startswith("0 lapsed, 0 taken up")
+
+    let_lapse()
+    assert meterly_settle().startswith("0 lapsed, 3 taken up")
+    assert states() == ["released"] * 3
+    assert movements() == ["reserved"] * 3 + ["released"] * 3
+    assert balance(customer) == (1000, 0)
+    verify()
+
+
+@pytest.mark.parametrize("fault", ["lost", "unsent", "unanswered"])
+def test_a_pending_grant_is_granted_once(remote: Any, fault: str) -> None:
+    customer = fund("user_1", 1000)
+    remote.meet("grant_credits", fault, fault)
+    granted, _ = grants.grant(
+        get_client(), customer, 50, "image_credits", reason="r", reference="welcome"
+    )
+    assert granted.state == Grant.State.PENDING
+    # Still no answer: it stays pending, and says why.
+    assert meterly_settle().endswith("1 pending grants asked again.\n")
+    granted.refresh_from_db()
+    assert granted.state == Grant.State.PENDING
+    assert granted.last_error
+
+    assert meterly_settle().endswith("1 pending grants asked again.\n")
+    assert meterly_settle().endswith("0 pending grants asked again.\n")
+    granted.refresh_from_db()
+    assert (granted.state, granted.last_error) == (Grant.State.GRANTED, "")
+    assert Entry.objects.filter(reference="welcome").count() == 1
+    assert balance(customer) == (1050, 0)
+    verify()
+
+
+def test_f38_two_sweepers_settle_each_row_once(
+    customer: Customer, tmp_path: Path
+) -> None:
+    leave_behind(customer, 200)
+    let_lapse()
+    log = tmp_path / "log"
+    code = "from tests import dying; dying.settle()"
+    with ExitStack() as stack:
+        sweepers = [
+            stack.enter_context(
+                started("django", "shell", "-c", code, env=environment(), log=log)
+            )
+            for _ in range(2)
+        ]
+        wait_until(lambda: log.exists() and log.read_text().count("ready") == 2, log)
+        for sweeper in sweepers:
+            assert sweeper.stdin
+            print("go", file=sweeper.stdin, flush=True)
+        for sweeper in sweepers:
+            sweeper.wait(timeout=60)
+    said = log.read_text()
+    assert [sweeper.returncode for sweeper in sweepers] == [0, 0], said
+    assert "could not be settled" not in said, said
+
+    counts = [
+        [int(count) for count in found]
+        for found in re.findall(r"(\d+) lapsed, (\d+) taken up", said)
+    ]
+    times = re.findall(r"from ([\d.]+) until ([\d.]+)", said)
+    begun, ended = zip(*(map(float, pair) for pair in times), strict=True)
+    assert max(begun) < min(ended)
+    assert [sum(column) for column in zip(*counts, strict=True)] == [200, 200]
+    assert states() == ["released"] * 200
+    assert movements() == ["reserved"] * 200 + ["released"] * 200
+    released = Entry.objects.filter(kind="credits_released")
+    assert released.values("hold").distinct().count() == 200
+    assert set(Reservation.objects.values_list("settle_attempts", flat=True)) == {1}
+    assert balance(customer) == (1000, 0)
+    verify()

@@ -1,0 +1,236 @@
+"""Guards inside Celery tasks, and the tasks that settle: real workers, killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from celery import Celery, current_app
+from django.core.management import call_command
+from django.utils import timezone
+
+from django_meterly import guard, tasks
+from django_meterly.models import Grant, Reservation
+from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.children import (
+    broker_options,
+    dying_transport,
+    environment,
+    kill_group,
+    started,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from django_meterly.models import Customer
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+class Site:
+    """A broker in a folder, and the workers and beats of one test."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.log = folder / "log"
+        self.marker = folder / "marker"
+        self.broker = folder / "broker"
+        self.broker.mkdir()
+        self._folder = folder
+        self._stack = stack
+        # Leases of two seconds, and no patience with decided rows.
+        self._env = {
+            **environment(LEASE_GRACE=1, RESERVATION_TTL=1, DEADLINE=1),
+            "CHILD_BROKER": str(self.broker),
+        }
+        self._sender = Celery(
+            set_as_current=False,
+            broker="filesystem://",
+            broker_transport="tests.broker.Transport",
+            broker_transport_options=broker_options(str(self.broker)),
+        )
+        stack.callback(self._sender.close)
+
+    def worker(self, **env: str) -> subprocess.Popen[str]:
+        return self._celery(env, "worker", "--pool=prefork", "--concurrency=1")
+
+    def beat(self, name: str) -> subprocess.Popen[str]:
+        schedule = f"--schedule={self._folder / name}"
+        return self._celery({}, "beat", "--pidfile=", schedule)
+
+    def _celery(self, env: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+        command = ["-A", "tests.celery_app", *arguments, "--loglevel=INFO"]
+        return self._stack.enter_context(
+            started("celery", *command, env={**self._env, **env}, log=self.log)
+        )
+
+    def send(self, task: str, *arguments: str, **options: Any) -> None:
+        self._sender.send_task(task, arguments, **options)
+
+    def wait_until(self, condition: Any) -> None:
+        wait_until(condition, self.log)
+
+    def wait_for_work(self) -> int:
+        """Wait until a task is inside its guard; return its process id."""
+        self.wait_until(self.marker.exists)
+        return int(self.marker.read_text())
+
+
+@pytest.fixture
+def customer(any_ledger: Any) -> Customer:
+    return fund("user_1")
+
+
+@pytest.fixture
+def site(customer: Customer, tmp_path: Path) -> Iterator[Site]:
+    with ExitStack() as stack:
+        yield Site(tmp_path, stack)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def assert_held(customer: Customer) -> None:
+    assert states() == ["reserved"]
+    assert balance(customer) == (100, 25)
+    assert movements() == ["reserved"]
+
+
+def assert_restored(customer: Customer) -> None:
+    assert states() == ["released"]
+    assert balance(customer) == (100, 0)
+    # The hold's own time was up before the lease was.
+    assert movements() == ["reserved", "expired"]
+    verify()
+
+
+def test_a_task_that_finishes_is_charged_once(site: Site, customer: Customer) -> None:
+    site.worker()
+    site.send("finish", customer.external_id)
+    site.wait_until(lambda: states() == ["committed"])
+    assert balance(customer) == (75, 0)
+    assert movements() == ["reserved", "committed"]
+    verify()
+
+
+def test_f31_the_credits_of_a_killed_pool_child_come_back(
+    site: Site, customer: Customer
+) -> None:
+    worker = site.worker()
+    site.send("hang", customer.external_id, str(site.marker))
+    child = site.wait_for_work()
+    assert child != worker.pid
+    os.kill(child, signal.SIGKILL)
+    site.wait_until(lambda: not is_running(child))
+    assert_held(customer)
+
+    site.wait_until(Reservation.objects.lapsed().exists)
+    assert_held(customer)
+    site.send(tasks.release_stale_reservations.name)
+    site.wait_until(lambda: states() == ["released"])
+    assert_restored(customer)
+
+
+def test_f31_the_credits_of_a_killed_worker_come_back(
+    site: Site, customer: Customer
+) -> None:
+    worker = site.worker()
+    site.send("hang", customer.external_id, str(site.marker))
+    site.wait_for_work()
+    kill_group(worker)
+    assert_held(customer)
+
+    site.wait_until(Reservation.objects.lapsed().exists)
+    assert_held(customer)
+    site.worker()
+    site.send(tasks.release_stale_reservations.name)
+    site.wait_until(lambda: states() == ["released"])
+    assert_restored(customer)
+
+
+def test_f35_a_soft_time_limit_within_the_commit_loses_no_success(
+    site: Site, customer: Customer, settings: Any
+) -> None:
+    transport = dying_transport(settings.METERLY["TRANSPORT"])
+    worker = site.worker(
+        HANG_AT="after:commit_reservation",
+        CHILD_METERLY=json.dumps({**settings.METERLY, "TRANSPORT": transport}),
+    )
+    site.send("finish", customer.external_id, soft_time_limit=2)
+    site.wait_until(lambda: "SoftTimeLimitExceeded" in site.log.read_text())
+    assert states() == ["commit_pending"]
+    kill_group(worker)
+
+    let_lapse()
+    call_command("meterly_settle")
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    assert balance(customer) == (75, 0)
+    verify()
+
+
+def test_a_lost_commit_and_a_lost_grant_are_carried_out(
+    site: Site, customer: Customer
+) -> None:
+    with guard(customer, 25):
+        pass
+    # As if the commit's answer, and the grant's question, had been lost.
+    Reservation.objects.update(
+        state="commit_pending", next_attempt_at=timezone.now(), settled_at=None
+    )
+    Grant.objects.create(
+        customer=customer,
+        unit="image_credits",
+        amount=50,
+        reason="r",
+        reference="welcome",
+    )
+    site.worker()
+    site.send(tasks.settle_reservations.name)
+    site.wait_until(lambda: balance(customer) == (125, 0))
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    verify()
+
+
+def test_f39_two_beats_release_a_lapsed_reservation_once(
+    site: Site, customer: Customer
+) -> None:
+    site.beat("one")
+    site.beat("two")
+    worker = site.worker()
+    site.send("hang", customer.external_id, str(site.marker))
+    site.wait_for_work()
+    kill_group(worker)
+    assert_held(customer)
+
+    site.worker()
+    site.wait_until(lambda: states() == ["released"])
+    # Both beats have had another go, and found nothing to do.
+    already = site.log.read_text().count("succeeded")
+    site.wait_until(lambda: site.log.read_text().count("succeeded") >= already + 4)
+    assert_restored(customer)
+
+
+def test_the_beat_schedule_names_tasks_that_exist() -> None:
+    schedule = tasks.beat_schedule(release_every=30, settle_every=5)
+    assert {entry["task"] for entry in schedule.values()} == {
+        tasks.release_stale_reservations.name,
+        tasks.settle_reservations.name,
+    }
+    assert {entry["task"] for entry in schedule.values()} <= set(current_app.tasks)
+    assert [entry["schedule"] for entry in schedule.values()] == [30, 5]
+    # A lagging queue still comes to run them, and a dead one does not fill up.
+    assert [entry["options"]["expires"] for entry in schedule.values()] == [600, 100]
