@@ -109,7 +109,8 @@ class CustomerAdmin(CustomerModelAdmin):
                 try:
                     context["balances"] = (
                         get_client()
-                        .get_balances(obj.customer_id, timeout=BALANCES_TIMEOUT)
+                        .within(BALANCES_TIMEOUT, attempts=1)
+                        .get_balances(obj.customer_id)
                         .balances
                     )
                 except (MeterlyError, ValueError) as exc:

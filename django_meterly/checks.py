@@ -70,9 +70,18 @@ def _check_values() -> Iterator[CheckMessage]:
                 f"not {value!r}.",
                 id="meterly.E003",
             )
-    for name in ("TRANSPORT", "CUSTOMER_RESOLVER", "EXTERNAL_ID"):
+    attempts = meterly_settings.MAX_ATTEMPTS
+    if type(attempts) is not int or attempts < 1:
+        yield Error(
+            f"METERLY['MAX_ATTEMPTS'] must be a whole number from 1, not {attempts!r}.",
+            id="meterly.E003",
+        )
+    for name in ("TRANSPORT", "SIGNER", "CUSTOMER_RESOLVER", "EXTERNAL_ID"):
+        path = getattr(meterly_settings, name)
+        if name == "SIGNER" and path is None:
+            continue
         try:
-            import_string(getattr(meterly_settings, name))
+            import_string(path)
         except (ImportError, TypeError, AttributeError) as exc:
             yield Error(
                 f"METERLY[{name!r}] cannot be imported: {exc}",

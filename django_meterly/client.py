@@ -7,13 +7,31 @@ describe.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 import uuid
-from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from dataclasses import replace
+from functools import partial, wraps
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    TypeVar,
+    overload,
+)
 
-from .errors import MeterlyError, MeterlyNotSentError, MeterlyUnknownOutcomeError
+from asgiref.sync import sync_to_async
+
+from .errors import (
+    OUTAGE,
+    MeterlyError,
+    MeterlyInvalidRequestError,
+    MeterlyUnknownOutcomeError,
+)
 from .transports.base import (
     MAX_KEY_LENGTH,
     Call,
@@ -25,11 +43,20 @@ from .transports.base import (
     check_ttl,
     check_unit,
 )
-from .types import Balance, Balances, Customer, GrantResult, Movement, Reservation
+from .transports.signing import Secret
+from .types import (
+    Balance,
+    Balances,
+    Customer,
+    EntryPage,
+    GrantResult,
+    Movement,
+    Reservation,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
+    from collections.abc import Awaitable, Callable, Coroutine
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
     from .transports.base import Transport
@@ -37,13 +64,33 @@ if TYPE_CHECKING:
 __all__ = ["MeterlyClient", "get_client"]
 
 T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+def _twin(
+    method: Callable[Concatenate[MeterlyClient, P], T],
+) -> Callable[Concatenate[MeterlyClient, P], Coroutine[Any, Any, T]]:
+    """Return *method* for ``async`` code: the same, run in a thread."""
+
+    @wraps(method)
+    async def twin(self: MeterlyClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        sensitive = self.transport.thread_sensitive
+        run = sync_to_async(method, thread_sensitive=sensitive)
+        return await run(self, *args, **kwargs)
+
+    twin.__name__ = f"a{method.__name__}"
+    twin.__qualname__ = f"MeterlyClient.{twin.__name__}"
+    return twin
 
 
 class MeterlyClient:
     """A ledger's methods, over HTTP with *api_key*, or over any *transport*.
 
     *options* go to ``HttpTransport`` (``base_url``, ``read_timeout``,
-    ``deadline``, ...). One client may be shared by many threads.
+    ``deadline``, ``signer``, ...). One client may be shared by many threads, and
+    used after a fork. Every method has a twin for ``async`` code, with an ``a``
+    before its name, which does the same in a thread.
 
     Every method that changes something takes an *idempotency_key*: the same key
     with the same arguments never moves credits twice. Without one, a random key
@@ -63,6 +110,8 @@ class MeterlyClient:
         transport: Transport | None = None,
         **options: Any,
     ) -> None:
+        # Or a debug page would show the key with the frame of an error.
+        api_key = Secret(api_key) if isinstance(api_key, str) else api_key
         if transport is None:
             from .transports import HttpTransport
 
@@ -73,6 +122,8 @@ class MeterlyClient:
                 "not both."
             )
         self.transport = transport
+        self._ends_at: float | None = None
+        self._attempts: int | None = None
 
     def __repr__(self) -> str:
         return f"MeterlyClient({self.transport!r})"
@@ -88,9 +139,35 @@ class MeterlyClient:
     ) -> None:
         self.close()
 
+    async def __aenter__(self) -> MeterlyClient:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
     def close(self) -> None:
         """Close the transport's connections."""
         self.transport.close()
+
+    aclose = _twin(close)
+
+    def within(self, seconds: float, *, attempts: int | None = None) -> MeterlyClient:
+        """Return a client whose calls must all be done in *seconds* from now.
+
+        Each of them is sent *attempts* times at most (``None``: as often as the
+        transport would). It shares this one's transport and limits.
+        """
+        limited = MeterlyClient(transport=self.transport)
+        limited._ends_at = time.monotonic() + seconds
+        if self._ends_at is not None:
+            limited._ends_at = min(limited._ends_at, self._ends_at)
+        limited._attempts = attempts or self._attempts
+        return limited
 
     # Customers and credits
 
@@ -118,15 +195,17 @@ class MeterlyClient:
             idempotency_key,
         )
 
+    acreate_customer = _twin(create_customer)
+
     def find_customer(self, customer_external_id: str) -> Customer | None:
         """Return the customer with *your* id, or ``None``."""
         return self._send(
-            Call(
-                "find_customer",
-                {"externalId": check_text(customer_external_id, "external_id")},
-            ),
+            "find_customer",
             _first_customer,
+            {"externalId": check_text(customer_external_id, "external_id")},
         )
+
+    afind_customer = _twin(find_customer)
 
     def grant_credits(
         self,
@@ -157,28 +236,40 @@ class MeterlyClient:
             "grant_credits", GrantResult.from_wire, arguments, idempotency_key
         )
 
+    agrant_credits = _twin(grant_credits)
+
     def get_balance(self, customer_id: str) -> Balance:
         """Return the customer's default account."""
         return self._send(
-            Call("get_balance", {"customerId": _customer(customer_id)}),
-            Balance.from_wire,
+            "get_balance", Balance.from_wire, {"customerId": _customer(customer_id)}
         )
 
-    def get_balances(
-        self, customer_id: str, *, timeout: float | None = None
-    ) -> Balances:
-        """Return every account of the customer.
+    aget_balance = _twin(get_balance)
 
-        *timeout* is the number of seconds the whole call may take.
-        """
+    def get_balances(self, customer_id: str) -> Balances:
+        """Return every account of the customer."""
         return self._send(
-            Call(
-                "get_balances",
-                {"customerId": _customer(customer_id)},
-                timeout=timeout,
-            ),
-            Balances.from_wire,
+            "get_balances", Balances.from_wire, {"customerId": _customer(customer_id)}
         )
+
+    aget_balances = _twin(get_balances)
+
+    def list_entries(
+        self, customer_id: str, unit: str | None = None, *, cursor: str | None = None
+    ) -> EntryPage:
+        """Return a page of the customer's ledger entries, the newest first.
+
+        All units, or only *unit*. For the next page give the ``next_cursor`` of
+        this one as *cursor*; the last page's is ``None``.
+        """
+        arguments = {"customerId": _customer(customer_id)}
+        if unit is not None:
+            arguments["unit"] = check_unit(unit)
+        if cursor is not None:
+            arguments["cursor"] = check_text(cursor, "cursor")
+        return self._send("list_entries", EntryPage.from_wire, arguments)
+
+    alist_entries = _twin(list_entries)
 
     def add_credits(
         self,
@@ -194,6 +285,8 @@ class MeterlyClient:
             "add_credits", customer_id, amount, unit, reference, idempotency_key
         )
 
+    aadd_credits = _twin(add_credits)
+
     def use_credits(
         self,
         customer_id: str,
@@ -202,21 +295,16 @@ class MeterlyClient:
         reference: str | None = None,
         *,
         idempotency_key: str | None = None,
-        timeout: float | None = None,
     ) -> Movement:
         """Use credits at once, without a hold; *reference* is a label.
 
         Raises ``MeterlyInsufficientCreditsError`` when too few are available.
         """
         return self._move(
-            "use_credits",
-            customer_id,
-            amount,
-            unit,
-            reference,
-            idempotency_key,
-            timeout,
+            "use_credits", customer_id, amount, unit, reference, idempotency_key
         )
+
+    ause_credits = _twin(use_credits)
 
     # Reservations
 
@@ -229,13 +317,11 @@ class MeterlyClient:
         reference: str | None = None,
         idempotency_key: str | None = None,
         ttl_seconds: int | None = None,
-        timeout: float | None = None,
     ) -> Reservation:
         """Hold credits for *ttl_seconds* (1 to 86400; the ledger's default else).
 
         Replaying a key returns the same reservation with its present *status*,
-        so look at it before relying on the hold. *timeout* is the number of
-        seconds the whole call may take. Raises
+        so look at it before relying on the hold. Raises
         ``MeterlyInsufficientCreditsError`` when too few are available.
         """
         arguments: dict[str, Any] = {
@@ -248,19 +334,20 @@ class MeterlyClient:
         if ttl_seconds is not None:
             arguments["ttlSeconds"] = check_ttl(ttl_seconds)
         return self._post(
-            "reserve_credits",
-            Reservation.from_wire,
-            arguments,
-            idempotency_key,
-            timeout,
+            "reserve_credits", Reservation.from_wire, arguments, idempotency_key
         )
+
+    areserve_credits = _twin(reserve_credits)
 
     def get_reservation(self, reservation_id: str) -> Reservation:
         """Return a reservation as it is now."""
         return self._send(
-            Call("get_reservation", {"reservationId": _reservation(reservation_id)}),
+            "get_reservation",
             Reservation.from_wire,
+            {"reservationId": _reservation(reservation_id)},
         )
+
+    aget_reservation = _twin(get_reservation)
 
     def commit_reservation(
         self,
@@ -268,31 +355,62 @@ class MeterlyClient:
         *,
         amount: int | None = None,
         idempotency_key: str | None = None,
-        timeout: float | None = None,
     ) -> Reservation:
         """Charge a reservation: all of it, or *amount* (0 charges nothing).
 
         What is not charged is available again. Committing a committed
-        reservation succeeds without a second movement. Raises
+        reservation succeeds without a second movement. Where the transport has no
+        ``partial_commit``, all of it is committed, and the rest added again with
+        the reference ``refund:<reservation_id>``. Raises
         ``MeterlyReservationExpiredError`` or ``MeterlyReservationReleasedError``.
         """
         arguments: dict[str, Any] = {"reservationId": _reservation(reservation_id)}
         if amount is not None:
-            arguments["amount"] = check_amount(amount, minimum=0)
+            check_amount(amount, minimum=0)
+            if not self.transport.partial_commit:
+                return self._commit_and_refund(reservation_id, amount, idempotency_key)
+            arguments["amount"] = amount
         return self._post(
-            "commit_reservation",
-            Reservation.from_wire,
-            arguments,
-            idempotency_key,
-            timeout,
+            "commit_reservation", Reservation.from_wire, arguments, idempotency_key
         )
 
+    acommit_reservation = _twin(commit_reservation)
+
+    def _commit_and_refund(
+        self, reservation_id: str, amount: int, idempotency_key: str | None
+    ) -> Reservation:
+        """Charge *amount* at a ledger that can only commit a hold as a whole."""
+        held = self.get_reservation(reservation_id)
+        if amount > held.amount:
+            raise MeterlyInvalidRequestError(
+                f"amount must be at most the {held.amount} credits held, not {amount}."
+            )
+        committed = self.commit_reservation(
+            reservation_id, idempotency_key=idempotency_key
+        )
+        if amount == held.amount:
+            return committed
+        # Derived, so that a replay of the pair adds nothing twice.
+        name = f"refund:{reservation_id}"
+        try:
+            movement = self.add_credits(
+                held.customer_id,
+                held.amount - amount,
+                held.unit,
+                name,
+                idempotency_key=name,
+            )
+        except OUTAGE as exc:
+            unknown = MeterlyUnknownOutcomeError(
+                f"Reservation {reservation_id} is committed, but what it held too "
+                f"much may not be added again yet: {exc}"
+            )
+            unknown.idempotency_key = idempotency_key
+            raise unknown from exc
+        return replace(committed, balance=movement.balance)
+
     def release_reservation(
-        self,
-        reservation_id: str,
-        *,
-        idempotency_key: str | None = None,
-        timeout: float | None = None,
+        self, reservation_id: str, *, idempotency_key: str | None = None
     ) -> Reservation:
         """Give the held credits back.
 
@@ -304,8 +422,34 @@ class MeterlyClient:
             Reservation.from_wire,
             {"reservationId": _reservation(reservation_id)},
             idempotency_key,
-            timeout,
         )
+
+    arelease_reservation = _twin(release_reservation)
+
+    def extend_reservation(
+        self,
+        reservation_id: str,
+        ttl_seconds: int,
+        *,
+        idempotency_key: str | None = None,
+    ) -> Reservation:
+        """Hold the credits for *ttl_seconds* (1 to 86400) from now.
+
+        This sets the time to live and never adds to it, so a replay does no harm.
+        Raises ``MeterlyReservationExpiredError``,
+        ``MeterlyReservationCommittedError`` or ``MeterlyReservationReleasedError``.
+        """
+        return self._post(
+            "extend_reservation",
+            Reservation.from_wire,
+            {
+                "reservationId": _reservation(reservation_id),
+                "ttlSeconds": check_ttl(ttl_seconds),
+            },
+            idempotency_key,
+        )
+
+    aextend_reservation = _twin(extend_reservation)
 
     @overload
     def guard(
@@ -353,72 +497,58 @@ class MeterlyClient:
         two calls leaves the hold to its time to live, and the work uncharged.
         ``django_meterly.guard`` keeps one.
         """
-        key = str(uuid.uuid4())
-        if idempotency_key is not None:
-            # Room for the keys that are derived from it: found too long only
-            # then, it would end in a ValueError after the work.
-            key = check_key(idempotency_key, length=MAX_KEY_LENGTH - len(":release"))
-        held = self._guarded(customer_id, amount, unit, reference, key, ttl_seconds)
+        held: _Held[Any] = _Held(
+            self, customer_id, amount, unit, reference, idempotency_key, ttl_seconds
+        )
         if callback is None:
             return held
-        result = None
-        try:
-            with held:
-                result = callback()
-        except MeterlyUnknownOutcomeError as exc:
-            if exc.idempotency_key == f"{key}:commit":
-                exc.result = result
-            raise
-        return result
+        with held:
+            held.result = callback()
+        return held.result
 
-    @contextmanager
-    def _guarded(
+    @overload
+    def aguard(
         self,
         customer_id: str,
         amount: int,
-        unit: str | None,
-        reference: str | None,
-        key: str,
-        ttl_seconds: int | None,
-    ) -> Iterator[Reservation]:
-        reservation = self.reserve_credits(
-            customer_id,
-            amount,
-            unit=unit,
-            reference=reference,
-            idempotency_key=key,
-            ttl_seconds=ttl_seconds,
+        unit: str | None = ...,
+        reference: str | None = ...,
+        idempotency_key: str | None = ...,
+        ttl_seconds: int | None = ...,
+    ) -> AbstractAsyncContextManager[Reservation]: ...
+
+    @overload
+    def aguard(
+        self,
+        customer_id: str,
+        amount: int,
+        unit: str | None = ...,
+        reference: str | None = ...,
+        idempotency_key: str | None = ...,
+        ttl_seconds: int | None = ...,
+        *,
+        callback: Callable[[], Awaitable[T]],
+    ) -> Coroutine[Any, Any, T]: ...
+
+    def aguard(
+        self,
+        customer_id: str,
+        amount: int,
+        unit: str | None = None,
+        reference: str | None = None,
+        idempotency_key: str | None = None,
+        ttl_seconds: int | None = None,
+        callback: Callable[[], Awaitable[Any]] | None = None,
+    ) -> Any:
+        """Guard ``async`` work as ``guard`` does: with ``async with``, or awaited.
+
+        A task that is cancelled in the work releases the hold; in the commit it
+        is cancelled when the commit is done.
+        """
+        held: _Held[Any] = _Held(
+            self, customer_id, amount, unit, reference, idempotency_key, ttl_seconds
         )
-        if reservation.status != "reserved":
-            raise MeterlyUnknownOutcomeError(
-                f"The reservation of idempotency key {key!r} is "
-                f"{reservation.status} already. Use a new key for new work."
-            )
-        try:
-            yield reservation
-        except BaseException:
-            # The work's own exception is the one to report; a hold that cannot
-            # be released now ends with its time to live.
-            try:
-                self.release_reservation(
-                    reservation.reservation_id, idempotency_key=f"{key}:release"
-                )
-            except MeterlyError:
-                pass
-            raise
-        # Outside the try: the work is done, so nothing here may release it.
-        try:
-            self.commit_reservation(
-                reservation.reservation_id, idempotency_key=f"{key}:commit"
-            )
-        except (MeterlyUnknownOutcomeError, MeterlyNotSentError) as exc:
-            unknown = MeterlyUnknownOutcomeError(
-                "The work is done, but whether it was charged is unknown. Commit "
-                f"reservation {reservation.reservation_id} again with idempotency "
-                f"key {key}:commit."
-            )
-            unknown.idempotency_key = f"{key}:commit"
-            raise unknown from exc
+        return held if callback is None else held.arun(callback)
 
     # Sending
 
@@ -430,7 +560,6 @@ class MeterlyClient:
         unit: str | None,
         reference: str | None,
         idempotency_key: str | None,
-        timeout: float | None = None,
     ) -> Movement:
         arguments: dict[str, Any] = {
             "customerId": _customer(customer_id),
@@ -439,9 +568,7 @@ class MeterlyClient:
         }
         if unit is not None:
             arguments["unit"] = check_unit(unit)
-        return self._post(
-            operation, Movement.from_wire, arguments, idempotency_key, timeout
-        )
+        return self._post(operation, Movement.from_wire, arguments, idempotency_key)
 
     def _post(
         self,
@@ -449,14 +576,23 @@ class MeterlyClient:
         read: Callable[[dict[str, Any]], T],
         arguments: dict[str, Any],
         idempotency_key: str | None,
-        timeout: float | None = None,
     ) -> T:
         key = (
             str(uuid.uuid4()) if idempotency_key is None else check_key(idempotency_key)
         )
-        return self._send(Call(operation, arguments, key, timeout), read)
+        return self._send(operation, read, arguments, key)
 
-    def _send(self, call: Call, read: Callable[[dict[str, Any]], T]) -> T:
+    def _send(
+        self,
+        operation: str,
+        read: Callable[[dict[str, Any]], T],
+        arguments: dict[str, Any],
+        idempotency_key: str | None = None,
+    ) -> T:
+        timeout = None
+        if self._ends_at is not None:
+            timeout = max(self._ends_at - time.monotonic(), 0.0)
+        call = Call(operation, arguments, idempotency_key, timeout, self._attempts)
         try:
             data = self.transport.send(call)
         except MeterlyUnknownOutcomeError as exc:
@@ -470,6 +606,122 @@ class MeterlyClient:
                 f"expected shape: {exc!r}."
             )
             unknown.idempotency_key = call.idempotency_key
+            raise unknown from exc
+
+
+class _Held(Generic[T]):
+    """What ``guard`` and ``aguard`` return: a hold around a piece of work."""
+
+    #: What the work returned, as far as anybody has told.
+    result: T | None = None
+
+    def __init__(
+        self,
+        client: MeterlyClient,
+        customer_id: str,
+        amount: int,
+        unit: str | None,
+        reference: str | None,
+        idempotency_key: str | None,
+        ttl_seconds: int | None,
+    ) -> None:
+        key = str(uuid.uuid4())
+        if idempotency_key is not None:
+            # Room for the keys that are derived from it: found too long only
+            # then, it would end in a ValueError after the work.
+            key = check_key(idempotency_key, length=MAX_KEY_LENGTH - len(":release"))
+        self._client = client
+        self._key = key
+        self._reservation_id = ""
+        self._reserve = partial(
+            client.reserve_credits,
+            customer_id,
+            amount,
+            unit=unit,
+            reference=reference,
+            idempotency_key=key,
+            ttl_seconds=ttl_seconds,
+        )
+
+    def __enter__(self) -> Reservation:
+        reservation = self._reserve()
+        if reservation.status != "reserved":
+            raise MeterlyUnknownOutcomeError(
+                f"The reservation of idempotency key {self._key!r} is "
+                f"{reservation.status} already. Use a new key for new work."
+            )
+        self._reservation_id = reservation.reservation_id
+        return reservation
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc_type is not None:
+            self._release()
+        else:
+            # The work is done, so nothing here may release it.
+            self._commit()
+
+    async def __aenter__(self) -> Reservation:
+        try:
+            return await self._to_its_end(self.__enter__)
+        except asyncio.CancelledError:
+            if self._reservation_id:
+                await self._to_its_end(self._release)
+            raise
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._to_its_end(self.__exit__, exc_type, exc, traceback)
+
+    async def arun(self, callback: Callable[[], Awaitable[T]]) -> T:
+        async with self:
+            self.result = result = await callback()
+        return result
+
+    async def _to_its_end(self, function: Callable[..., R], *args: Any) -> R:
+        """Run *function* in a thread, and be cancelled only when it is done."""
+        sensitive = self._client.transport.thread_sensitive
+        run = sync_to_async(function, thread_sensitive=sensitive)
+        task = asyncio.ensure_future(run(*args))
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                # Unlike awaiting the task itself, this does not cancel it.
+                await asyncio.wait([task])
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None:
+            raise cancelled from (None if task.cancelled() else task.exception())
+        return task.result()
+
+    def _release(self) -> None:
+        # The work's own exception is the one to report; a hold that cannot be
+        # released now ends with its time to live.
+        try:
+            self._client.release_reservation(
+                self._reservation_id, idempotency_key=f"{self._key}:release"
+            )
+        except MeterlyError:
+            pass
+
+    def _commit(self) -> None:
+        key = f"{self._key}:commit"
+        try:
+            self._client.commit_reservation(self._reservation_id, idempotency_key=key)
+        except OUTAGE as exc:
+            unknown = MeterlyUnknownOutcomeError(
+                "The work is done, but whether it was charged is unknown. Commit "
+                f"reservation {self._reservation_id} again with idempotency key {key}."
+            )
+            unknown.idempotency_key, unknown.result = key, self.result
             raise unknown from exc
 
 
@@ -490,7 +742,31 @@ def _first_customer(data: dict[str, Any]) -> Customer | None:
     return customers[0] if customers else None
 
 
-_current: tuple[Any, MeterlyClient] | None = None
+class _Configured:
+    """The client that the settings described, and what they were.
+
+    An object and no tuple, so that no debug page shows the key in them.
+    """
+
+    __slots__ = ("_pid", "_settings", "client")
+
+    def __init__(self) -> None:
+        from django.utils.module_loading import import_string
+
+        from .conf import meterly_settings
+
+        self._pid = os.getpid()
+        self._settings = deepcopy(meterly_settings.as_dict())
+        transport = import_string(meterly_settings.TRANSPORT)
+        self.client = MeterlyClient(transport=transport.from_settings(meterly_settings))
+
+    def is_current(self) -> bool:
+        from .conf import meterly_settings
+
+        return self._pid == os.getpid() and self._settings == meterly_settings.as_dict()
+
+
+_current: _Configured | None = None
 
 
 def get_client() -> MeterlyClient:
@@ -500,17 +776,7 @@ def get_client() -> MeterlyClient:
     gives another); a forked process gets its own.
     """
     global _current
-    from django.utils.module_loading import import_string
-
-    from .conf import meterly_settings
-
-    configuration = (os.getpid(), meterly_settings.as_dict())
     current = _current
-    if current is None or current[0] != configuration:
-        transport = import_string(meterly_settings.TRANSPORT)
-        current = (
-            deepcopy(configuration),
-            MeterlyClient(transport=transport.from_settings(meterly_settings)),
-        )
-        _current = current
-    return current[1]
+    if current is None or not current.is_current():
+        current = _current = _Configured()
+    return current.client

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
+from .transports.signing import Secret
+
 if TYPE_CHECKING:
     import environ
 
 DEFAULTS: dict[str, Any] = {
     "TRANSPORT": "django_meterly.transports.HttpTransport",
     "API_KEY": None,
+    "SIGNER": None,
     "BASE_URL": "https://api.getmeterly.dev",
     "ALLOW_INSECURE_HTTP": False,
     "CONNECT_TIMEOUT": 2.0,
     "READ_TIMEOUT": 3.0,
     "DEADLINE": 8.0,
+    "MAX_ATTEMPTS": 3,
     "DEFAULT_UNIT": None,
     "RESERVATION_TTL": 300,
     "CUSTOMER_MODEL": None,
@@ -73,13 +77,13 @@ class MeterlySettings:
     def __getattr__(self, name: str) -> Any:
         if name not in DEFAULTS:
             raise AttributeError(f"There is no setting METERLY[{name!r}].")
-        project = self.as_dict()
-        for key in project:
+        # The dict is in no local variable: debug pages would show the key with it.
+        for key in self.as_dict():
             if key not in DEFAULTS:
                 raise ImproperlyConfigured(
                     f"There is no setting METERLY[{key!r}].{suggestion(key, DEFAULTS)}"
                 )
-        value = project.get(name, DEFAULTS[name])
+        value = self.as_dict().get(name, DEFAULTS[name])
         if name == "CUSTOMER_MODEL":
             return value or settings.AUTH_USER_MODEL
         return _seconds(name, value) if name in DURATIONS else value
@@ -107,7 +111,8 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
     *env* is a ``django-environ`` ``Env``. ``METERLY_API_KEY`` sets ``API_KEY``
     and so on; values are cast to the type of the default. Raises
     ``ImproperlyConfigured`` for a value that cannot be cast, and for a variable
-    with the prefix that names no setting.
+    with the prefix that names no setting. The key is a ``Secret``, whose
+    ``repr`` (in ``manage.py diffsettings``, say) does not show it.
     """
     values: dict[str, Any] = {}
     for variable in env.ENVIRON:
@@ -123,6 +128,7 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
             )
         default = DEFAULTS[name]
         cast = str if default is None else type(default)
+        cast = Secret if name == "API_KEY" else cast
         try:
             values[name] = env.get_value(variable, cast=cast)
         except ValueError as exc:

@@ -36,6 +36,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "OUTAGE",
     "MeterlyApiError",
     "MeterlyAuthenticationError",
     "MeterlyCustomerExistsError",
@@ -125,7 +126,10 @@ class MeterlyUnknownOutcomeError(MeterlyError):
 
 
 class MeterlyNotSentError(MeterlyError):
-    """The call provably never reached the ledger; nothing has moved."""
+    """The call provably never reached the ledger; nothing has moved.
+
+    Not on any attempt: once one attempt may have arrived, the outcome is unknown.
+    """
 
 
 class MeterlyInvalidRequestError(MeterlyApiError):
@@ -275,6 +279,16 @@ class MeterlyDuplicateError(MeterlyError):
 class MeterlyUsageError(MeterlyError):
     """The guard is used where it cannot keep its promise."""
 
+
+#: The ledger was not asked, or would not say: nothing is decided, ask again.
+OUTAGE = (
+    MeterlyNotSentError,
+    MeterlyUnknownOutcomeError,
+    MeterlyAuthenticationError,
+    MeterlyForbiddenError,
+    MeterlyIdempotencyInProgressError,
+    MeterlyRateLimitedError,
+)
 
 _BY_CODE: dict[str, type[MeterlyApiError]] = {
     cls.code: cls

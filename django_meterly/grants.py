@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.db import IntegrityError, router, transaction
 
-from .errors import MeterlyApiError
-from .journal import OUTAGE
+from .errors import OUTAGE, MeterlyApiError
 from .models import Customer, Grant
 from .transports.base import check_amount, check_description, check_text, check_unit
 

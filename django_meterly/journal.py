@@ -41,15 +41,12 @@ from . import signals
 from .conf import meterly_settings
 from .db import DatabaseNow, from_now
 from .errors import (
+    OUTAGE,
     MeterlyApiError,
-    MeterlyAuthenticationError,
     MeterlyDuplicateError,
     MeterlyError,
-    MeterlyForbiddenError,
     MeterlyIdempotencyInProgressError,
     MeterlyInsufficientCreditsError,
-    MeterlyNotSentError,
-    MeterlyRateLimitedError,
     MeterlyReservationCommittedError,
     MeterlyReservationExpiredError,
     MeterlyReservationReleasedError,
@@ -81,16 +78,6 @@ BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
 UNBILLED_INTERVAL = 6 * 3600.0
 #: Rows the sweeper looks up at a time.
 BATCH = 200
-
-#: The ledger was not asked, or would not say: try again, nothing is decided.
-OUTAGE = (
-    MeterlyNotSentError,
-    MeterlyUnknownOutcomeError,
-    MeterlyAuthenticationError,
-    MeterlyForbiddenError,
-    MeterlyIdempotencyInProgressError,
-    MeterlyRateLimitedError,
-)
 
 
 def alias() -> str:
@@ -146,8 +133,10 @@ def reserve(
     """
     using = alias()
     deadline = meterly_settings.DEADLINE
+    # A customer's first reserve is two calls, and they share the one deadline.
+    limited = client.within(deadline)
     try:
-        customer.register(client, meterly_settings.DEFAULT_UNIT or unit)
+        customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
     except OUTAGE as exc:
         raise _unavailable(exc) from exc
     row = Reservation(
@@ -169,7 +158,7 @@ def reserve(
             raise MeterlyDuplicateError(
                 f"The idempotency key {key!r} is in use right now.", in_progress=True
             ) from exc
-        answer = _ask(client, row, deadline)
+        answer = _ask(client, limited, row)
     # Outside the block, so that a refusal is recorded and not rolled back.
     if isinstance(answer, MeterlyError):
         raise answer
@@ -202,18 +191,17 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
 
 
 def _ask(
-    client: MeterlyClient, row: Reservation, timeout: float
+    client: MeterlyClient, limited: MeterlyClient, row: Reservation
 ) -> Balance | MeterlyError:
-    """Send the reserve and record what came of it."""
+    """Send the reserve, by the *limited* client, and record what came of it."""
     try:
-        held = client.reserve_credits(
-            row.customer.register(client, row.unit),
+        held = limited.reserve_credits(
+            row.customer.register(limited, row.unit),
             row.amount,
             unit=row.unit,
             reference=row.reference,
             idempotency_key=row.wire_key("reserve"),
             ttl_seconds=row.ttl_seconds,
-            timeout=timeout,
         )
     except MeterlyInsufficientCreditsError as exc:
         _move(row, [State.INTENT], State.DENIED, lease_until=None)
@@ -251,10 +239,8 @@ def _ask(
     ):
         # The sweeper may have been told that there is no hold, before there was.
         try:
-            client.release_reservation(
-                held.reservation_id,
-                idempotency_key=row.wire_key("release"),
-                timeout=SETTLE_TIMEOUT,
+            client.within(SETTLE_TIMEOUT, attempts=1).release_reservation(
+                held.reservation_id, idempotency_key=row.wire_key("release")
             )
         except MeterlyError as exc:
             logger.warning("Reservation %s ends with its time: %s", row.pk, exc)
@@ -373,26 +359,26 @@ def settle(client: MeterlyClient, row: Reservation, *, timeout: float | None) ->
     """Carry out the decision that *row* records, once, and record the outcome.
 
     Anything that stands in the way is recorded and left to the sweeper; nothing
-    is raised but database errors. *timeout* is the number of seconds each call
-    may take.
+    is raised but database errors. With a *timeout*, each call is tried once, and
+    all of them together may take that many seconds.
     """
     if row.state not in State.pending():
         return
+    if timeout is not None:
+        client = client.within(timeout, attempts=1)
     try:
         if row.state == State.RELEASE_PENDING:
-            _settle_release(client, row, timeout)
+            _settle_release(client, row)
         else:
-            _settle_commit(client, row, timeout)
+            _settle_commit(client, row)
     except OUTAGE as exc:
         _postpone(row, exc, refused=False)
     except MeterlyApiError as exc:
         _postpone(row, exc, refused=True)
 
 
-def _settle_release(
-    client: MeterlyClient, row: Reservation, timeout: float | None
-) -> None:
-    if not _find_hold(client, row, timeout):
+def _settle_release(client: MeterlyClient, row: Reservation) -> None:
+    if not _find_hold(client, row):
         _finish(row, State.RELEASED)
         return
     assert row.reservation_id is not None
@@ -400,7 +386,6 @@ def _settle_release(
         client.release_reservation(
             row.reservation_id,
             idempotency_key=row.wire_key("release"),
-            timeout=timeout,
         )
     except (MeterlyReservationExpiredError, MeterlyReservationReleasedError):
         _finish(row, State.RELEASED)
@@ -418,12 +403,10 @@ def _settle_release(
         _finish(row, State.RELEASED)
 
 
-def _settle_commit(
-    client: MeterlyClient, row: Reservation, timeout: float | None
-) -> None:
+def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
     assert row.charge is not None
     owed = row.charge
-    if _find_hold(client, row, timeout):
+    if _find_hold(client, row):
         assert row.reservation_id is not None
         held = min(row.charge, row.amount)
         try:
@@ -431,7 +414,6 @@ def _settle_commit(
                 row.reservation_id,
                 amount=None if held == row.amount else held,
                 idempotency_key=row.wire_key("commit"),
-                timeout=timeout,
             )
         except (MeterlyReservationExpiredError, MeterlyReservationReleasedError):
             pass
@@ -447,7 +429,6 @@ def _settle_commit(
                 row.unit,
                 row.reference,
                 idempotency_key=row.wire_key("debit"),
-                timeout=timeout,
             )
         except MeterlyInsufficientCreditsError as exc:
             _record_debt(row, exc)
@@ -455,7 +436,7 @@ def _settle_commit(
     _finish(row, State.COMMITTED)
 
 
-def _find_hold(client: MeterlyClient, row: Reservation, timeout: float | None) -> bool:
+def _find_hold(client: MeterlyClient, row: Reservation) -> bool:
     """Return whether the row has a hold at the ledger, asking by its key if need be.
 
     The reserve whose answer was lost is sent again; a refusal means that it
@@ -471,7 +452,6 @@ def _find_hold(client: MeterlyClient, row: Reservation, timeout: float | None) -
             reference=row.reference,
             idempotency_key=row.wire_key("reserve"),
             ttl_seconds=row.ttl_seconds,
-            timeout=timeout,
         )
     except MeterlyInsufficientCreditsError:
         return False

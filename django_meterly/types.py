@@ -10,6 +10,7 @@ __all__ = [
     "Balance",
     "Balances",
     "Customer",
+    "EntryPage",
     "Grant",
     "GrantResult",
     "LedgerEntry",
@@ -143,6 +144,21 @@ class LedgerEntry:
             unit=data["unit"],
             reference=data["reference"],
             created_at=_time(data["createdAt"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPage:
+    """Some of a customer's entries; *next_cursor* asks for more, ``None`` ends."""
+
+    entries: tuple[LedgerEntry, ...]
+    next_cursor: str | None
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> EntryPage:
+        return cls(
+            entries=tuple(LedgerEntry.from_wire(item) for item in data["entries"]),
+            next_cursor=data["nextCursor"],
         )
 
 

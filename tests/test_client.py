@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import asyncio
+import inspect
 import subprocess
 import sys
+import threading
+import time
 from decimal import Decimal
 from typing import Any
 
@@ -12,17 +16,23 @@ from django_meterly.errors import (
     MeterlyApiError,
     MeterlyError,
     MeterlyInsufficientCreditsError,
+    MeterlyInvalidRequestError,
     MeterlyNotFoundError,
     MeterlyNotSentError,
+    MeterlyRateLimitedError,
     MeterlyReservationExpiredError,
     MeterlyServerError,
     MeterlyUnknownOutcomeError,
 )
 from django_meterly.transports import Call, Transport
+from django_meterly.types import EntryPage
 
 
 class Recorder(Transport):
-    """Answers with reservations, or with what *answers* has for an operation."""
+    """Answers with reservations, or with what *answers* has for an operation.
+
+    A callable among the answers is called for one.
+    """
 
     def __init__(self, **answers: Any) -> None:
         self.answers = answers
@@ -32,6 +42,8 @@ class Recorder(Transport):
     def send(self, call: Call) -> dict[str, Any]:
         self.calls.append(call)
         answer = self.answers.get(call.operation, {})
+        if callable(answer):
+            answer = answer()
         if isinstance(answer, BaseException):
             raise answer
         return {
@@ -141,6 +153,7 @@ def test_f11_bad_idempotency_key_is_refused(meterly, transport, key):
         lambda: meterly.use_credits("cus_1", 1, idempotency_key=key),
         lambda: meterly.reserve_credits("cus_1", 1, idempotency_key=key),
         lambda: meterly.commit_reservation("res_1", idempotency_key=key),
+        lambda: meterly.extend_reservation("res_1", 60, idempotency_key=key),
         lambda: meterly.release_reservation("res_1", idempotency_key=key),
     ):
         with pytest.raises(ValueError, match="idempotency_key must be"):
@@ -153,6 +166,7 @@ def test_f11_bad_unit_is_refused(meterly, transport, unit):
     for call in (
         lambda: meterly.create_customer("user_1", unit),
         lambda: meterly.use_credits("cus_1", 1, unit),
+        lambda: meterly.list_entries("cus_1", unit),
         lambda: meterly.reserve_credits("cus_1", 1, unit=unit),
     ):
         with pytest.raises(ValueError, match="unit must be"):
@@ -164,6 +178,8 @@ def test_f11_bad_unit_is_refused(meterly, transport, unit):
 def test_id_that_would_change_the_path_is_refused(meterly, transport, value):
     for call in (
         lambda: meterly.get_balance(value),
+        lambda: meterly.list_entries(value),
+        lambda: meterly.extend_reservation(value, 60),
         lambda: meterly.use_credits(value, 1),
         lambda: meterly.get_reservation(value),
         lambda: meterly.commit_reservation(value),
@@ -177,6 +193,8 @@ def test_id_that_would_change_the_path_is_refused(meterly, transport, value):
 def test_bad_ttl_is_refused(meterly, transport, ttl):
     with pytest.raises(ValueError, match="ttl_seconds must be"):
         meterly.reserve_credits("cus_1", 1, ttl_seconds=ttl)
+    with pytest.raises(ValueError, match="ttl_seconds must be"):
+        meterly.extend_reservation("res_1", ttl)
     assert transport.calls == []
 
 
@@ -191,7 +209,6 @@ def test_call_has_the_names_of_the_wire(meterly, transport):
         reference="job",
         idempotency_key="key",
         ttl_seconds=60,
-        timeout=1.5,
     )
     assert transport.calls == [
         Call(
@@ -204,9 +221,65 @@ def test_call_has_the_names_of_the_wire(meterly, transport):
                 "ttlSeconds": 60,
             },
             "key",
-            1.5,
         )
     ]
+
+
+def test_extend_sets_the_time_to_live(meterly, transport):
+    extended = meterly.extend_reservation("res_1", 60, idempotency_key="key")
+    assert extended.reservation_id == "res_1"
+    assert transport.calls == [
+        Call("extend_reservation", {"reservationId": "res_1", "ttlSeconds": 60}, "key")
+    ]
+    assert transport.calls[0].path == "/v1/reservations/res_1/extend"
+    assert transport.calls[0].payload == {"ttlSeconds": 60}
+
+
+ENTRY = {
+    "entryId": "ent_1",
+    "kind": "credits_used",
+    "amount": 3,
+    "balanceDelta": -3,
+    "reservedDelta": 0,
+    "balanceAfter": 7,
+    "reservedAfter": 0,
+    "unit": "tokens",
+    "reference": "job",
+    "createdAt": "2026-01-01T00:00:00Z",
+}
+
+
+def test_entries_come_in_pages(meterly, transport):
+    transport.answers["list_entries"] = {"entries": [ENTRY], "nextCursor": "ent_1"}
+    page = meterly.list_entries("cus_1", "tokens", cursor="ent_9")
+    assert [entry.balance_delta for entry in page.entries] == [-3]
+    assert page.next_cursor == "ent_1"
+    assert transport.calls[0].payload == {"unit": "tokens", "cursor": "ent_9"}
+
+    transport.answers["list_entries"] = {"entries": [], "nextCursor": None}
+    assert meterly.list_entries("cus_1") == EntryPage((), None)
+    assert transport.calls[1].payload == {}
+
+
+def test_calls_within_some_seconds_share_them(meterly, transport):
+    limited = meterly.within(5, attempts=1)
+    transport.answers["reserve_credits"] = lambda: time.sleep(0.1) or {}
+    limited.reserve_credits("cus_1", 5)
+    limited.release_reservation("res_1")
+    limited.within(60).release_reservation("res_1")
+    meterly.release_reservation("res_1")
+
+    first, second, third, other = transport.calls
+    assert first.timeout == pytest.approx(5, abs=0.1)
+    assert second.timeout == pytest.approx(4.9, abs=0.09)
+    assert third.timeout <= second.timeout
+    assert {call.attempts for call in (first, second, third)} == {1}
+    assert (other.timeout, other.attempts) == (None, None)
+
+
+def test_no_time_left_is_no_time_and_not_less(meterly, transport):
+    meterly.within(-1).release_reservation("res_1")
+    assert transport.calls[0].timeout == 0
 
 
 def test_omitted_key_and_reference_are_new_for_every_call(meterly, transport):
@@ -243,6 +316,81 @@ def test_client_is_a_context_manager_that_closes(transport):
     with MeterlyClient(transport=transport):
         assert not transport.closed
     assert transport.closed
+
+
+# A ledger that can only commit a hold as a whole
+
+
+MOVED = {
+    "entry": ENTRY,
+    "balance": {
+        "creditUnit": "tokens",
+        "balance": 9,
+        "reserved": 0,
+        "available": 9,
+    },
+}
+
+
+@pytest.fixture
+def whole(transport) -> Recorder:
+    transport.partial_commit = False
+    transport.answers["commit_reservation"] = {"status": "committed"}
+    transport.answers["add_credits"] = MOVED
+    return transport
+
+
+@pytest.mark.parametrize("amount", [0, 1, 4])
+def test_commit_of_less_adds_the_rest_again(meterly, whole, amount):
+    settled = meterly.commit_reservation("res_1", amount=amount, idempotency_key="key")
+
+    assert whole.operations == ["get_reservation", "commit_reservation", "add_credits"]
+    _, commit, refund = whole.calls
+    assert (commit.payload, commit.idempotency_key) == ({}, "key")
+    assert refund.arguments == {
+        "customerId": "cus_1",
+        "amount": 5 - amount,
+        "unit": "tokens",
+        "reference": "refund:res_1",
+    }
+    assert refund.idempotency_key == "refund:res_1"
+    assert (settled.status, settled.balance.balance) == ("committed", 9)
+
+
+@pytest.mark.parametrize("amount", [None, 5])
+def test_commit_of_all_adds_nothing(meterly, whole, amount):
+    meterly.commit_reservation("res_1", amount=amount)
+    assert "add_credits" not in whole.operations
+
+
+def test_commit_of_more_than_the_hold_charges_nothing(meterly, whole):
+    with pytest.raises(MeterlyInvalidRequestError, match="at most the 5"):
+        meterly.commit_reservation("res_1", amount=6)
+    assert whole.operations == ["get_reservation"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [MeterlyNotSentError(), MeterlyRateLimitedError(), MeterlyServerError()],
+    ids=repr,
+)
+def test_f02_commit_whose_refund_may_be_missing_is_unknown(meterly, whole, failure):
+    whole.answers["add_credits"] = failure
+    with pytest.raises(MeterlyUnknownOutcomeError, match="committed") as caught:
+        meterly.commit_reservation("res_1", amount=2, idempotency_key="key")
+    assert caught.value.__cause__ is failure
+    assert caught.value.idempotency_key == "key"
+    # The same call again finishes the pair: every key is the same.
+    whole.answers["add_credits"] = MOVED
+    meterly.commit_reservation("res_1", amount=2, idempotency_key="key")
+    assert whole.calls[:3] == whole.calls[3:]
+
+
+def test_refused_commit_adds_nothing(meterly, whole):
+    whole.answers["commit_reservation"] = MeterlyReservationExpiredError()
+    with pytest.raises(MeterlyReservationExpiredError):
+        meterly.commit_reservation("res_1", amount=2)
+    assert whole.operations == ["get_reservation", "commit_reservation"]
 
 
 # guard
@@ -333,6 +481,7 @@ def test_nothing_runs_on_a_replayed_hold_that_is_dead(meterly, transport, status
         MeterlyUnknownOutcomeError("lost"),
         MeterlyServerError(),
         MeterlyNotSentError("refused"),
+        MeterlyRateLimitedError(),
     ],
     ids=repr,
 )
@@ -371,6 +520,182 @@ def test_unknown_outcome_of_the_work_itself_is_a_failure_of_the_work(
         meterly.guard("cus_1", 5, callback=work)
     assert caught.value is lost
     assert lost.result is None
+    assert transport.operations == ["reserve_credits", "release_reservation"]
+
+
+# The twins for async code
+
+#: Nothing waits in it.
+NO_TWIN = {"within"}
+
+
+def test_every_method_has_a_twin_with_the_same_signature():
+    methods = {
+        name: member
+        for name, member in vars(MeterlyClient).items()
+        if callable(member) and not name.startswith("_")
+    }
+    twins = {name for name in methods if f"{name[1:]}" in methods and name[0] == "a"}
+    plain = set(methods) - twins - NO_TWIN
+    assert {f"a{name}" for name in plain} == twins
+    for name in plain - {"guard"}:
+        twin = methods[f"a{name}"]
+        assert inspect.signature(twin) == inspect.signature(methods[name]), name
+        assert inspect.iscoroutinefunction(twin)
+        assert twin.__name__ == f"a{name}"
+        assert twin.__doc__
+    guard, aguard = (inspect.signature(methods[name]) for name in ("guard", "aguard"))
+    assert list(guard.parameters) == list(aguard.parameters)
+    for name in set(guard.parameters) - {"callback"}:
+        assert guard.parameters[name] == aguard.parameters[name]
+
+
+def test_twin_does_the_same_without_blocking_the_loop(meterly, transport):
+    started = threading.Barrier(3, timeout=10)
+    transport.answers["reserve_credits"] = lambda: started.wait() * 0 or {}
+
+    async def work() -> list[Any]:
+        calls = (meterly.areserve_credits("cus_1", 5, reference="job") for _ in "abc")
+        return await asyncio.gather(*calls)
+
+    assert asyncio.run(work()) == [meterly.get_reservation("res_1")] * 3
+    assert [call.arguments["reference"] for call in transport.calls[:3]] == ["job"] * 3
+
+
+def test_twin_raises_the_same(meterly, transport):
+    transport.answers["use_credits"] = error = MeterlyInsufficientCreditsError()
+    with pytest.raises(MeterlyInsufficientCreditsError) as caught:
+        asyncio.run(meterly.ause_credits("cus_1", 5))
+    assert caught.value is error
+
+
+def test_client_is_an_async_context_manager_that_closes(transport):
+    async def work() -> None:
+        async with MeterlyClient(transport=transport):
+            assert not transport.closed
+
+    asyncio.run(work())
+    assert transport.closed
+
+
+def test_aguard_reserves_awaits_then_commits(meterly, transport):
+    async def work() -> str:
+        async with meterly.aguard("cus_1", 5, "tokens", "job", "key", 60) as held:
+            await asyncio.sleep(0)
+            assert transport.operations == ["reserve_credits"]
+            return held.reservation_id
+
+    assert asyncio.run(work()) == "res_1"
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+    assert [call.idempotency_key for call in transport.calls] == ["key", "key:commit"]
+
+
+def test_aguard_awaits_a_callback(meterly, transport):
+    async def work() -> str:
+        await asyncio.sleep(0)
+        return "done"
+
+    async def guarded() -> str:
+        return await meterly.aguard("cus_1", 5, callback=work)
+
+    assert asyncio.run(guarded()) == "done"
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+def test_f23_aguard_releases_work_that_raises(meterly, transport):
+    error = RuntimeError()
+
+    async def work() -> None:
+        raise error
+
+    async def guarded() -> None:
+        await meterly.aguard("cus_1", 5, callback=work)
+
+    with pytest.raises(RuntimeError) as caught:
+        asyncio.run(guarded())
+    assert caught.value is error
+    assert transport.operations == ["reserve_credits", "release_reservation"]
+
+
+def test_f03_aguard_whose_commit_is_unknown_carries_result_and_key(meterly, transport):
+    transport.answers["commit_reservation"] = MeterlyUnknownOutcomeError("lost")
+
+    async def work() -> str:
+        return "done"
+
+    async def guarded() -> None:
+        await meterly.aguard("cus_1", 5, idempotency_key="key", callback=work)
+
+    with pytest.raises(MeterlyUnknownOutcomeError) as caught:
+        asyncio.run(guarded())
+    assert (caught.value.result, caught.value.idempotency_key) == ("done", "key:commit")
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+def _cancelled(meterly: MeterlyClient, transport: Recorder, during: str) -> None:
+    """Cancel a guarded task twice while the call *during* is under way."""
+    arrived, go_on = threading.Event(), threading.Event()
+    original = transport.answers.get(during, {})
+
+    def slowly() -> Any:
+        arrived.set()
+        assert go_on.wait(10)
+        return original
+
+    transport.answers[during] = slowly
+
+    async def guarded() -> None:
+        async with meterly.aguard("cus_1", 5):
+            pass
+
+    async def cancel() -> None:
+        task = asyncio.ensure_future(guarded())
+        await asyncio.to_thread(arrived.wait, 10)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.02)
+            assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert task.cancelled()
+
+    asyncio.run(cancel())
+
+
+@pytest.mark.parametrize("answer", [{}, MeterlyNotSentError(), MeterlyServerError()])
+def test_f22_aguard_cancelled_in_its_commit_is_committed(meterly, transport, answer):
+    transport.answers["commit_reservation"] = answer
+    _cancelled(meterly, transport, "commit_reservation")
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+def test_f22_aguard_cancelled_in_its_reserve_is_released(meterly, transport):
+    _cancelled(meterly, transport, "reserve_credits")
+    assert transport.operations == ["reserve_credits", "release_reservation"]
+
+
+def test_f22_aguard_cancelled_in_a_reserve_that_is_refused(meterly, transport):
+    transport.answers["reserve_credits"] = MeterlyInsufficientCreditsError()
+    _cancelled(meterly, transport, "reserve_credits")
+    assert transport.operations == ["reserve_credits"]
+
+
+def test_f22_aguard_cancelled_in_its_work_is_released(meterly, transport):
+    async def guarded() -> None:
+        async with meterly.aguard("cus_1", 5):
+            await asyncio.sleep(60)
+
+    async def cancel() -> None:
+        task = asyncio.ensure_future(guarded())
+        while not transport.calls:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
     assert transport.operations == ["reserve_credits", "release_reservation"]
 
 

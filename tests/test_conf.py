@@ -59,6 +59,8 @@ def test_environment_fills_the_settings() -> None:
             METERLY_DEADLINE="2.5",
             METERLY_MAX_SETTLE_ATTEMPTS="3",
             METERLY_ALLOW_INSECURE_HTTP="on",
+            METERLY_MAX_ATTEMPTS="5",
+            METERLY_SIGNER="shop.signing.Signer",
             METERLY_LEDGER_WORKSPACE="left alone",
             OTHER="x",
         )
@@ -67,6 +69,8 @@ def test_environment_fills_the_settings() -> None:
         "DEADLINE": 2.5,
         "MAX_SETTLE_ATTEMPTS": 3,
         "ALLOW_INSECURE_HTTP": True,
+        "MAX_ATTEMPTS": 5,
+        "SIGNER": "shop.signing.Signer",
     }
 
 

@@ -37,6 +37,7 @@ def test_no_more_is_required_than_was_agreed(setup_cfg: ConfigParser) -> None:
         "django_environ",
         "djangorestframework",
         "requests",
+        "tenacity",
         # Comes with requests; named because the transport's connections are its.
         "urllib3",
     }

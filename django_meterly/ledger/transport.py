@@ -24,6 +24,8 @@ class LedgerTransport(Transport):
     when first needed.
     """
 
+    thread_sensitive = True
+
     def __repr__(self) -> str:
         return "LedgerTransport()"
 

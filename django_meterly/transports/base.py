@@ -34,6 +34,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "get_reservation": ("GET", "/v1/reservations/{reservationId}"),
     "commit_reservation": ("POST", "/v1/reservations/{reservationId}/commit"),
     "release_reservation": ("POST", "/v1/reservations/{reservationId}/release"),
+    "extend_reservation": ("POST", "/v1/reservations/{reservationId}/extend"),
     "list_entries": ("GET", "/v1/customers/{customerId}/entries"),
 }
 
@@ -44,14 +45,16 @@ class Call:
 
     *operation* is a key of ``ROUTES``. *arguments* have their names on the wire
     (camelCase), those of the path included. *idempotency_key* is set on every
-    POST. *timeout* is the number of seconds the whole call may take, or ``None``
-    for the transport's own deadline.
+    POST. *timeout* is the number of seconds the whole call may take, and
+    *attempts* how often it may be sent in them; ``None`` leaves either to the
+    transport.
     """
 
     operation: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     idempotency_key: str | None = None
     timeout: float | None = None
+    attempts: int | None = None
 
     @property
     def method(self) -> str:
@@ -80,8 +83,12 @@ class Transport:
     and may be used from several threads at once.
     """
 
-    #: Whether a commit may name less than the hold.
+    #: Whether a commit may name less than the hold. Where not, the client commits
+    #: all of it and adds the rest again.
     partial_commit = True
+    #: Whether ``async`` code has to call it on the thread that Django keeps for
+    #: synchronous code, as whatever uses Django's database connections has to be.
+    thread_sensitive = False
 
     @classmethod
     def from_settings(cls, settings: Any) -> Transport:

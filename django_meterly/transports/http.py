@@ -1,8 +1,8 @@
-"""The ledger over HTTP: one request a call, and one of three outcomes.
+"""The ledger over HTTP: a call is sent until it has one of three outcomes.
 
 Nothing here follows a redirect, keeps a cookie or reads the environment: calls
 go through a ``requests`` adapter directly, below the session that does those
-things.
+things. The adapter does not retry; the loop around it is the only one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import re
+import socket
+import sys
+import threading
 import time
 import uuid
 from contextvars import ContextVar
@@ -22,37 +26,51 @@ from urllib.parse import urlencode, urlsplit
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
+from tenacity import RetryCallState, Retrying, retry_if_exception
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from .. import __version__
 from ..errors import (
+    OUTAGE,
+    MeterlyApiError,
+    MeterlyAuthenticationError,
     MeterlyError,
+    MeterlyForbiddenError,
     MeterlyNotSentError,
     MeterlyUnknownOutcomeError,
     api_error,
 )
 from .base import Transport
+from .signing import Secret, signer_for
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from requests import PreparedRequest, Response
 
     from .base import Call
+    from .signing import Signer
 
 __all__ = ["HttpTransport"]
 
 MAX_ANSWER_BYTES = 2**20
 POOL_SIZE = 64
+#: A retry waits up to this many seconds, the next up to twice as long, and so on.
+BACKOFF_FIRST, BACKOFF_MOST = 0.25, 2.0
+#: Retries that are allowed at once, and by each call: when everything fails, a
+#: ledger that is in trouble gets a tenth more requests, not three times as many.
+BUDGET_SIZE, BUDGET_SHARE = 10.0, 0.1
 
 
 class HttpTransport(Transport):
     """Speaks the wire contract to Meterly Cloud or a self-hosted ledger.
 
     *base_url* may carry a path. *connect_timeout*, *read_timeout* (the longest
-    silence) and *deadline* (the whole call) are seconds; a host name is looked
-    up by the operating system, whose own limits apply. *proxies* (as ``requests``
+    silence) and *deadline* (the whole call, with all its attempts) are seconds; a
+    host name is looked up by the operating system, whose own limits apply. A call
+    is sent *max_attempts* times at most, with the same idempotency key and body.
+    *signer* is called with the key and returns what authorizes each attempt
+    (``signing``); by default the key's prefix decides. *proxies* (as ``requests``
     takes them, http and https only) and *verify* (``True``, or the path of a CA
     bundle) are the only way to change route and trust: the environment is not
     read. Raises ``ValueError`` for a key or URL that cannot be meant.
@@ -68,20 +86,24 @@ class HttpTransport(Transport):
         connect_timeout: float = 2.0,
         read_timeout: float = 3.0,
         deadline: float = 8.0,
+        max_attempts: int = 3,
+        signer: Callable[[str], Signer] | None = None,
         allow_insecure_http: bool = False,
         proxies: Mapping[str, str] | None = None,
         verify: bool | str = True,
     ) -> None:
-        self._auth = _Bearer(api_key)
-        problem = _key_problem(api_key)
-        # Or a debug page would show the key with the frame of the error.
-        del api_key
-        if problem := problem or _url_problem(base_url, allow_insecure_http):
+        # Or a debug page would show the key with the frame of an error.
+        api_key = Secret(api_key if isinstance(api_key, str) else "")
+        if problem := _key_problem(api_key):
             raise ValueError(problem)
+        if problem := _url_problem(base_url, allow_insecure_http):
+            raise ValueError(problem)
+        self._sign = (signer or signer_for)(api_key)
         self.base_url = base_url.rstrip("/")
         self.connect_timeout = connect_timeout
         self.read_timeout = read_timeout
         self.deadline = deadline
+        self.max_attempts = max_attempts
         self.verify = verify
         self._proxies = dict(proxies or {})
         if any(url.lower().startswith("socks") for url in self._proxies.values()):
@@ -90,12 +112,16 @@ class HttpTransport(Transport):
 
     @classmethod
     def from_settings(cls, settings: Any) -> HttpTransport:
+        from django.utils.module_loading import import_string
+
         return cls(
             settings.API_KEY,
+            signer=import_string(settings.SIGNER) if settings.SIGNER else None,
             base_url=settings.BASE_URL,
             connect_timeout=settings.CONNECT_TIMEOUT,
             read_timeout=settings.READ_TIMEOUT,
             deadline=settings.DEADLINE,
+            max_attempts=settings.MAX_ATTEMPTS,
             allow_insecure_http=settings.ALLOW_INSECURE_HTTP,
         )
 
@@ -109,37 +135,68 @@ class HttpTransport(Transport):
         self._adapter.close()
 
     def send(self, call: Call) -> dict[str, Any]:
-        timeout = self.deadline if call.timeout is None else call.timeout
-        attempt = _Attempt(min(timeout, self.deadline), self.read_timeout)
-        request_id = uuid.uuid4().hex
-        token = _attempt.set(attempt)
-        try:
-            return self._exchange(call, request_id, attempt)
-        except _FOREIGN as exc:
-            cause = _root(exc)
-        finally:
-            _attempt.reset(token)
-        # Raised out here, so that no context drags along the prepared request
-        # and urllib3's frames: both hold the API key.
-        where = f"{call.method} {call.path}"
-        if not attempt.sent:
-            raise MeterlyNotSentError(
-                f"{where} was not sent to {self.base_url}: {cause}"
-            )
-        raise MeterlyUnknownOutcomeError(
-            f"No usable answer to {where} (request {request_id}): {cause}"
-        )
-
-    def _exchange(
-        self, call: Call, request_id: str, attempt: _Attempt
-    ) -> dict[str, Any]:
-        request = self._prepare(call, request_id)
         if self._pid != os.getpid():
             self._open_pool()
+        budget = self._budget
+        budget.deposit()
+        operation = _Operation(call, self.deadline, self.read_timeout)
+        attempts = call.attempts or self.max_attempts
+
+        def give_up(state: RetryCallState) -> bool:
+            return (
+                state.attempt_number >= attempts
+                or state.upcoming_sleep >= operation.seconds_left
+                or not budget.withdraw()
+            )
+
+        try:
+            return Retrying(
+                retry=retry_if_exception(_may_be_asked_again),
+                wait=_wait,
+                stop=give_up,
+                reraise=True,
+            )(self._attempt, operation)
+        except MeterlyError:
+            pass
+        # Out here, so that the errors of the attempts are no context of this one.
+        raise operation.outcome()
+
+    def _attempt(self, operation: _Operation) -> dict[str, Any]:
+        """Send the call once. Raises ``MeterlyError``, and notes it."""
+        outer = sys.exception()
+        operation.sent = False
+        token = _operation.set(operation)
+        try:
+            return self._exchange(operation)
+        except MeterlyError as exc:
+            operation.errors.append(exc)
+            raise
+        except _FOREIGN as exc:
+            cause = list(_chain(exc, outer))[-1]
+            error = operation.failure(f"{type(cause).__name__}: {cause}")
+        except BaseException as exc:
+            # An interrupt, say. Sockets and headers are in the frames below, which
+            # error reports show with their variables.
+            for each in _chain(exc, outer):
+                each.__traceback__ = None
+            raise
+        finally:
+            _operation.reset(token)
+        # Out here, so that no context drags along the prepared request and
+        # urllib3's frames: both hold the authorization.
+        operation.errors.append(error)
+        raise error
+
+    def _exchange(self, operation: _Operation) -> dict[str, Any]:
+        request = operation.request
+        if request is None:
+            request = operation.request = self._prepare(operation)
+        # Anew for each attempt, so that a signature's time is the attempt's.
+        request = self._sign(request)
         response = self._adapter.send(
             request,
             stream=True,
-            timeout=(min(self.connect_timeout, attempt.left()), self.read_timeout),
+            timeout=(min(self.connect_timeout, operation.left()), self.read_timeout),
             verify=self.verify,
             proxies=self._proxies,
         )
@@ -150,16 +207,17 @@ class HttpTransport(Transport):
             response.raw.close()
         if response.status_code // 100 == 2 and data is not None:
             return data
-        raise _refusal(call, response, data, request_id)
+        raise _refusal(operation, response, data)
 
-    def _prepare(self, call: Call, request_id: str) -> PreparedRequest:
+    def _prepare(self, operation: _Operation) -> PreparedRequest:
+        call = operation.call
         url = self.base_url + call.path
         headers = {
             "Accept": "application/json",
             # A body that is never unpacked cannot be a decompression bomb.
             "Accept-Encoding": "identity",
             "User-Agent": f"django-meterly/{__version__}",
-            "X-Request-Id": request_id,
+            "X-Request-Id": operation.request_id,
         }
         body = None
         if call.method == "POST":
@@ -169,58 +227,123 @@ class HttpTransport(Transport):
         elif call.payload:
             url = f"{url}?{urlencode(call.payload)}"
         request = requests.PreparedRequest()
-        # requests runs auth last, on the bytes and headers that will be sent.
-        request.prepare(
-            method=call.method, url=url, headers=headers, data=body, auth=self._auth
-        )
+        request.prepare(method=call.method, url=url, headers=headers, data=body)
         return request
 
     def _open_pool(self) -> None:
         # Of one process: a forked one must not speak on its parent's sockets.
         self._adapter = _Adapter(pool_connections=1, pool_maxsize=POOL_SIZE)
+        self._budget = _RetryBudget()
         self._pid = os.getpid()
 
 
-class _Bearer:
-    """Sends the API key as a bearer token; its repr hides it."""
+class _Operation:
+    """One call: what time it has left, and what its attempts came to."""
 
-    __slots__ = ("_header",)
+    __slots__ = (
+        "call",
+        "ends_at",
+        "errors",
+        "read_timeout",
+        "received",
+        "request",
+        "request_id",
+        "sent",
+    )
 
-    def __init__(self, api_key: str | None) -> None:
-        self._header = f"Bearer {api_key}"
-
-    def __call__(self, request: PreparedRequest) -> PreparedRequest:
-        request.headers["Authorization"] = self._header
-        return request
-
-    def __repr__(self) -> str:
-        return "<bearer key>"
-
-
-class _Attempt:
-    """What one call may still take, and whether the request has left."""
-
-    __slots__ = ("ends_at", "read_timeout", "received", "sent")
-
-    def __init__(self, seconds: float, read_timeout: float) -> None:
+    def __init__(self, call: Call, deadline: float, read_timeout: float) -> None:
+        seconds = deadline if call.timeout is None else min(call.timeout, deadline)
         self.ends_at = time.monotonic() + seconds
+        self.call = call
         self.read_timeout = read_timeout
-        self.received = 0
+        self.request_id = uuid.uuid4().hex
+        self.request: PreparedRequest | None = None
+        self.errors: list[MeterlyError] = []
+        # Of the attempt that is under way.
         self.sent = False
+        self.received = 0
+
+    @property
+    def seconds_left(self) -> float:
+        return self.ends_at - time.monotonic()
 
     def left(self) -> float:
-        left = self.ends_at - time.monotonic()
+        left = self.seconds_left
         if left <= 0:
             raise TimeoutError("the deadline of the call has passed")
         return left
 
+    def failure(self, cause: str) -> MeterlyError:
+        """Return the error of an attempt that ended without an answer."""
+        where = f"{self.call.method} {self.call.path} (request {self.request_id})"
+        if self.sent:
+            return MeterlyUnknownOutcomeError(f"No usable answer to {where}: {cause}")
+        return MeterlyNotSentError(f"{where} was not sent: {cause}")
 
-# urllib3 makes and pools the connections, so the attempt cannot be handed down.
-_attempt: ContextVar[_Attempt] = ContextVar("meterly_attempt")
+    def outcome(self) -> MeterlyError:
+        """Return the error of the whole call, which need not be the last one's.
+
+        An answer decides. Without one, an attempt that may have arrived leaves
+        the call unknown, whatever the later ones met, and it was not sent only
+        if none of them was.
+        """
+        last = self.errors[-1]
+        if not isinstance(last, OUTAGE):
+            return last
+        for error in reversed(self.errors):
+            if isinstance(error, MeterlyUnknownOutcomeError):
+                if error is last:
+                    return last
+                unknown = MeterlyUnknownOutcomeError(f"{error} Later: {last}")
+                unknown.__cause__ = last
+                return unknown
+        for error in reversed(self.errors):
+            if not isinstance(error, MeterlyNotSentError):
+                return error
+        return last
+
+
+class _RetryBudget:
+    """How many retries a transport may still make: a bucket that calls fill."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokens = BUDGET_SIZE
+
+    def deposit(self) -> None:
+        with self._lock:
+            self._tokens = min(self._tokens + BUDGET_SHARE, BUDGET_SIZE)
+
+    def withdraw(self) -> bool:
+        with self._lock:
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
+
+def _may_be_asked_again(exc: BaseException) -> bool:
+    return isinstance(exc, OUTAGE) and not isinstance(
+        exc, MeterlyAuthenticationError | MeterlyForbiddenError
+    )
+
+
+def _wait(state: RetryCallState) -> float:
+    """Return the seconds before the next attempt: full jitter, doubled each time."""
+    most = min(BACKOFF_FIRST * 2 ** (state.attempt_number - 1), BACKOFF_MOST)
+    jitter = random.uniform(0, most)  # noqa: S311
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, MeterlyApiError):
+        jitter += error.details.get("retryAfter", 0)
+    return jitter
+
+
+# urllib3 makes and pools the connections, so the operation cannot be handed down.
+_operation: ContextVar[_Operation] = ContextVar("meterly_operation")
 
 
 class _Reader(io.RawIOBase):
-    """A socket's bytes, for as long and as many as the attempt allows.
+    """A socket's bytes, for as long and as many as the call allows.
 
     A socket's own time-out begins anew with every byte, so a server that sends
     one now and then would be listened to for ever.
@@ -230,17 +353,18 @@ class _Reader(io.RawIOBase):
         super().__init__()
         self._raw = raw
         self._sock = sock
-        self._attempt = _attempt.get()
+        self._operation = _operation.get()
+        self._operation.received = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        attempt = self._attempt
-        self._sock.settimeout(min(attempt.read_timeout, attempt.left()))
+        operation = self._operation
+        self._sock.settimeout(min(operation.read_timeout, operation.left()))
         count = self._raw.readinto(buffer)
-        attempt.received += count or 0
-        if attempt.received > MAX_ANSWER_BYTES:
+        operation.received += count or 0
+        if operation.received > MAX_ANSWER_BYTES:
             raise OSError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
         return count
 
@@ -262,11 +386,33 @@ class _Watched(HTTPConnection):
     def request(self, *args: Any, **kwargs: Any) -> None:
         if self.is_closed:
             self.connect()
-        attempt = _attempt.get()
-        self.timeout = attempt.left()
+        operation = _operation.get()
+        self.timeout = operation.left()
         # From here on nothing can prove that the ledger did not get the call.
-        attempt.sent = True
+        operation.sent = True
         super().request(*args, **kwargs)
+
+    def _new_conn(self) -> socket.socket:
+        # urllib3 would give every address of a host the whole time-out, and TLS
+        # as much again.
+        operation = _operation.get()
+        patience: Any = self.timeout
+        failure = OSError("the host has no address")
+        addresses: Any = socket.getaddrinfo(
+            self._dns_host, self.port, type=socket.SOCK_STREAM
+        )
+        for *_, address in addresses:
+            try:
+                sock = socket.create_connection(
+                    address[:2], min(patience, operation.left())
+                )
+            except OSError as exc:
+                failure = exc
+            else:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.settimeout(max(min(patience, operation.seconds_left), 0.001))
+                return sock
+        raise failure
 
 
 class _WatchedTls(_Watched, HTTPSConnection):
@@ -304,25 +450,30 @@ def _watch(manager: Any) -> Any:
     return manager
 
 
-#: What requests, urllib3 and the standard library raise on the way to a ledger.
+#: What requests, urllib3, json and the standard library raise on the way to a
+#: ledger; their warnings too, which a program may have turned into errors.
 _FOREIGN = (
     requests.RequestException,
+    requests.exceptions.RequestsWarning,
     urllib3.exceptions.HTTPError,
+    urllib3.exceptions.HTTPWarning,
     HTTPException,
     OSError,
-    UnicodeError,
+    ValueError,
 )
 
 
-def _root(exc: BaseException) -> str:
-    """Return what went wrong at the bottom, without the wrapping."""
-    while below := exc.__cause__ or exc.__context__:
-        exc = below
-    return f"{type(exc).__name__}: {exc}"
+def _chain(
+    exc: BaseException | None, outer: BaseException | None
+) -> Iterator[BaseException]:
+    """Go down from *exc* to what caused it, but not to what the caller handles."""
+    while exc is not None and exc is not outer:
+        yield exc
+        exc = exc.__cause__ or exc.__context__
 
 
 def _json_object(response: Response) -> dict[str, Any] | None:
-    body = b"".join(response.raw.stream(2**16, decode_content=False))
+    body = response.raw.read(decode_content=False)
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -331,8 +482,9 @@ def _json_object(response: Response) -> dict[str, Any] | None:
 
 
 def _refusal(
-    call: Call, response: Response, data: dict[str, Any] | None, request_id: str
+    operation: _Operation, response: Response, data: dict[str, Any] | None
 ) -> MeterlyError:
+    call, request_id = operation.call, operation.request_id
     status = response.status_code
     if not 400 <= status < 600:
         return MeterlyUnknownOutcomeError(
@@ -356,17 +508,14 @@ def _refusal(
     )
 
 
-def _key_problem(api_key: object) -> str:
+def _key_problem(api_key: str) -> str:
     if not api_key:
         return (
             "An API key is needed to reach the ledger over HTTP: "
             'give MeterlyClient(api_key=...) or set METERLY["API_KEY"].'
         )
-    if not isinstance(api_key, str) or not re.fullmatch(r"[\x21-\x7e]+", api_key):
+    if not re.fullmatch(r"[\x21-\x7e]+", api_key):
         return "The API key must be visible ASCII characters without spaces."
-    if api_key.startswith("mk_hmac_"):
-        # Its secret must never travel, so it cannot serve as a bearer token.
-        return "HMAC keys are not supported; use a bearer key."
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import threading
 import time
@@ -114,6 +115,38 @@ def test_add_and_use_return_entry_and_balance(meterly, customer):
     assert (used.entry.kind, used.entry.balance_delta) == ("credits_used", -30)
     assert (used.entry.amount, used.entry.unit) == (30, "tokens")
     assert used.entry.reference == "job"
+
+
+def test_entries_are_listed_newest_first_and_by_unit(meterly, customer):
+    meterly.add_credits(customer, 7, "seconds", "more")
+    meterly.use_credits(customer, 30, "tokens", "job")
+    page = meterly.list_entries(customer)
+    assert [entry.reference for entry in page.entries] == ["job", "more", "opening"]
+    assert [entry.balance_after for entry in page.entries] == [70, 7, 100]
+    assert page.next_cursor is None
+    page = meterly.list_entries(customer, "seconds")
+    assert [entry.kind for entry in page.entries] == ["credits_added"]
+
+
+def test_entries_go_on_at_the_cursor(meterly, customer):
+    oldest, newest = (
+        meterly.add_credits(customer, 1, reference=name).entry
+        for name in ("first", "second")
+    )
+    page = meterly.list_entries(customer, cursor=newest.entry_id)
+    assert page.entries[0] == oldest
+    assert [entry.reference for entry in page.entries] == ["first", "opening"]
+
+
+def test_async_twins_come_to_the_same(meterly, customer):
+    async def work() -> None:
+        async with meterly.aguard(customer, 30, reference="job") as held:
+            assert await meterly.aget_reservation(held.reservation_id) == held
+        with pytest.raises(MeterlyInsufficientCreditsError):
+            await meterly.ause_credits(customer, 71)
+
+    asyncio.run(work())
+    assert meterly.get_balance(customer) == tokens(70)
 
 
 def test_using_more_than_available_is_refused_with_numbers(meterly, customer):

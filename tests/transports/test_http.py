@@ -2,24 +2,19 @@ from __future__ import annotations
 
 import copy
 import gzip
-import json
 import multiprocessing
 import pickle
 import socket
-import ssl
-import struct
 import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from django_meterly import __version__
+from django_meterly import MeterlyClient, __version__
 from django_meterly.errors import (
     MeterlyApiError,
     MeterlyAuthenticationError,
@@ -33,156 +28,29 @@ from django_meterly.errors import (
     MeterlyUnknownOutcomeError,
 )
 from django_meterly.transports import Call, HttpTransport
+from tests.transports.server import (
+    BALANCE,
+    KEY,
+    RESERVE,
+    answer,
+    close,
+    drip,
+    hang,
+    reset,
+    say,
+    within,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-KEY = "mk_test_0123456789abcdefghijklmnopqrstuv"
-RESERVE = Call("reserve_credits", {"customerId": "c1", "amount": 5}, "key-1")
 SETTINGS = {
     "API_KEY": KEY,
     "BASE_URL": "http://ledger.test/x",
     "CONNECT_TIMEOUT": 1,
     "READ_TIMEOUT": 2,
     "DEADLINE": 3,
+    "MAX_ATTEMPTS": 4,
+    "SIGNER": None,
     "ALLOW_INSECURE_HTTP": True,
 }
-BALANCE = Call("get_balance", {"customerId": "c1"})
-
-
-def answer(
-    body: Any, status: str = "200 OK", headers: str = "", *, length: int | None = None
-) -> bytes:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    size = len(data) if length is None else length
-    return f"HTTP/1.1 {status}\r\nContent-Length: {size}\r\n{headers}\r\n".encode() + (
-        data
-    )
-
-
-def read_request(connection: socket.socket) -> bytes:
-    data = b""
-    while b"\r\n\r\n" not in data:
-        piece = connection.recv(65536)
-        if not piece:
-            return data
-        data += piece
-    head, _, body = data.partition(b"\r\n\r\n")
-    for line in head.lower().split(b"\r\n"):
-        if line.startswith(b"content-length:"):
-            while len(body) < int(line.partition(b":")[2]):
-                body += connection.recv(65536)
-    return head + b"\r\n\r\n" + body
-
-
-class Server:
-    """A server on 127.0.0.1 that does to each request what *behave* says."""
-
-    def __init__(
-        self,
-        behave: Callable[[socket.socket], object],
-        context: ssl.SSLContext | None = None,
-    ) -> None:
-        self.behave = behave
-        self.context = context
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self.stopping = threading.Event()
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port = self.listener.getsockname()[1]
-        scheme = "https" if context else "http"
-        self.url = f"{scheme}://127.0.0.1:{self.port}"
-        self.threads = [threading.Thread(target=self.accept)]
-        self.threads[0].start()
-
-    def accept(self) -> None:
-        while True:
-            connection, _ = self.listener.accept()
-            if self.stopping.is_set():
-                connection.close()
-                return
-            self.connections += 1
-            thread = threading.Thread(target=self.serve, args=(connection,))
-            self.threads.append(thread)
-            thread.start()
-
-    def serve(self, connection: socket.socket) -> None:
-        connection.settimeout(20)
-        try:
-            if self.context:
-                connection = self.context.wrap_socket(connection, server_side=True)
-            while request := read_request(connection):
-                self.requests.append(request)
-                if self.behave(connection) is not None:
-                    return
-        except OSError:
-            pass
-        finally:
-            connection.close()
-
-    def stop(self) -> None:
-        self.stopping.set()
-        socket.create_connection(("127.0.0.1", self.port)).close()
-        for thread in self.threads:
-            thread.join()
-        self.listener.close()
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
-    transports: list[HttpTransport] = []
-
-    def start(behave: Callable[[socket.socket], object] | bytes, **options: Any) -> Any:
-        if isinstance(behave, bytes):
-            data = behave
-
-            def behave(connection: socket.socket) -> None:
-                connection.sendall(data)
-
-        server: Any = Server(behave, options.pop("context", None))
-        server.transport = HttpTransport(KEY, base_url=server.url, **options)
-        servers.append(server)
-        transports.append(server.transport)
-        return server
-
-    yield start
-    for transport in transports:
-        transport.close()
-    for server in servers:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def certificate() -> SimpleNamespace:
-    """A self-signed certificate of 127.0.0.1, and a context that serves it.
-
-    Its key protects nothing: it is in every checkout.
-    """
-    file = Path(__file__).with_name("localhost.pem")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file)
-    return SimpleNamespace(file=str(file), context=context)
-
-
-def drip(data: bytes, head: bytes = b"") -> Callable[[socket.socket], object]:
-    """Send *data* byte by byte, each well within any read time-out."""
-
-    def behave(connection: socket.socket) -> object:
-        connection.sendall(head)
-        for byte in data:
-            connection.sendall(bytes([byte]))
-            time.sleep(0.05)
-        return "close"
-
-    return behave
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    assert time.monotonic() - started < seconds
 
 
 # What goes out
@@ -295,30 +163,6 @@ def test_call_without_time_left_is_not_sent(serve):
 # What may have arrived
 
 
-def hang(connection: socket.socket) -> object:
-    """Say nothing until the client has hung up."""
-    connection.recv(1)
-    return "close"
-
-
-def reset(connection: socket.socket) -> object:
-    linger = struct.pack("ii", 1, 0)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    return "close"
-
-
-def close(connection: socket.socket) -> object:
-    return "close"
-
-
-def say(data: bytes) -> Callable[[socket.socket], object]:
-    def behave(connection: socket.socket) -> object:
-        connection.sendall(data)
-        return "close"
-
-    return behave
-
-
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 UNUSABLE = {
     "silence": hang,
@@ -407,6 +251,13 @@ def test_f06_timeout_of_the_call_shortens_the_deadline(serve):
 def test_slow_server_within_the_deadline_is_waited_for(serve):
     server = serve(drip(answer({"a": 1})[-12:], answer({"a": 1})[:-12]))
     assert server.transport.send(RESERVE) == {"a": 1}
+
+
+def test_f08_compressed_answer_is_never_unpacked(serve):
+    bomb = gzip.compress(b'{"a": "' + b"x" * 2**26 + b'"}')
+    server = serve(answer(bomb, headers="Content-Encoding: gzip\r\n"))
+    with within(1), pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
 
 
 @pytest.mark.parametrize(
@@ -593,6 +444,23 @@ def test_f10_threads_share_one_transport(serve):
     assert server.connections <= 64
 
 
+def test_f10_threads_share_one_client(serve):
+    together = threading.Barrier(64, timeout=20)
+
+    def behave(connection: socket.socket) -> None:
+        # Nobody is answered until all 64 have asked.
+        together.wait()
+        balance = {"creditUnit": "x", "balance": connection.getpeername()[1]}
+        connection.sendall(answer({**balance, "reserved": 0, "available": 0}))
+
+    server = serve(behave, read_timeout=20, deadline=30)
+    meterly = MeterlyClient(transport=server.transport)
+    with ThreadPoolExecutor(64) as pool:
+        balances = list(pool.map(lambda _: meterly.get_balance("c1"), range(128)))
+    assert len({balance.balance for balance in balances}) == 64
+    assert server.connections == 64
+
+
 def _send_in_child(transport: HttpTransport, results: Any) -> None:
     results.put(transport.send(RESERVE)["port"])
 
@@ -659,7 +527,7 @@ def test_f46_key_is_not_in_the_traceback_of_a_refused_connection(free_port):
     assert KEY not in "".join(rendered.format())
 
 
-@pytest.mark.parametrize("key", [None, ""])
+@pytest.mark.parametrize("key", [None, "", b"mk_test_x", 5])
 def test_missing_key_names_the_setting(key):
     with pytest.raises(ValueError, match=r'METERLY\["API_KEY"\]'):
         HttpTransport(key)
@@ -674,7 +542,11 @@ def test_malformed_key_is_refused_without_being_shown(key):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"API_KEY": f"{KEY}\n"}, {"API_KEY": f"mk_hmac_{KEY}"}, {"BASE_URL": "ftp://x"}],
+    [
+        {"API_KEY": f"{KEY}\n"},
+        {"API_KEY": f"mk_hmac_k1-{KEY}"},
+        {"BASE_URL": "ftp://x"},
+    ],
 )
 def test_f46_key_is_not_in_the_traceback_of_wrong_settings(wrong):
     with pytest.raises(ValueError, match=r"key|base_url") as caught:
@@ -683,12 +555,6 @@ def test_f46_key_is_not_in_the_traceback_of_wrong_settings(wrong):
     while frame := frame.tb_next:
         shown = {**frame.tb_frame.f_locals, "settings": None}
         assert KEY not in repr(shown)
-
-
-def test_hmac_key_is_never_sent_as_a_bearer_token():
-    with pytest.raises(ValueError, match="HMAC") as caught:
-        HttpTransport("mk_hmac_k1_s3cr3t")
-    assert "s3cr3t" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -739,3 +605,4 @@ def test_from_settings_reads_what_concerns_it():
     assert transport.connect_timeout == 1
     assert transport.read_timeout == 2
     assert transport.deadline == 3
+    assert transport.max_attempts == 4

@@ -1,0 +1,135 @@
+"""How a request proves whose it is: with a bearer key, or with a signature.
+
+A *signer* is made with the API key, and called with every prepared request,
+last of all, when its method, URL, headers and body are final; it returns the
+request, as an auth object of ``requests`` does. ``METERLY["SIGNER"]`` (or
+``MeterlyClient(signer=...)``) names another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from requests import PreparedRequest
+
+    Signer = Callable[[PreparedRequest], PreparedRequest]
+
+__all__ = ["BearerSigner", "HmacSigner", "Secret", "signer_for"]
+
+HMAC_PREFIX = "mk_hmac_"
+_HMAC_KEY = re.compile(r"mk_hmac_([A-Za-z0-9]+)_([\x21-\x7e]+)")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Secret(str):
+    """A string whose ``repr`` does not show it.
+
+    For API keys in settings and local variables, which debug pages, error
+    reports and ``manage.py diffsettings`` print by their ``repr``. It cannot be
+    pickled.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'********'"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Secret:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("A Secret cannot be pickled.")
+
+
+class BearerSigner:
+    """Sends the API key itself, as a bearer token."""
+
+    __slots__ = ("_header",)
+
+    def __init__(self, api_key: str) -> None:
+        self._header = Secret(f"Bearer {api_key}")
+
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        request.headers["Authorization"] = self._header
+        return request
+
+    def __reduce__(self) -> Any:
+        raise TypeError("BearerSigner holds an API key and cannot be pickled.")
+
+
+class HmacSigner:
+    """Signs with an HMAC key, ``mk_hmac_<keyId>_<secret>``; the secret stays here.
+
+    Signed are the time, the method, the path with its query, the host, the
+    idempotency key and the body, as they will be sent. Raises ``ValueError``
+    for a key of another form.
+    """
+
+    __slots__ = ("_key_id", "_mac")
+
+    def __init__(self, api_key: str) -> None:
+        match = _HMAC_KEY.fullmatch(api_key)
+        # Or a debug page would show the key with the frame of the error.
+        del api_key
+        if match is None:
+            raise ValueError("An HMAC key has the form mk_hmac_<keyId>_<secret>.")
+        self._key_id = match[1]
+        # Keyed once and copied for each request: the secret itself is not kept.
+        self._mac = hmac.new(match[2].encode(), digestmod=hashlib.sha256)
+
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        host = _host(request.url or "")
+        # What is signed is what is sent, whatever http.client would make of it.
+        request.headers["Host"] = host
+        timestamp = str(int(time.time()))
+        fields = [
+            "v1",
+            timestamp,
+            request.method or "",
+            request.path_url,
+            host,
+            request.headers.get("Idempotency-Key", ""),
+            hashlib.sha256(_bytes(request.body)).hexdigest(),
+        ]
+        if any("\n" in field for field in fields):
+            raise ValueError("A request with line breaks in its fields is not signed.")
+        mac = self._mac.copy()
+        mac.update("\n".join(fields).encode())
+        request.headers["Authorization"] = Secret(
+            f"METERLY-HMAC-SHA256 keyId={self._key_id}, timestamp={timestamp}, "
+            f"signature={mac.hexdigest()}"
+        )
+        return request
+
+    def __reduce__(self) -> Any:
+        raise TypeError("HmacSigner holds an API key and cannot be pickled.")
+
+
+def signer_for(api_key: str) -> Signer:
+    """Return the signer that goes with the form of *api_key*."""
+    if api_key.startswith(HMAC_PREFIX):
+        return HmacSigner(api_key)
+    return BearerSigner(api_key)
+
+
+def _host(url: str) -> str:
+    """Return the Host header: lower-case, without the scheme's own port."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if ":" in host:
+        host = f"[{host}]"
+    if parts.port in (None, _DEFAULT_PORTS[parts.scheme]):
+        return host
+    return f"{host}:{parts.port}"
+
+
+def _bytes(body: Any) -> bytes:
+    return body.encode() if isinstance(body, str) else body or b""

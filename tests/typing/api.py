@@ -1,0 +1,160 @@
+"""The public API as a type checker sees it. mypy reads this; nobody runs it.
+
+Every ignored error is one that has to be found: mypy reports unused ignores.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import TYPE_CHECKING, Any, assert_type
+
+from django_meterly import (
+    MeterlyApiError,
+    MeterlyClient,
+    MeterlyInsufficientCreditsError,
+    MeterlyNotSentError,
+    MeterlyUnknownOutcomeError,
+    get_client,
+)
+from django_meterly.transports import Call, HttpTransport, Transport
+from django_meterly.transports.signing import BearerSigner, HmacSigner
+from django_meterly.types import (
+    Balance,
+    Balances,
+    Customer,
+    EntryPage,
+    GrantResult,
+    LedgerEntry,
+    Movement,
+    Reservation,
+)
+
+if TYPE_CHECKING:
+    from requests import PreparedRequest
+
+
+def making_one() -> None:
+    assert_type(get_client(), MeterlyClient)
+    MeterlyClient("mk_test_x")
+    MeterlyClient(api_key="mk_hmac_k1_x", base_url="https://x.test", deadline=2.5)
+    MeterlyClient("mk_test_x", signer=HmacSigner)
+    MeterlyClient("mk_test_x", signer=BearerSigner)
+    MeterlyClient(transport=HttpTransport("mk_test_x", signer=Signer))
+    MeterlyClient(transport=Own())
+    MeterlyClient(5)  # type: ignore[arg-type]
+    HttpTransport("mk_test_x", signer=Own)  # type: ignore[arg-type]
+    with MeterlyClient("mk_test_x") as meterly:
+        assert_type(meterly, MeterlyClient)
+    assert_type(meterly.within(2.0, attempts=1), MeterlyClient)
+
+
+class Signer:
+    def __init__(self, api_key: str) -> None: ...
+
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        return request
+
+
+class Own(Transport):
+    partial_commit = False
+
+    def send(self, call: Call) -> dict[str, Any]:
+        return dict(call.arguments)
+
+
+def calling(meterly: MeterlyClient) -> None:
+    customer = meterly.create_customer("user_1", "tokens", idempotency_key="k")
+    assert_type(customer, Customer)
+    assert_type(meterly.find_customer("user_1"), Customer | None)
+    granted = meterly.grant_credits("user_1", 5, "tokens", "signup", "Welcome")
+    assert_type(granted, GrantResult)
+    assert_type(granted.grant.customer_id, str)
+    assert_type(meterly.get_balance("c"), Balance)
+    assert_type(meterly.get_balances("c"), Balances)
+    assert_type(meterly.get_balances("c").balances[0].available, int)
+    page = meterly.list_entries("c", "tokens", cursor="e")
+    assert_type(page, EntryPage)
+    assert_type(page.entries, tuple[LedgerEntry, ...])
+    assert_type(page.next_cursor, str | None)
+    assert_type(meterly.add_credits("c", 5, "tokens", "r"), Movement)
+    assert_type(meterly.use_credits("c", 5, unit="tokens", reference="r"), Movement)
+    held = meterly.reserve_credits("c", 5, unit="tokens", ttl_seconds=60)
+    assert_type(held, Reservation)
+    assert_type(meterly.get_reservation("r"), Reservation)
+    assert_type(meterly.commit_reservation("r", amount=0), Reservation)
+    assert_type(meterly.release_reservation("r"), Reservation)
+    assert_type(meterly.extend_reservation("r", 60), Reservation)
+
+    meterly.use_credits("c", "5")  # type: ignore[arg-type]
+    meterly.use_credits("c", 1.5)  # type: ignore[arg-type]
+    meterly.reserve_credits("c", 5, "tokens")  # type: ignore[call-arg]
+    meterly.extend_reservation("r")  # type: ignore[call-arg]
+    held.amount = 6  # type: ignore[misc]
+
+
+async def awaiting(meterly: MeterlyClient) -> None:
+    async with meterly as same:
+        assert_type(same, MeterlyClient)
+    customer = await meterly.acreate_customer("user_1", "tokens", idempotency_key="k")
+    assert_type(customer, Customer)
+    assert_type(await meterly.afind_customer("user_1"), Customer | None)
+    granted = await meterly.agrant_credits("user_1", 5, "tokens", "signup")
+    assert_type(granted, GrantResult)
+    assert_type(await meterly.aget_balance("c"), Balance)
+    assert_type(await meterly.aget_balances("c"), Balances)
+    assert_type(await meterly.alist_entries("c", "tokens", cursor="e"), EntryPage)
+    assert_type(await meterly.aadd_credits("c", 5, "tokens"), Movement)
+    assert_type(await meterly.ause_credits("c", 5, reference="r"), Movement)
+    held = await meterly.areserve_credits("c", 5, unit="tokens", ttl_seconds=60)
+    assert_type(held, Reservation)
+    assert_type(await meterly.aget_reservation("r"), Reservation)
+    assert_type(await meterly.acommit_reservation("r", amount=0), Reservation)
+    assert_type(await meterly.arelease_reservation("r"), Reservation)
+    assert_type(await meterly.aextend_reservation("r", 60), Reservation)
+    await meterly.aclose()
+
+    await meterly.ause_credits("c", "5")  # type: ignore[arg-type]
+    await meterly.areserve_credits("c", 5, "tokens")  # type: ignore[call-arg]
+    assert_type((await meterly.aget_balance("c")).available, int)
+
+
+def guarding(meterly: MeterlyClient) -> None:
+    assert_type(meterly.guard("c", 5), AbstractContextManager[Reservation])
+    with meterly.guard("c", 5, "tokens", "r", "k", 60) as held:
+        assert_type(held, Reservation)
+    assert_type(meterly.guard("c", 5, callback=lambda: "done"), str)
+    meterly.guard("c", 5, callback="done")  # type: ignore[call-overload]
+
+
+async def awaiting_a_guard(meterly: MeterlyClient) -> None:
+    assert_type(meterly.aguard("c", 5), AbstractAsyncContextManager[Reservation])
+    async with meterly.aguard("c", 5, "tokens", "r", "k", 60) as held:
+        assert_type(held, Reservation)
+
+    async def work() -> str:
+        return "done"
+
+    assert_type(await meterly.aguard("c", 5, callback=work), str)
+    await meterly.aguard("c", 5, callback=str)  # type: ignore[arg-type]
+
+
+def failing(meterly: MeterlyClient) -> None:
+    try:
+        meterly.use_credits("c", 5)
+    except MeterlyInsufficientCreditsError as exc:
+        assert_type(exc.required, int)
+        assert_type(exc.available, int)
+        assert_type(exc.reserved, int)
+        assert_type(exc.unit, str)
+    except MeterlyApiError as exc:
+        assert_type(exc.status, int)
+        assert_type(exc.code, str)
+        assert_type(exc.message, str)
+        assert_type(exc.request_id, str | None)
+        assert_type(exc.method, str | None)
+        assert_type(exc.path, str | None)
+    except MeterlyNotSentError:
+        pass
+    except MeterlyUnknownOutcomeError as exc:
+        assert_type(exc.idempotency_key, str | None)
+        assert_type(exc.result, Any)
