@@ -101,7 +101,10 @@ class Ledger(RuleBasedStateMachine):
         self.workspace = operations.ensure_workspace(f"run-{Ledger._runs}").pk
         self.customers = {
             name: operations.create_customer(
-                self.workspace, external_id=name, credit_unit="credits"
+                self.workspace,
+                external_id=name,
+                credit_unit="credits",
+                idempotency_key=f"create-{name}",
             ).customer_id
             for name in "ab"
         }
@@ -161,6 +164,16 @@ class Ledger(RuleBasedStateMachine):
             self.attempt(
                 operations.release,
                 data.draw(st.sampled_from(self.holds)),
+                idempotency_key=key,
+            )
+
+    @rule(data=st.data(), seconds=st.integers(1, 600), key=keys)
+    def extend(self, data, seconds, key):
+        if self.holds:
+            self.attempt(
+                operations.extend,
+                data.draw(st.sampled_from(self.holds)),
+                ttl_seconds=seconds,
                 idempotency_key=key,
             )
 
