@@ -5,7 +5,8 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -13,7 +14,9 @@ from django_meterly.client import MeterlyClient
 from django_meterly.ledger.authentication import create_api_key
 from django_meterly.ledger.operations import ensure_workspace
 from django_meterly.ledger.transport import LedgerTransport
+from django_meterly.transports import HttpTransport
 from tests import database
+from tests.ledger.test_signature import sign
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,17 +64,50 @@ def api_key(transactional_db: None) -> str:
     return create_api_key(ensure_workspace("default"), "contract", test=True)[1]
 
 
-@pytest.fixture(params=["in process", "over HTTP"])
+@pytest.fixture
+def hmac_key(transactional_db: None) -> str:
+    """A key that signs, of that same workspace."""
+    return create_api_key(ensure_workspace("default"), "contract", hmac=True)[1]
+
+
+class Signing(HttpTransport):
+    """Signs with an HMAC key, after WIRE alone."""
+
+    def __init__(self, key: str, base_url: str) -> None:
+        super().__init__("unused", base_url=base_url)
+        self._auth: Any = self._signed
+        self._key = key
+
+    def _signed(self, request: Any) -> Any:
+        request.headers["Authorization"] = sign(
+            self._key,
+            request.method,
+            request.path_url,
+            host=urlsplit(request.url).netloc,
+            idempotency_key=request.headers.get("Idempotency-Key", ""),
+            body=request.body or b"",
+        )
+        return request
+
+
+@pytest.fixture(params=["in process", "bearer key", "HMAC key"])
 def meterly(
     request: pytest.FixtureRequest, transactional_db: None
 ) -> Iterator[MeterlyClient]:
-    """A client of either transport: whatever a test says holds for both."""
+    """A client of each kind: whatever a test says holds for all."""
     if request.param == "in process":
         client = MeterlyClient(transport=LedgerTransport())
-    else:
+    elif request.param == "bearer key":
         client = MeterlyClient(
             request.getfixturevalue("api_key"),
             base_url=request.getfixturevalue("live_ledger"),
+        )
+    else:
+        client = MeterlyClient(
+            transport=Signing(
+                request.getfixturevalue("hmac_key"),
+                base_url=request.getfixturevalue("live_ledger"),
+            )
         )
     with client:
         yield client
