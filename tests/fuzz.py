@@ -40,9 +40,14 @@ include-path-regex = "customers/[{]customerId[}]"
 parameters = { "path.customerId" = "CUSTOMER" }
 
 [[operations]]
-include-operation-id = ["list_entries", "commit_reservation"]
-# A cursor comes from the page before, and no more is committed than is held.
-checks.positive_data_acceptance.expected-statuses = ["2xx", "400", "404"]
+# A cursor comes from the page before, no more is committed than is held, and no
+# balance exceeds 2**63 - 1.
+include-operation-id = [
+  "list_entries", "commit_reservation", "grant_credits", "add_credits",
+]
+checks.positive_data_acceptance.expected-statuses = [
+  "2xx", "400", "402", "404", "409", "422",
+]
 """
 
 

@@ -60,7 +60,15 @@ class ApiKeyAdmin(ReadOnlyAdmin):
     list_filter = ["workspace", "scope", ("revoked_at", admin.EmptyFieldListFilter)]
     list_select_related = ["workspace"]
     search_fields = ["name", "last4", "key_id__exact"]
-    fields = list_display
+    fields = [
+        "name",
+        "workspace",
+        "shown",
+        "scope",
+        "created_at",
+        "last_used_at",
+        "revoked_at",
+    ]
 
     @admin.display(description=_("key"))
     def shown(self, key: ApiKey) -> str:
