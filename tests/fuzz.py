@@ -40,6 +40,10 @@ include-path-regex = "customers/[{]customerId[}]"
 parameters = { "path.customerId" = "CUSTOMER" }
 
 [[operations]]
+include-operation-id = "get_reservation"
+parameters = { "path.reservationId" = "RESERVATION" }
+
+[[operations]]
 # A cursor comes from the page before, no more is committed than is held, and no
 # balance exceeds 2**63 - 1.
 include-operation-id = [
@@ -48,6 +52,19 @@ include-operation-id = [
 checks.positive_data_acceptance.expected-statuses = [
   "2xx", "400", "402", "404", "409", "422",
 ]
+"""
+
+
+SEED_ROWS = """
+from django_meterly.ledger.operations import ensure_workspace, grant, reserve
+workspace = ensure_workspace("default").pk
+customer = grant(
+    workspace, external_id="user_1", amount=10**12, credit_unit="tokens",
+    reference="seed", idempotency_key="seed",
+).account.customer_id
+print(customer, reserve(
+    workspace, customer, amount=1, reference="seed", idempotency_key="seed-hold",
+).reservation_id)
 """
 
 
@@ -88,9 +105,10 @@ def _fuzz(folder: Path) -> int:
 
     manage("migrate", "--verbosity=0")
     key = manage("meterly_ledger_apikey", "create", "fuzz")
-    customer = manage("shell", "--no-imports", "-c", SEEDED)
+    customer, reservation = manage("shell", "--no-imports", "-c", SEED_ROWS).split()
     config = folder / "schemathesis.toml"
-    config.write_text(CONFIG.replace("CUSTOMER", customer), "utf-8")
+    seeded = CONFIG.replace("CUSTOMER", customer).replace("RESERVATION", reservation)
+    config.write_text(seeded, "utf-8")
     port = free_port()
     url = f"http://127.0.0.1:{port}/ledger"
     with (folder / "server.log").open("wb") as log:
@@ -130,15 +148,6 @@ def _fuzz(folder: Path) -> int:
     if result:
         print((folder / "server.log").read_text("utf-8")[-10_000:])
     return result
-
-
-SEEDED = """
-from django_meterly.ledger.operations import ensure_workspace, grant
-print(grant(
-    ensure_workspace("default").pk, external_id="user_1", amount=10**12,
-    credit_unit="tokens", reference="seed", idempotency_key="seed",
-).account.customer_id)
-"""
 
 
 def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
