@@ -3,12 +3,14 @@ TOOLS := .venv-tools
 DEMO := .venv-demo
 TOX := $(TOOLS)/bin/tox run
 
-.PHONY: help test matrix lint package demo clean
+.PHONY: help test matrix lint fuzz openapi package demo clean
 
 help:
 	@echo "make test     the test suite, on SQLite and on PostgreSQL (ARGS= for pytest)"
 	@echo "make matrix   every environment of tox.ini"
 	@echo "make lint     formatting, static rules and types"
+	@echo "make fuzz     property-based tests of the REST API along its OpenAPI document"
+	@echo "make openapi  write that document anew from the code"
 	@echo "make package  build the distributions and look inside"
 	@echo "make demo     the example project (ONCE=1: start it, try it, stop it)"
 	@echo "make clean    remove what these commands left"
@@ -21,6 +23,12 @@ matrix: $(TOOLS)/.done
 
 lint: $(TOOLS)/.done
 	$(TOX) -e lint,types
+
+fuzz: $(TOOLS)/.done
+	$(TOX) -e fuzz
+
+openapi: $(TOOLS)/.done
+	$(TOX) -e py --override "testenv.commands=python -m tests.openapi"
 
 package: $(TOOLS)/.done
 	$(TOX) -e package

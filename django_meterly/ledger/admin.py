@@ -48,15 +48,31 @@ class WorkspaceAdmin(ReadOnlyAdmin):
 @admin.register(ApiKey)
 class ApiKeyAdmin(ReadOnlyAdmin):
     actions = ["revoke"]
-    list_display = ["name", "workspace", "shown", "created_at", "revoked_at"]
-    list_filter = ["workspace", ("revoked_at", admin.EmptyFieldListFilter)]
+    list_display = [
+        "name",
+        "workspace",
+        "shown",
+        "scope",
+        "created_at",
+        "last_used_at",
+        "revoked_at",
+    ]
+    list_filter = ["workspace", "scope", ("revoked_at", admin.EmptyFieldListFilter)]
     list_select_related = ["workspace"]
-    search_fields = ["name", "last4"]
-    fields = ["name", "workspace", "shown", "created_at", "revoked_at"]
+    search_fields = ["name", "last4", "key_id__exact"]
+    fields = [
+        "name",
+        "workspace",
+        "shown",
+        "scope",
+        "created_at",
+        "last_used_at",
+        "revoked_at",
+    ]
 
     @admin.display(description=_("key"))
     def shown(self, key: ApiKey) -> str:
-        return f"{key.prefix}…{key.last4}"
+        return key.shown
 
     def has_revoke_permission(self, request: HttpRequest) -> bool:
         # Asked past ReadOnlyAdmin: to revoke a key is to change it.

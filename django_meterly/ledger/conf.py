@@ -1,13 +1,14 @@
 """The only reader of ``settings.METERLY_LEDGER``.
 
 Every access reads the Django settings anew. Names that do not exist fail, with a
-suggestion. ``MAX_TTL`` is a whole number of seconds, or a ``timedelta``.
+suggestion. Durations are whole numbers of seconds, or a ``timedelta``.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import difflib
+import re
 from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
@@ -18,14 +19,36 @@ from ..transports.base import MAX_TTL_SECONDS, check_text, check_ttl
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+THROTTLE_SCOPES = ("read", "write")
+
+
+def _retention(value: Any, name: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a number of seconds, not {value!r}.")
+    return value
+
+
+def _rates(value: Any, name: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not set(value) <= set(THROTTLE_SCOPES):
+        raise ValueError(f'{name} must be a dict with "read", "write" or both.')
+    for rate in value.values():
+        if not re.fullmatch(r"[1-9][0-9]*/[smhd][a-z]*", str(rate)):
+            raise ValueError(f'{name} must have rates like "100/s", not {rate!r}.')
+    return value
+
+
 DEFAULTS: dict[str, Any] = {
     "WORKSPACE": "default",
     "MAX_TTL": MAX_TTL_SECONDS,
+    "RECORD_RETENTION": dt.timedelta(days=30),
+    "THROTTLE_RATES": {},
 }
 
 CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "WORKSPACE": check_text,
     "MAX_TTL": check_ttl,
+    "RECORD_RETENTION": _retention,
+    "THROTTLE_RATES": _rates,
 }
 
 

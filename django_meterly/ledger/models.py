@@ -44,7 +44,15 @@ class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
 
 
 class ApiKey(models.Model):
-    """A bearer key of a workspace; only its SHA-256 is stored."""
+    """A key of a workspace, without its secret.
+
+    Of a bearer key the SHA-256 is stored. Of an HMAC key there is the *key_id*
+    only: the secret is derived from it.
+    """
+
+    class Scope(models.TextChoices):
+        READ = "read", _("read")
+        WRITE = "write", _("read and write")
 
     workspace = models.ForeignKey(
         Workspace,
@@ -54,11 +62,16 @@ class ApiKey(models.Model):
     )
     name = models.CharField(_("name"), max_length=255)
     prefix = models.CharField(_("prefix"), max_length=16)
-    last4 = models.CharField(_("last four"), max_length=4)
-    key_hash = ExactCharField(_("key hash"), max_length=64, unique=True)
+    last4 = models.CharField(_("last four"), max_length=4, blank=True)
+    key_hash = ExactCharField(_("key hash"), max_length=64, unique=True, null=True)
+    key_id = ExactCharField(_("key id"), max_length=64, unique=True, null=True)
+    scope = models.CharField(
+        _("scope"), max_length=8, choices=Scope.choices, default=Scope.WRITE
+    )
     created_at = models.DateTimeField(
         _("created at"), default=DatabaseNow, editable=False
     )
+    last_used_at = models.DateTimeField(_("last used at"), null=True, editable=False)
     revoked_at = models.DateTimeField(_("revoked at"), null=True, editable=False)
 
     objects = ApiKeyQuerySet.as_manager()
@@ -66,9 +79,28 @@ class ApiKey(models.Model):
     class Meta:
         verbose_name = _("API key")
         verbose_name_plural = _("API keys")
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(key_hash__isnull=False, key_id=None)
+                | models.Q(key_hash=None, key_id__isnull=False),
+                name="meterly_ledger_apikey_one_kind",
+            ),
+        ]
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.prefix}…{self.last4})"
+        return f"{self.name} ({self.shown})"
+
+    @property
+    def kind(self) -> str:
+        """``"bearer"`` or ``"hmac"``."""
+        return "bearer" if self.key_id is None else "hmac"
+
+    @property
+    def shown(self) -> str:
+        """What of the key may be shown to people."""
+        if self.key_id is None:
+            return f"{self.prefix}…{self.last4}"
+        return f"{self.prefix}{self.key_id}_…"
 
 
 class Customer(models.Model):
@@ -311,3 +343,41 @@ class Entry(models.Model):
     def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: entries are append-only."""
         raise MeterlyUsageError("Ledger entries are append-only.")
+
+
+class Record(models.Model):
+    """The idempotency key of a call that moved no credits, for a while.
+
+    A movement needs none: its entry is the record.
+    """
+
+    workspace = models.ForeignKey(
+        Workspace,
+        models.CASCADE,
+        related_name="records",
+        # The unique constraint below begins with it.
+        db_index=False,
+        verbose_name=_("workspace"),
+    )
+    idempotency_key = ExactCharField(_("idempotency key"), max_length=255)
+    fingerprint = ExactCharField(_("request fingerprint"), max_length=64)
+    created_at = models.DateTimeField(
+        _("created at"), default=DatabaseNow, editable=False
+    )
+
+    class Meta:
+        verbose_name = _("idempotency record")
+        verbose_name_plural = _("idempotency records")
+        indexes = [
+            # For the pruning.
+            models.Index(fields=["created_at"], name="meterly_ledger_record_age"),
+        ]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["workspace", "idempotency_key"],
+                name="meterly_ledger_record_unique_key",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.idempotency_key)

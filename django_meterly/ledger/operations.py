@@ -43,7 +43,7 @@ from ..errors import (
 )
 from ..transports.base import MAX_AMOUNT
 from .conf import ledger_settings
-from .models import Account, Customer, Entry, Hold, Workspace
+from .models import Account, Customer, Entry, Hold, Record, Workspace
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -185,12 +185,20 @@ def ensure_workspace(name: str) -> Workspace:
 
 @_retried
 def create_customer(
-    workspace_id: int, *, external_id: str, credit_unit: str
+    workspace_id: int, *, external_id: str, credit_unit: str, idempotency_key: str
 ) -> CustomerRecord:
     """Register a customer, once per *external_id*.
 
     Raises ``MeterlyCustomerExistsError`` when it exists with another unit.
     """
+    request = _request(
+        workspace_id,
+        idempotency_key,
+        "create_customer",
+        external_id=external_id,
+        credit_unit=credit_unit,
+    )
+    request.recorded()
     customer, created = _ensure_customer(workspace_id, external_id, credit_unit)
     if customer.credit_unit != credit_unit:
         raise MeterlyCustomerExistsError(
@@ -198,6 +206,11 @@ def create_customer(
             f"{customer.credit_unit!r}.",
             details={"customerId": customer.public_id},
         )
+    try:
+        if not request.is_recorded():
+            request.record()
+    except IntegrityError:
+        request.is_recorded()
     return _customer_record(customer, created)
 
 
@@ -404,14 +417,18 @@ def _reservation(
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What a movement was asked with: the record its entry keeps."""
+    """What a call was asked with, and whether its key was used before.
+
+    A movement's key is in its entry, for ever; that of another call is in a
+    ``Record``, for ``METERLY_LEDGER["RECORD_RETENTION"]``.
+    """
 
     workspace_id: int
     idempotency_key: str
     fingerprint: str
 
     def recorded(self) -> Entry | None:
-        """Return the entry of an earlier call with this key.
+        """Return the entry of an earlier movement with this key.
 
         Raises ``MeterlyIdempotencyMismatchError`` when that call was another.
         """
@@ -422,9 +439,38 @@ class _Request:
             )
             .first()
         )
-        if entry is not None and entry.fingerprint != self.fingerprint:
+        if entry is None:
+            self.is_recorded()
+        elif entry.fingerprint != self.fingerprint:
             raise MeterlyIdempotencyMismatchError
         return entry
+
+    def is_recorded(self) -> bool:
+        """Return whether an earlier call, no movement, had this key.
+
+        Raises ``MeterlyIdempotencyMismatchError`` when that call was another.
+        """
+        record = self._records().first()
+        if record is not None and record.fingerprint != self.fingerprint:
+            raise MeterlyIdempotencyMismatchError
+        return record is not None
+
+    def record(self) -> None:
+        """Keep the key of a call that is no movement.
+
+        Raises ``IntegrityError`` when it is kept already.
+        """
+        with transaction.atomic(using=write_alias()):
+            self._records().create(
+                workspace_id=self.workspace_id,
+                idempotency_key=self.idempotency_key,
+                fingerprint=self.fingerprint,
+            )
+
+    def _records(self) -> Any:
+        return Record.objects.using(write_alias()).filter(
+            workspace_id=self.workspace_id, idempotency_key=self.idempotency_key
+        )
 
 
 def _request(
@@ -820,7 +866,12 @@ _CLOSED: dict[str, type[MeterlyApiError]] = {
 
 
 def _close(
-    request: _Request, reservation_id: str, status: Hold.Status, amount: int | None
+    request: _Request,
+    reservation_id: str,
+    status: Hold.Status,
+    amount: int | None,
+    *,
+    again: bool = True,
 ) -> Reservation:
     using = write_alias()
     entry = request.recorded()
@@ -863,9 +914,56 @@ def _close(
     if entry is None:
         _expire(hold.account_id, list(live))
     hold = _hold(request.workspace_id, reservation_id)
+    if hold.status == Hold.Status.RESERVED and again:
+        # It was extended in the moment of its expiry.
+        return _close(request, reservation_id, status, amount, again=False)
     if hold.status != status:
         raise _CLOSED[hold.status]
     return _reservation(hold, entry, replayed=True)
+
+
+# Extending a hold
+
+
+@_retried
+def extend(
+    workspace_id: int, reservation_id: str, *, ttl_seconds: int, idempotency_key: str
+) -> Reservation:
+    """Let a live hold last *ttl_seconds* from now; that may be less than it had.
+
+    Raises ``MeterlyNotFoundError``, ``MeterlyReservationExpiredError``,
+    ``MeterlyReservationCommittedError`` and ``MeterlyReservationReleasedError``.
+    """
+    request = _request(
+        workspace_id,
+        idempotency_key,
+        "extend_reservation",
+        reservation_id=reservation_id,
+        ttl_seconds=ttl_seconds,
+    )
+    request.recorded()
+    hold = _hold(workspace_id, reservation_id)
+    if request.is_recorded():
+        return _reservation(hold, replayed=True)
+    using = write_alias()
+    live = Hold.objects.using(using).live().filter(pk=hold.pk)
+    try:
+        with transaction.atomic(using=using):
+            extended = live.filter(expires_at__gt=DatabaseNow()).update(
+                expires_at=from_now(ttl_seconds)
+            )
+            if extended:
+                request.record()
+    except IntegrityError:
+        if not request.is_recorded():
+            raise
+        return _reservation(_hold(workspace_id, reservation_id), replayed=True)
+    if not extended:
+        _expire(hold.account_id, list(live))
+    hold = _hold(workspace_id, reservation_id)
+    if not extended:
+        raise _CLOSED[hold.status]
+    return _reservation(hold)
 
 
 # Expiry
@@ -899,17 +997,18 @@ def expire_due(batch_size: int = 1000) -> int:
 
 @_retried
 def _expire(account_id: int, holds: list[Hold]) -> int:
-    """Expire those of *holds* that are still live, and return how many.
+    """Expire those of *holds* that are still due, and return how many.
 
-    They all belong to the account, are past their time, and in primary key order.
+    They all belong to the account, and are in primary key order.
     """
     using = write_alias()
     with transaction.atomic(using=using):
         expired = [
             hold
             for hold in holds
+            # Still due: it may have been extended.
             if Hold.objects.using(using)
-            .live()
+            .due()
             .filter(pk=hold.pk)
             .update(status=Hold.Status.EXPIRED, closed_at=DatabaseNow())
         ]
@@ -938,6 +1037,14 @@ def _expire(account_id: int, holds: list[Hold]) -> int:
                 )
             Entry.objects.using(using).bulk_create(lines)
     return len(expired)
+
+
+def prune_records() -> int:
+    """Forget the keys of calls that moved nothing, ``RECORD_RETENTION`` later."""
+    old = Record.objects.using(write_alias()).filter(
+        created_at__lt=from_now(-ledger_settings.RECORD_RETENTION)
+    )
+    return old.delete()[0]
 
 
 def _invalid(field: str, message: str) -> MeterlyInvalidRequestError:

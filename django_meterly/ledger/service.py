@@ -75,9 +75,7 @@ def perform(
         except ValueError as exc:
             errors["Idempotency-Key"] = [str(exc)]
         else:
-            # A customer is known again by its external id, not by a key.
-            if operation != "create_customer":
-                checked["idempotency_key"] = key
+            checked["idempotency_key"] = key
     if errors:
         raise MeterlyInvalidRequestError(
             " ".join(f"{name}: {texts[0]}" for name, texts in errors.items()),
@@ -170,6 +168,10 @@ def _commit_reservation(workspace_id: int, **arguments: Any) -> Answer:
 
 def _release_reservation(workspace_id: int, **arguments: Any) -> Answer:
     return _held(operations.release(workspace_id, **arguments))
+
+
+def _extend_reservation(workspace_id: int, **arguments: Any) -> Answer:
+    return _held(operations.extend(workspace_id, **arguments))
 
 
 def _list_entries(workspace_id: int, **arguments: Any) -> Answer:
@@ -306,6 +308,13 @@ _OPERATIONS: dict[str, tuple[Callable[..., Answer], dict[str, _Field]]] = {
     "release_reservation": (
         _release_reservation,
         {"reservationId": _RESERVATION_ID},
+    ),
+    "extend_reservation": (
+        _extend_reservation,
+        {
+            "reservationId": _RESERVATION_ID,
+            "ttlSeconds": _Field("ttl_seconds", _ttl),
+        },
     ),
     "list_entries": (
         _list_entries,

@@ -7,7 +7,7 @@ import re
 from django.urls import re_path
 
 from ..transports.base import ROUTES
-from .api.views import OperationView, UnknownPathView
+from .api.views import DocumentView, HealthView, OperationView, UnknownPathView
 
 app_name = "meterly_ledger"
 
@@ -30,5 +30,7 @@ urlpatterns = [
         )
         for path, operations in _operations.items()
     ),
+    re_path(r"^health\Z", HealthView.as_view(), name="health"),
+    re_path(r"^openapi\.json\Z", DocumentView.as_view(), name="openapi"),
     re_path(r"^v1(?:/|\Z)", UnknownPathView.as_view()),
 ]

@@ -6,6 +6,7 @@ the client before anything is sent, the ledger before anything is moved.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -117,6 +118,27 @@ class Transport:
 
     def close(self) -> None:
         """Give back what the transport holds open."""
+
+
+def string_to_sign(
+    timestamp: str,
+    method: str,
+    target: str,
+    host: str,
+    idempotency_key: str,
+    body: bytes,
+) -> bytes:
+    """Return what an HMAC key signs of a request.
+
+    *timestamp* is in Unix seconds, *target* the path with its query as sent, *host*
+    the ``Host`` header in lower case without a default port, *idempotency_key*
+    empty where there is none, and *body* the final bytes. Raises ``ValueError``
+    for a field with a line feed in it: two requests could be signed alike.
+    """
+    fields = (timestamp, method, target, host, idempotency_key)
+    if any("\n" in field for field in fields):
+        raise ValueError("A signed field must not contain a line feed.")
+    return "\n".join(("v1", *fields, hashlib.sha256(body).hexdigest())).encode()
 
 
 _VISIBLE = re.compile(r"[\x21-\x7e]+")

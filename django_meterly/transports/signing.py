@@ -15,6 +15,8 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from .base import string_to_sign
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -90,19 +92,17 @@ class HmacSigner:
         # What is signed is what is sent, whatever http.client would make of it.
         request.headers["Host"] = host
         timestamp = str(int(time.time()))
-        fields = [
-            "v1",
-            timestamp,
-            request.method or "",
-            request.path_url,
-            host,
-            request.headers.get("Idempotency-Key", ""),
-            hashlib.sha256(_bytes(request.body)).hexdigest(),
-        ]
-        if any("\n" in field for field in fields):
-            raise ValueError("A request with line breaks in its fields is not signed.")
         mac = self._mac.copy()
-        mac.update("\n".join(fields).encode())
+        mac.update(
+            string_to_sign(
+                timestamp,
+                request.method or "",
+                request.path_url,
+                host,
+                request.headers.get("Idempotency-Key", ""),
+                _bytes(request.body),
+            )
+        )
         request.headers["Authorization"] = Secret(
             f"METERLY-HMAC-SHA256 keyId={self._key_id}, timestamp={timestamp}, "
             f"signature={mac.hexdigest()}"

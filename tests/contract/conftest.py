@@ -61,16 +61,22 @@ def api_key(transactional_db: None) -> str:
     return create_api_key(ensure_workspace("default"), "contract", test=True)[1]
 
 
-@pytest.fixture(params=["in process", "over HTTP"])
+@pytest.fixture
+def hmac_key(transactional_db: None) -> str:
+    """A key that signs, of that same workspace."""
+    return create_api_key(ensure_workspace("default"), "contract", hmac=True)[1]
+
+
+@pytest.fixture(params=["in process", "api key", "HMAC key"])
 def meterly(
     request: pytest.FixtureRequest, transactional_db: None
 ) -> Iterator[MeterlyClient]:
-    """A client of either transport: whatever a test says holds for both."""
+    """A client of each kind: whatever a test says holds for all."""
     if request.param == "in process":
         client = MeterlyClient(transport=LedgerTransport())
     else:
         client = MeterlyClient(
-            request.getfixturevalue("api_key"),
+            request.getfixturevalue(request.param.replace(" ", "_").lower()),
             base_url=request.getfixturevalue("live_ledger"),
         )
     with client:

@@ -278,6 +278,33 @@ def test_unknown_id_is_not_found(meterly, call):
     refused(MeterlyNotFoundError, call, meterly)
 
 
+def test_extended_hold_lasts_as_long_as_asked_from_now(meterly, customer):
+    held = meterly.reserve_credits(customer, 30, ttl_seconds=60)
+
+    def extend(seconds, key):
+        arguments = {"reservationId": held.reservation_id, "ttlSeconds": seconds}
+        body = meterly.transport.send(Call("extend_reservation", arguments, key))
+        left = dt.datetime.fromisoformat(body["expiresAt"]) - dt.datetime.now(dt.UTC)
+        return body["status"], round(left.total_seconds(), -1)
+
+    assert extend(600, "key-1") == ("reserved", 600)
+    assert extend(300, "key-2") == ("reserved", 300)
+    # A replay sets nothing, and shows the present time.
+    assert extend(600, "key-1") == ("reserved", 300)
+    refused(MeterlyIdempotencyMismatchError, extend, 601, "key-1")
+    meterly.commit_reservation(held.reservation_id)
+    refused(MeterlyReservationCommittedError, extend, 60, "key-3")
+
+
+def test_hold_past_its_time_is_not_extended(meterly, customer):
+    held = meterly.reserve_credits(customer, 30, ttl_seconds=1)
+    time.sleep(1.2)
+    arguments = {"reservationId": held.reservation_id, "ttlSeconds": 60}
+    call = Call("extend_reservation", arguments, "key-1")
+    refused(MeterlyReservationExpiredError, meterly.transport.send, call)
+    assert meterly.get_balance(customer) == tokens(100)
+
+
 # Keys and references
 
 

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import datetime as dt
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from django.db import InterfaceError, OperationalError, transaction
+from django.core.cache import cache
+from django.core.checks import run_checks
+from django.db import InterfaceError, OperationalError, connection, transaction
 from django.test import Client, override_settings
 from django.urls import resolve, reverse
 
+from django_meterly.db import from_now
 from django_meterly.ledger import operations
 from django_meterly.ledger.api import views
+from django_meterly.ledger.api.throttling import KeyThrottle
 from django_meterly.ledger.authentication import create_api_key
 from django_meterly.ledger.models import ApiKey, Entry
 from django_meterly.transports.base import ROUTES
@@ -23,8 +28,8 @@ pytestmark = pytest.mark.django_db
 class Api:
     """A client of the ledger's API, with a key of one workspace."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.row, self.key = create_api_key(workspace, "test")
+    def __init__(self, workspace: Workspace, scope: str = "write") -> None:
+        self.row, self.key = create_api_key(workspace, "test", scope=scope)
         # What a test client hides by default, a server would do.
         self.client = Client(raise_request_exception=False, enforce_csrf_checks=True)
 
@@ -138,6 +143,23 @@ def test_release_needs_no_body(api, customer):
     assert released.json()["status"] == "released"
 
 
+def test_extend_answers_the_reservation_and_its_replay_says_so(api, customer):
+    held = api.post(
+        "/v1/reservations",
+        {"customerId": customer, "amount": 30, "reference": "job", "ttlSeconds": 60},
+    ).json()
+    path = f"/v1/reservations/{held['reservationId']}/extend"
+    extended = api.post(path, {"ttlSeconds": 600}, "key-2")
+    assert extended.status_code == 200
+    assert extended.json()["expiresAt"] > held["expiresAt"]
+    assert {**extended.json(), "expiresAt": ""} == {**held, "expiresAt": ""}
+    again = api.post(path, {"ttlSeconds": 600}, "key-2")
+    assert (again.json(), again["Idempotency-Replayed"]) == (extended.json(), "true")
+    is_error(api.post(path, {"ttlSeconds": 601}, "key-2"), 422, "idempotency_mismatch")
+    error = is_error(api.post(path, {}, "key-3"), 400, "invalid_request")
+    assert list(error["fields"]) == ["ttlSeconds"]
+
+
 @pytest.mark.parametrize("given", ["a", "A-1_b.c", "x" * 64])
 def test_sane_request_id_comes_back(api, given):
     assert api.get("/v1/customers", X_Request_Id=given)["X-Request-Id"] == given
@@ -217,10 +239,6 @@ def test_post_without_a_sane_idempotency_key_is_400(api, key):
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"amount": 1, "amount": 2}',
-        b'{"a": {"b": 1, "b": 2}}',
-        b'{"amount": NaN}',
-        b'{"amount": -Infinity}',
         b"[]",
         b'"text"',
         b"null",
@@ -236,6 +254,28 @@ def test_post_without_a_sane_idempotency_key_is_400(api, key):
 )
 def test_body_that_is_not_one_strict_json_object_is_400(api, body):
     is_error(api.post("/v1/grants", body), 400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('"creditAmount": 50, "creditAmount": 51', "creditAmount"),
+        ('"creditAmount": NaN', "creditAmount"),
+        ('"creditAmount": -Infinity', "creditAmount"),
+        ('"creditAmount": 5e1', "creditAmount"),
+        ('"description": {"b": 1, "b": 2}', "b"),
+        ('"description": NaN', "description"),
+        ('"nothing": NaN', "nothing"),
+        (r'"\ud800": 1, "\ud800": 2', "?"),
+    ],
+)
+def test_what_json_readers_disagree_about_is_400_and_named(api, text, field):
+    body = json.dumps(grant(creditAmount=1))
+    if '"creditAmount"' in text:
+        body = body.replace('"creditAmount": 1, ', "")
+    response = api.post("/v1/grants", f"{body[:-1]}, {text}}}".encode())
+    assert list(is_error(response, 400, "invalid_request")["fields"]) == [field]
+    assert not Entry.objects.exists()
 
 
 @pytest.mark.parametrize(
@@ -296,6 +336,114 @@ def test_without_a_valid_key_it_is_401(api, header):
 def test_revoked_key_is_401(api):
     ApiKey.objects.update(revoked_at="2026-01-01T00:00:00Z")
     is_error(api.get("/v1/customers"), 401, "unauthenticated")
+
+
+def test_f45_a_read_key_reads_and_cannot_write(workspace, api, customer):
+    reader = Api(workspace, "read")
+    held = api.post(
+        "/v1/reservations", {"customerId": customer, "amount": 5, "reference": "job"}
+    ).json()["reservationId"]
+    ids = {"customerId": customer, "reservationId": held}
+    for operation, (method, path) in ROUTES.items():
+        path = path.format_map(ids)
+        if method == "GET":
+            query = {"externalId": "x"} if operation == "find_customer" else None
+            assert reader.get(path, query).status_code == 200, operation
+        else:
+            is_error(reader.post(path, {}, "s-1"), 403, "forbidden")
+    assert api.get(f"/v1/reservations/{held}").json()["status"] == "reserved"
+
+
+def test_the_use_of_a_key_is_noted_once_a_minute(
+    api, customer, django_assert_num_queries
+):
+    def used_at():
+        api.get(f"/v1/customers/{customer}/balance")
+        api.row.refresh_from_db()
+        return api.row.last_used_at
+
+    first = used_at()
+    assert abs(first - dt.datetime.now(dt.UTC)) < dt.timedelta(minutes=1)
+    assert used_at() == first
+    with django_assert_num_queries(3) as queries:
+        api.get(f"/v1/customers/{customer}/balance")
+    assert not any("UPDATE" in query["sql"] for query in queries.captured_queries)
+    ApiKey.objects.update(last_used_at=from_now(-61))
+    api.row.refresh_from_db()
+    assert used_at() > api.row.created_at
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_use_that_cannot_be_noted_is_served(api, customer, caplog):
+    def locked(execute, sql, params, many, context):
+        if sql.startswith("UPDATE"):
+            raise OperationalError("database is locked")
+        return execute(sql, params, many, context)
+
+    with connection.execute_wrapper(locked):
+        response = api.get(f"/v1/customers/{customer}/balance")
+    assert response.status_code == 200
+    assert "was not noted" in caplog.text
+
+
+# Too many
+
+
+@pytest.fixture
+def rates(settings):
+    settings.METERLY_LEDGER = {"THROTTLE_RATES": {"read": "3/min", "write": "1/h"}}
+    cache.clear()
+    yield
+    cache.clear()
+
+
+def test_a_key_above_its_rate_is_429_with_a_time_to_wait(rates, workspace, api):
+    for number in range(3):
+        found = api.get("/v1/customers", {"externalId": f"user_{number}"})
+        assert found.status_code == 200
+    refused = api.get("/v1/customers", {"externalId": "user_3"})
+    is_error(refused, 429, "rate_limited")
+    assert 1 <= int(refused["Retry-After"]) <= 60
+    # Writes are counted apart, and so is every other key.
+    assert api.post("/v1/grants", grant()).status_code == 201
+    again = api.post("/v1/grants", grant())
+    is_error(again, 429, "rate_limited")
+    assert 60 < int(again["Retry-After"]) <= 3600
+    assert Api(workspace).get("/v1/customers", {"externalId": "a"}).status_code == 200
+
+
+def test_nothing_is_counted_by_default(api, monkeypatch):
+    monkeypatch.setattr(KeyThrottle, "cache", None)
+    for _ in range(30):
+        assert api.get("/v1/customers", {"externalId": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "rates", ["5/s", {"reads": "5/s"}, {"read": "5"}, {"read": "0/s"}, {"write": 5}]
+)
+def test_rates_that_cannot_be_are_an_error_of_the_checks(settings, rates):
+    settings.METERLY_LEDGER = {"THROTTLE_RATES": rates}
+    (error,) = [e for e in run_checks() if e.id == "meterly_ledger.E001"]
+    assert "THROTTLE_RATES" in error.msg
+
+
+# Health
+
+
+def test_health_needs_no_key_and_tells_nothing(client):
+    response = client.get("/ledger/health")
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+    assert response["X-Request-Id"]
+
+
+def test_health_is_503_when_the_database_does_not_answer(caplog):
+    def fail(execute, sql, params, many, context):
+        raise OperationalError("the host is db.internal")
+
+    with connection.execute_wrapper(fail):
+        response = Client().get("/ledger/health")
+    is_error(response, 503, "unavailable")
+    assert b"internal" not in response.content
 
 
 def test_session_lets_nobody_in(api, admin_client):

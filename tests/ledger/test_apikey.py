@@ -8,6 +8,7 @@ import pytest
 from django.core.management import CommandError, call_command
 
 from django_meterly.ledger.models import ApiKey
+from tests.ledger.test_signature import sign
 
 pytestmark = pytest.mark.django_db
 
@@ -57,6 +58,51 @@ def test_revoked_key_is_refused_and_listed_as_such(client):
     assert "revoked" in run("list")[0]
     with pytest.raises(CommandError, match="no active key"):
         run("revoke", str(number))
+
+
+def test_a_new_key_may_write_unless_it_is_told_to_read():
+    run("create", "shop")
+    run("create", "reports", "--scope", "read")
+    assert list(ApiKey.objects.order_by("pk").values_list("scope", flat=True)) == [
+        "write",
+        "read",
+    ]
+    with pytest.raises(CommandError, match="invalid choice"):
+        run("create", "shop", "--scope", "admin")
+
+
+def test_an_hmac_key_is_all_of_stdout_and_its_secret_listed_nowhere():
+    stdout, stderr = run("create", "shop", "--hmac")
+    key = stdout.removesuffix("\n")
+    row = ApiKey.objects.get()
+    assert re.fullmatch(rf"mk_hmac_{row.key_id}_[A-Za-z0-9_-]{{43}}", key)
+    assert row.kind == "hmac"
+    listed = run("list")[0]
+    assert f"mk_hmac_{row.key_id}_…\thmac\t" in listed.replace(")", "")
+    for text in (stderr, listed):
+        assert key.removeprefix(f"mk_hmac_{row.key_id}_") not in text
+    with pytest.raises(CommandError, match="--test is for bearer keys"):
+        run("create", "shop", "--hmac", "--test")
+
+
+def test_the_list_tells_when_a_key_was_last_used(client):
+    key = run("create", "shop")[0].strip()
+    assert "never used" in run("list")[0]
+    client.get("/ledger/v1/customers", headers={"Authorization": f"Bearer {key}"})
+    assert re.search(r"last used \d{4}-\d\d-\d\d \d\d:\d\d$", run("list")[0].strip())
+
+
+@pytest.mark.parametrize("kind", [[], ["--hmac"]])
+def test_a_key_is_rotated_with_two_active_at_once(client, kind):
+    def status(key):
+        path = "/ledger/v1/customers?externalId=a"
+        authorization = sign(key, "GET", path) if kind else f"Bearer {key}"
+        return client.get(path, headers={"Authorization": authorization}).status_code
+
+    old, new = (run("create", "shop", *kind)[0].strip() for _ in range(2))
+    assert (status(old), status(new)) == (200, 200)
+    run("revoke", str(ApiKey.objects.order_by("pk").first().pk))
+    assert (status(old), status(new)) == (401, 200)
 
 
 def test_action_is_required():

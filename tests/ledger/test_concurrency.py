@@ -323,6 +323,16 @@ def test_f44_a_process_killed_while_it_moves_credits_leaves_no_half_movement(
     call_command("meterly_ledger_verify")
 
 
+def test_f44_a_kill_between_any_two_statements_leaves_no_half_movement():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.ledger.killed"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) > 40
+
+
 def test_a_workspace_first_needed_by_six_threads_is_made_once():
     results = together(*[lambda: operations.ensure_workspace("new")] * 6)
     assert len({result.pk for result in results}) == 1

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import weakref
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.db.models import F
 
 from django_meterly import errors
 from django_meterly.db import from_now
@@ -58,6 +60,37 @@ def test_f43_300_expired_holds_are_free_after_one_sweep(workspace, customer, cap
     assert set(Hold.objects.values_list("status", flat=True)) == {"expired"}
     assert Entry.objects.filter(kind="credits_expired").count() == 300
     call_command("meterly_ledger_verify")
+
+
+def test_f43_10000_expired_holds_go_in_one_run_with_bounded_memory(
+    workspace, customer, capsys
+):
+    account = Account.objects.get()
+    Account.objects.update(balance=F("balance") + 10_000, reserved=10_000)
+    for _ in range(10):
+        Hold.objects.bulk_create(
+            Hold(account=account, amount=1, reference="job", expires_at=from_now(-1))
+            for _ in range(1000)
+        )
+    live = []
+    sizes = []
+    expire = operations._expire
+
+    def watched(account_id, holds):
+        live.append(weakref.WeakSet(holds))
+        # Those of the batches before are gone.
+        sizes.append(sum(map(len, live)))
+        return expire(account_id, holds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operations, "_expire", watched)
+        call_command("meterly_ledger_expire", batch_size=500)
+
+    assert capsys.readouterr().out == "10000 reservations expired.\n"
+    assert len(sizes) == 20
+    assert max(sizes) <= 1000
+    assert numbers(workspace, customer) == (10_100, 0)
+    assert Entry.objects.filter(kind="credits_expired").count() == 10_000
 
 
 def test_the_sweep_leaves_what_is_not_due(workspace, customer):

@@ -32,10 +32,16 @@ def numbers(workspace, customer):
 
 def test_the_same_customer_twice_is_one_customer(workspace):
     first = operations.create_customer(
-        workspace.pk, external_id="user_1", credit_unit="credits"
+        workspace.pk,
+        external_id="user_1",
+        credit_unit="credits",
+        idempotency_key="create-1",
     )
     again = operations.create_customer(
-        workspace.pk, external_id="user_1", credit_unit="credits"
+        workspace.pk,
+        external_id="user_1",
+        credit_unit="credits",
+        idempotency_key="create-2",
     )
 
     assert first.created
@@ -46,14 +52,20 @@ def test_the_same_customer_twice_is_one_customer(workspace):
 def test_a_customer_with_another_unit_exists(workspace, customer):
     with pytest.raises(errors.MeterlyCustomerExistsError) as caught:
         operations.create_customer(
-            workspace.pk, external_id="user_1", credit_unit="pages"
+            workspace.pk,
+            external_id="user_1",
+            credit_unit="pages",
+            idempotency_key="create-3",
         )
     assert caught.value.customer_id == customer
 
 
 def test_f40_ids_that_differ_in_case_are_two_customers(workspace, customer):
     other = operations.create_customer(
-        workspace.pk, external_id="USER_1", credit_unit="credits"
+        workspace.pk,
+        external_id="USER_1",
+        credit_unit="credits",
+        idempotency_key="create-4",
     )
     assert other.customer_id != customer
     found = operations.find_customer(workspace.pk, external_id="USER_1")
@@ -71,10 +83,65 @@ def test_f40_keys_that_differ_in_case_are_two_movements(workspace, customer):
 
 def test_a_new_customer_has_an_empty_account_of_its_unit(workspace):
     record = operations.create_customer(
-        workspace.pk, external_id="user_1", credit_unit="credits"
+        workspace.pk,
+        external_id="user_1",
+        credit_unit="credits",
+        idempotency_key="create-5",
     )
     (account,) = operations.balances(workspace.pk, record.customer_id)
     assert (account.unit, account.balance, account.reserved) == ("credits", 0, 0)
+
+
+def test_f42_the_key_of_a_created_customer_is_remembered(workspace):
+    def create(external_id):
+        return operations.create_customer(
+            workspace.pk,
+            external_id=external_id,
+            credit_unit="credits",
+            idempotency_key="create",
+        )
+
+    first = create("user_1")
+
+    assert create("user_1").customer_id == first.customer_id
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        create("user_2")
+    assert operations.find_customer(workspace.pk, external_id="user_2") is None
+
+
+def test_a_refused_creation_leaves_no_record_of_its_key(workspace, customer):
+    def create(external_id):
+        return operations.create_customer(
+            workspace.pk,
+            external_id=external_id,
+            credit_unit="pages",
+            idempotency_key="create",
+        )
+
+    with pytest.raises(errors.MeterlyCustomerExistsError):
+        create("user_1")
+    assert create("user_2").created
+
+
+@pytest.mark.parametrize("movement_first", [True, False])
+def test_f42_a_key_is_for_one_call_whether_or_not_it_moves_credits(
+    workspace, customer, movement_first
+):
+    calls = [
+        lambda: operations.use(
+            workspace.pk, customer, amount=1, reference="page", idempotency_key="key"
+        ),
+        lambda: operations.create_customer(
+            workspace.pk,
+            external_id="user_2",
+            credit_unit="credits",
+            idempotency_key="key",
+        ),
+    ]
+    first, second = calls if movement_first else reversed(calls)
+    first()
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        second()
 
 
 # Grants and adds

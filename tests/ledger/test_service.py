@@ -35,6 +35,7 @@ VALID = {
     "get_reservation": {"reservationId": "res_1"},
     "commit_reservation": {"reservationId": "res_1"},
     "release_reservation": {"reservationId": "res_1"},
+    "extend_reservation": {"reservationId": "res_1", "ttlSeconds": 60},
     "list_entries": {"customerId": "cus_1"},
 }
 

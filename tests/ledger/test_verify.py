@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import sys
+import tracemalloc
+from io import StringIO
 from typing import ClassVar
 
 import pytest
@@ -14,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from django_meterly import errors
 from django_meterly.db import from_now
 from django_meterly.ledger import operations
-from django_meterly.ledger.models import Account, Entry, Hold
+from django_meterly.ledger.management.commands import meterly_ledger_verify
+from django_meterly.ledger.models import Account, Customer, Entry, Hold
 
 
 @pytest.fixture
@@ -87,6 +92,83 @@ def test_a_difference_is_shown_and_fails(books, spoil, where, count, capsys):
     assert list(Account.objects.values()) == before
 
 
+@pytest.mark.django_db
+def test_accounts_are_compared_page_by_page(workspace, monkeypatch, capsys):
+    monkeypatch.setattr(meterly_ledger_verify, "PAGE", 2)
+    monkeypatch.setattr(meterly_ledger_verify, "SHOWN", 3)
+    for number in range(5):
+        operations.grant(
+            workspace.pk,
+            external_id=f"user_{number}",
+            amount=1,
+            credit_unit="credits",
+            reference="opening",
+            idempotency_key=f"opening-{number}",
+        )
+    call_command("meterly_ledger_verify")
+    assert "5 accounts, 5 entries" in capsys.readouterr().out
+    Account.objects.update(balance=2)
+    with pytest.raises(CommandError, match="Differences: 5"):
+        call_command("meterly_ledger_verify")
+    out = capsys.readouterr().out
+    assert "user_2" in out
+    assert "user_3" not in out
+    assert out.endswith("... and 2 more.\n")
+
+
+class Terminal(StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("stderr", [Terminal(), StringIO()])
+def test_the_progress_bar_is_for_terminals(books, monkeypatch, capsys, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    call_command("meterly_ledger_verify")
+    assert ("[....." in stderr.getvalue()) == stderr.isatty()
+    assert capsys.readouterr().out == "1 accounts, 6 entries: the books balance.\n"
+
+
+@pytest.mark.django_db
+def test_memory_is_flat_however_many_entries_there_are(workspace):
+    # LEDGER_ENTRIES=1000000 for the long run.
+    count = int(os.environ.get("LEDGER_ENTRIES", "200000"))
+    accounts = [
+        Account(
+            customer=Customer.objects.create(
+                workspace=workspace, external_id=f"user_{number}", credit_unit="credits"
+            ),
+            unit="credits",
+            balance=count // 10,
+        )
+        for number in range(10)
+    ]
+    Account.objects.bulk_create(accounts)
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            f"INSERT INTO {Entry._meta.db_table} (public_id, workspace_id, account_id, "
+            "kind, amount, balance_delta, reserved_delta, balance_after, "
+            "reserved_after, reference, description, fingerprint, created_at) "
+            "VALUES (%s, %s, %s, 'credits_added', 1, 1, 0, %s, 0, 'r', '', '', "
+            "'2026-01-01 00:00:00')",
+            (
+                (f"ent_{n}", workspace.pk, accounts[n % 10].pk, n // 10 + 1)
+                for n in range(count)
+            ),
+        )
+    out = StringIO()
+    tracemalloc.start()
+    try:
+        call_command("meterly_ledger_verify", stdout=out)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert out.getvalue() == f"10 accounts, {count} entries: the books balance.\n"
+    # One entry alone would take a kilobyte.
+    assert peak < 2 * 2**20
+
+
 class Ledger(RuleBasedStateMachine):
     """Random calls, also repeated and late ones, against a model in Python."""
 
@@ -101,7 +183,10 @@ class Ledger(RuleBasedStateMachine):
         self.workspace = operations.ensure_workspace(f"run-{Ledger._runs}").pk
         self.customers = {
             name: operations.create_customer(
-                self.workspace, external_id=name, credit_unit="credits"
+                self.workspace,
+                external_id=name,
+                credit_unit="credits",
+                idempotency_key=f"create-{name}",
             ).customer_id
             for name in "ab"
         }
@@ -161,6 +246,16 @@ class Ledger(RuleBasedStateMachine):
             self.attempt(
                 operations.release,
                 data.draw(st.sampled_from(self.holds)),
+                idempotency_key=key,
+            )
+
+    @rule(data=st.data(), seconds=st.integers(1, 600), key=keys)
+    def extend(self, data, seconds, key):
+        if self.holds:
+            self.attempt(
+                operations.extend,
+                data.draw(st.sampled_from(self.holds)),
+                ttl_seconds=seconds,
                 idempotency_key=key,
             )
 

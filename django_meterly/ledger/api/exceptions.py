@@ -3,13 +3,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.db import InterfaceError, OperationalError
 from django.http import Http404
 from rest_framework import exceptions
 from rest_framework.response import Response
 
-from ...errors import MeterlyApiError, api_error
+from ...errors import MeterlyApiError, MeterlyInvalidRequestError, api_error
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,13 @@ def exception_handler(exc: Exception, context: dict[str, Any]) -> Response:
     )
 
 
+def wrong_field(name: str, message: str) -> MeterlyInvalidRequestError:
+    """Return the contract's 400 that names the field."""
+    return MeterlyInvalidRequestError(
+        f"{name}: {message}", details={"fields": {name: [message]}}
+    )
+
+
 def _as_api_error(exc: Exception) -> MeterlyApiError:
     if isinstance(exc, MeterlyApiError):
         return exc
@@ -55,6 +62,9 @@ def _as_api_error(exc: Exception) -> MeterlyApiError:
         exc = exceptions.NotFound()
     elif isinstance(exc, PermissionDenied):
         exc = exceptions.PermissionDenied()
+    elif isinstance(exc, SuspiciousOperation):
+        # A body above DATA_UPLOAD_MAX_MEMORY_SIZE, for one.
+        exc = exceptions.ParseError("The request is not acceptable.")
     if isinstance(exc, exceptions.APIException):
         code = _CODES.get(type(exc), "invalid_request")
         return api_error(exc.status_code, code, str(exc.detail))

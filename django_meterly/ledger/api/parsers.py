@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any
 
 from rest_framework.exceptions import ParseError
 from rest_framework.parsers import BaseParser
+
+from .exceptions import wrong_field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,8 +17,9 @@ MAX_BODY_BYTES = 64 * 1024
 class StrictJSONParser(BaseParser):
     """Reads one JSON object, and refuses what readers disagree about.
 
-    That is: a name that comes twice, NaN and the infinities, text that is no
-    UTF-8, and anything longer than 64 KiB.
+    That is: a name that comes twice, text that is no UTF-8, and anything longer
+    than 64 KiB. NaN and the infinities are read, as what no field takes, so that
+    the refusal can name the field.
     """
 
     media_type = "application/json"
@@ -31,9 +34,7 @@ class StrictJSONParser(BaseParser):
         if len(body) > MAX_BODY_BYTES:
             raise ParseError(f"The body is longer than {MAX_BODY_BYTES} bytes.")
         try:
-            data = json.loads(
-                body.decode(), object_pairs_hook=_object, parse_constant=_constant
-            )
+            data = json.loads(body.decode(), object_pairs_hook=_object)
             # "\ud800" is valid JSON, but no text that can be stored or sent back.
             json.dumps(data, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as exc:
@@ -44,11 +45,10 @@ class StrictJSONParser(BaseParser):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("a name comes twice in one object")
+    data: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in data:
+            shown = name.encode(errors="replace").decode()
+            raise wrong_field(shown, "This field comes twice.")
+        data[name] = value
     return data
-
-
-def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from django.db import connections, transaction
@@ -13,11 +15,12 @@ from rest_framework.renderers import BaseRenderer, JSONRenderer
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from ...errors import MeterlyInvalidRequestError
-from ..authentication import BearerAuthentication
+from ..authentication import KeyAuthentication, ScopePermission
+from ..operations import write_alias
 from ..service import perform
-from .exceptions import exception_handler
+from .exceptions import exception_handler, wrong_field
 from .parsers import StrictJSONParser
+from .throttling import KeyThrottle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -52,12 +55,12 @@ class OperationView(APIView):
     operations: Mapping[str, str] = {}
 
     http_method_names = ["get", "post"]
-    authentication_classes = (BearerAuthentication,)
+    authentication_classes: tuple[Any, ...] = (KeyAuthentication,)
     content_negotiation_class = _AlwaysJSON
     parser_classes = (StrictJSONParser,)
-    permission_classes = ()
+    permission_classes: tuple[Any, ...] = (ScopePermission,)
     renderer_classes = (_PlainJSONRenderer,)
-    throttle_classes = ()
+    throttle_classes: tuple[Any, ...] = (KeyThrottle,)
     versioning_class = None
 
     @classmethod
@@ -93,7 +96,7 @@ class OperationView(APIView):
         query = request.query_params
         for name, values in query.lists():
             if len(values) > 1:
-                raise _wrong(name, "This field comes twice.")
+                raise wrong_field(name, "This field comes twice.")
         return self._perform(request, query.dict(), path)
 
     def post(self, request: Request, **path: str) -> Response:
@@ -108,7 +111,7 @@ class OperationView(APIView):
             raise MethodNotAllowed(str(request.method))
         for name in path:
             if name in arguments:
-                raise _wrong(name, "There is no such field.")
+                raise wrong_field(name, "There is no such field.")
         key: Any = request.auth
         answer = perform(
             key.workspace,
@@ -123,11 +126,37 @@ class OperationView(APIView):
 class UnknownPathView(OperationView):
     """Answers the contract's 404 where the contract has no path."""
 
+    schema = None
+
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         raise NotFound("There is no such path.")
 
 
-def _wrong(name: str, message: str) -> MeterlyInvalidRequestError:
-    return MeterlyInvalidRequestError(
-        f"{name}: {message}", details={"fields": {name: [message]}}
-    )
+class _PublicView(OperationView):
+    """Answers a GET of anybody, with or without a key."""
+
+    authentication_classes = ()
+    permission_classes = ()
+    throttle_classes = ()
+
+
+class HealthView(_PublicView):
+    """Answers 200 while the database answers, and 503 otherwise."""
+
+    operations = {"GET": "health"}
+
+    def get(self, request: Request, **path: str) -> Response:
+        with connections[write_alias()].cursor() as cursor:
+            cursor.execute("SELECT 1")
+        return Response({"status": "ok"})
+
+
+class DocumentView(_PublicView):
+    """Serves the OpenAPI document, which the tests compare with these views."""
+
+    operations = {"GET": "openapi"}
+    schema = None
+
+    def get(self, request: Request, **path: str) -> Response:
+        document = Path(__file__).with_name("openapi.json").read_text("utf-8")
+        return Response(json.loads(document))

@@ -30,6 +30,17 @@ class Command(BaseCommand):
         create.add_argument(
             "--test", action="store_true", help="Begin the key with mk_test_."
         )
+        create.add_argument(
+            "--hmac",
+            action="store_true",
+            help="A key that signs requests, and whose secret is never sent.",
+        )
+        create.add_argument(
+            "--scope",
+            choices=ApiKey.Scope.values,
+            default=ApiKey.Scope.WRITE.value,
+            help="What the key may do (%(default)s, which includes read).",
+        )
         actions.add_parser("list", help="List the keys; none is shown in full.")
         revoke = actions.add_parser("revoke", help="Revoke a key, for good.")
         revoke.add_argument("id", type=int, help="The key's number in the list.")
@@ -38,15 +49,24 @@ class Command(BaseCommand):
         getattr(self, action)(**options)
 
     def create(
-        self, *, name: str, workspace: str | None, test: bool, **options: Any
+        self,
+        *,
+        name: str,
+        workspace: str | None,
+        test: bool,
+        hmac: bool,
+        scope: str,
+        **options: Any,
     ) -> None:
+        if test and hmac:
+            raise CommandError("--test is for bearer keys, not with --hmac.")
         if workspace is None:
             workspace = ledger_settings.WORKSPACE
         try:
             owner = ensure_workspace(check_text(workspace, "--workspace"))
         except ValueError as exc:
             raise CommandError(str(exc)) from exc
-        row, key = create_api_key(owner, name, test=test)
+        row, key = create_api_key(owner, name, test=test, hmac=hmac, scope=scope)
         # The key alone on stdout, so that it can be piped to where it belongs.
         self.stderr.write(
             f"Key {row.pk} of workspace {owner}. It is not stored and cannot be "
@@ -57,7 +77,11 @@ class Command(BaseCommand):
     def list(self, **options: Any) -> None:
         for row in ApiKey.objects.select_related("workspace").order_by("pk"):
             state = f"revoked {row.revoked_at:%Y-%m-%d}" if row.revoked_at else "active"
-            self.stdout.write(f"{row.pk}\t{row.workspace}\t{row}\t{state}")
+            used = "never used"
+            if row.last_used_at:
+                used = f"last used {row.last_used_at:%Y-%m-%d %H:%M}"
+            cells = (row.pk, row.workspace, row, row.kind, row.scope, state, used)
+            self.stdout.write("\t".join(map(str, cells)))
 
     def revoke(self, *, id: int, **options: Any) -> None:  # noqa: A002
         if not ApiKey.objects.active().filter(pk=id).update(revoked_at=DatabaseNow()):

@@ -8,7 +8,10 @@ from ... import operations
 
 
 class Command(BaseCommand):
-    help = "Give back what expired reservations hold. Run it every minute or so."
+    help = (
+        "Give back what expired reservations hold, and forget old idempotency "
+        "records. Run it every minute or so."
+    )
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument(
@@ -22,6 +25,7 @@ class Command(BaseCommand):
     def handle(self, *args: Any, batch_size: int, **options: Any) -> None:
         if batch_size < 1:
             raise CommandError("--batch-size must be at least 1.")
+        operations.prune_records()
         expired = operations.expire_due(batch_size)
         noun = "reservation" if expired == 1 else "reservations"
         self.stdout.write(f"{expired} {noun} expired.")

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rest_framework.throttling import SimpleRateThrottle
+
+from ..conf import ledger_settings
+
+if TYPE_CHECKING:
+    from rest_framework.request import Request
+    from rest_framework.views import APIView
+
+
+class KeyThrottle(SimpleRateThrottle):
+    """Allows each key ``METERLY_LEDGER["THROTTLE_RATES"]``, reads and writes apart.
+
+    It counts in Django's default cache, so several processes need a shared one.
+    """
+
+    def __init__(self) -> None:
+        """Look nothing up yet: the rate depends on the request."""
+
+    def allow_request(self, request: Request, view: APIView) -> bool:
+        self.scope = "read" if request.method == "GET" else "write"
+        self.rate = ledger_settings.THROTTLE_RATES.get(self.scope)
+        self.num_requests, self.duration = self.parse_rate(self.rate)
+        return bool(super().allow_request(request, view))
+
+    def get_cache_key(self, request: Request, view: APIView) -> str:
+        key: Any = request.auth
+        return f"meterly_ledger_throttle_{self.scope}_{key.pk}"
+
+    def wait(self) -> float:
+        # Whole seconds on the wire: "0" would be an invitation.
+        return max(1, super().wait() or 0)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+from django.core.management import call_command
+
+from django_meterly import errors
+from django_meterly.db import from_now
+from django_meterly.ledger import operations
+from django_meterly.ledger.models import Entry, Hold, Record
+from django_meterly.ledger.tasks import expire_holds
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def held(workspace, customer):
+    return operations.reserve(
+        workspace.pk,
+        customer,
+        amount=40,
+        reference="job",
+        ttl_seconds=60,
+        idempotency_key="reserve",
+    )
+
+
+def extend(workspace, held, seconds=600, key="extend"):
+    return operations.extend(
+        workspace.pk, held.reservation_id, ttl_seconds=seconds, idempotency_key=key
+    )
+
+
+def left(reservation):
+    return (reservation.expires_at - dt.datetime.now(dt.UTC)).total_seconds()
+
+
+@pytest.mark.parametrize("seconds", [600, 5])
+def test_the_time_is_set_not_added_and_moves_nothing(workspace, held, seconds):
+    extended = extend(workspace, held, seconds)
+
+    assert seconds - 5 < left(extended) <= seconds
+    assert (extended.status, extended.replayed) == ("reserved", False)
+    assert extended.account == held.account
+    assert Entry.objects.filter(kind="credits_reserved").count() == 1
+    assert Entry.objects.count() == 2
+
+
+def test_f42_a_replay_sets_nothing_and_shows_the_present_time(workspace, held):
+    extend(workspace, held, 600, "first")
+    extend(workspace, held, 1200, "second")
+
+    again = extend(workspace, held, 600, "first")
+
+    assert again.replayed
+    assert left(again) > 1100
+
+
+def test_f42_the_key_with_another_time_is_a_mismatch(workspace, held):
+    extend(workspace, held, 600)
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        extend(workspace, held, 601)
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (operations.commit, errors.MeterlyReservationCommittedError),
+        (operations.release, errors.MeterlyReservationReleasedError),
+    ],
+)
+def test_a_closed_hold_is_not_extended_and_the_key_not_kept(
+    workspace, held, end, expected
+):
+    end(workspace.pk, held.reservation_id, idempotency_key="end")
+    with pytest.raises(expected):
+        extend(workspace, held)
+    assert not Record.objects.exists()
+
+
+def test_a_replay_of_a_hold_closed_since_shows_that(workspace, held):
+    extend(workspace, held)
+    operations.commit(workspace.pk, held.reservation_id, idempotency_key="end")
+    assert extend(workspace, held).status == "committed"
+
+
+def test_a_hold_past_its_time_is_not_extended_but_expired(workspace, customer, held):
+    Hold.objects.update(expires_at=from_now(-1))
+    with pytest.raises(errors.MeterlyReservationExpiredError):
+        extend(workspace, held)
+    assert Hold.objects.get().status == "expired"
+    assert operations.default_balance(workspace.pk, customer).reserved == 0
+
+
+def test_a_hold_of_another_workspace_is_not_found(held):
+    with pytest.raises(errors.MeterlyNotFoundError):
+        extend(operations.ensure_workspace("other"), held)
+
+
+def test_a_hold_extended_after_the_sweep_has_read_it_is_left(workspace, held):
+    Hold.objects.update(expires_at=from_now(-1))
+    read = list(Hold.objects.due())
+    Hold.objects.update(expires_at=from_now(60))
+
+    assert operations._expire(read[0].account_id, read) == 0
+    assert Hold.objects.get().status == "reserved"
+
+
+@pytest.mark.parametrize("sweep", [expire_holds, "command"])
+def test_records_are_forgotten_after_their_retention(workspace, held, settings, sweep):
+    settings.METERLY_LEDGER = {"RECORD_RETENTION": dt.timedelta(hours=1)}
+    extend(workspace, held, key="old")
+    Record.objects.update(created_at=from_now(-3601))
+    extend(workspace, held, key="young")
+
+    if sweep == "command":
+        call_command("meterly_ledger_expire")
+    else:
+        sweep()
+
+    assert list(Record.objects.values_list("idempotency_key", flat=True)) == ["young"]
+    # The keys of movements are in their entries, for ever.
+    assert Entry.objects.filter(idempotency_key="reserve").exists()
