@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.core.checks import Warning as CheckWarning
@@ -12,7 +11,12 @@ from django.db import OperationalError, connections, router
 from django.utils.module_loading import import_string
 
 from .conf import DEFAULTS, meterly_settings, suggestion
-from .transports.base import check_ttl, check_unit
+from .transports.base import (
+    check_ttl,
+    check_unit,
+    key_problem,
+    url_problem,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
 HTTP_TRANSPORT = "django_meterly.transports.HttpTransport"
 LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
 LEDGER_APP = "django_meterly.ledger"
-LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 @register("meterly")
@@ -52,7 +55,10 @@ def _check_values() -> Iterator[CheckMessage]:
         except ImproperlyConfigured as exc:
             yield Error(str(exc), id="meterly.E003")
             return
-    for name, check in (("RESERVATION_TTL", check_ttl), ("DEFAULT_UNIT", check_unit)):
+    for name, check in (
+        ("RESERVATION_TTL", check_ttl),
+        ("DEFAULT_UNIT", check_unit),
+    ):
         value = getattr(meterly_settings, name)
         if value is not None:
             try:
@@ -70,12 +76,13 @@ def _check_values() -> Iterator[CheckMessage]:
                 f"not {value!r}.",
                 id="meterly.E003",
             )
-    attempts = meterly_settings.MAX_ATTEMPTS
-    if type(attempts) is not int or attempts < 1:
-        yield Error(
-            f"METERLY['MAX_ATTEMPTS'] must be a whole number from 1, not {attempts!r}.",
-            id="meterly.E003",
-        )
+    for name in ("MAX_ATTEMPTS", "MAX_SETTLE_ATTEMPTS"):
+        value = getattr(meterly_settings, name)
+        if type(value) is not int or value < 1:
+            yield Error(
+                f"METERLY[{name!r}] must be a whole number from 1, not {value!r}.",
+                id="meterly.E003",
+            )
     for name in ("TRANSPORT", "SIGNER", "CUSTOMER_RESOLVER", "EXTERNAL_ID"):
         path = getattr(meterly_settings, name)
         if name == "SIGNER" and path is None:
@@ -100,35 +107,19 @@ def _check_transport() -> Iterator[CheckMessage]:
         )
     if transport != HTTP_TRANSPORT:
         return
-    if not meterly_settings.API_KEY:
+    if problem := key_problem(meterly_settings.API_KEY or ""):
         yield Error(
-            "METERLY['API_KEY'] is missing.",
+            f"METERLY['API_KEY']: {problem}",
             hint=(
                 "Set it (METERLY_API_KEY with from_env), or set METERLY['TRANSPORT'] "
                 f"to {LEDGER_TRANSPORT!r} to keep the credits in your own database."
             ),
             id="meterly.E006",
         )
-    base_url = str(meterly_settings.BASE_URL)
-    address = urlsplit(base_url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        yield Error(
-            f"METERLY['BASE_URL'] is not an http or https URL: {base_url!r}.",
-            id="meterly.E007",
-        )
-    elif (
-        address.scheme == "http"
-        and address.hostname not in LOOPBACK
-        and not meterly_settings.ALLOW_INSECURE_HTTP
+    if problem := url_problem(
+        str(meterly_settings.BASE_URL), bool(meterly_settings.ALLOW_INSECURE_HTTP)
     ):
-        yield Error(
-            f"METERLY['BASE_URL'] sends the API key in clear: {base_url!r}.",
-            hint=(
-                "Use https. Where the network is trusted, set "
-                "METERLY['ALLOW_INSECURE_HTTP'] to True."
-            ),
-            id="meterly.E008",
-        )
+        yield Error(f"METERLY['BASE_URL']: {problem}", id="meterly.E007")
 
 
 @register("meterly", Tags.database)
@@ -166,7 +157,7 @@ def check_customer_model(
                 "CUSTOMER_MODEL is fixed by the first migrate. Set it back, or move "
                 "the customers with a migration of your own."
             ),
-            id="meterly.E009",
+            id="meterly.E008",
         )
     ]
 

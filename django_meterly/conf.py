@@ -120,8 +120,6 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
             continue
         name = variable.removeprefix(prefix)
         if name not in DEFAULTS:
-            if name.startswith("LEDGER_"):
-                continue
             raise ImproperlyConfigured(
                 f"The environment variable {variable} names no setting of METERLY."
                 f"{suggestion(name, DEFAULTS)}"

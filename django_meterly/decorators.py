@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from inspect import isawaitable, isclass
+from inspect import isawaitable, isclass, iscoroutine
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction
@@ -72,7 +72,10 @@ def meterly_guard(
         check_ttl(ttl_seconds)
     if isinstance(methods, str):
         raise TypeError(f"methods is a list of HTTP methods, not {methods!r}.")
-    charged = None if methods is None else frozenset(m.upper() for m in methods)
+    charged = None if methods is None else {method.upper() for method in methods}
+    if charged and "GET" in charged:
+        # Or the work could be had for nothing.
+        charged.add("HEAD")
 
     def decorator(view: View) -> View:
         _refuse(view)
@@ -129,8 +132,9 @@ def meterly_guard(
                 work, aliases, success or _succeeded, view, request, *args, **kwargs
             )
 
-        # A partial, and an object with __call__, has no name of its own.
-        name = getattr(view, "__qualname__", type(view).__qualname__)
+        # as_view() names all views alike, and a partial has no name of its own.
+        named = getattr(view, "view_class", None) or getattr(view, "cls", view)
+        name = getattr(named, "__qualname__", type(view).__qualname__)
         taken_over = _TakenOver(connections)
         _view_wrapper._non_atomic_requests = taken_over  # type: ignore[attr-defined]
         _view_wrapper.meterly_guarded = True  # type: ignore[attr-defined]
@@ -193,12 +197,15 @@ def _run(
         with _atomic(aliases):
             response = view(request, *args, **kwargs)
             if isawaitable(response):
-                response.close()
+                if iscoroutine(response):
+                    response.close()
                 raise TypeError(
                     "meterly_guard cannot guard a view that returns a coroutine: it "
                     "would be charged before it ran."
                 )
-            good = success(response) and not any(
+            # What is no response is left to Django, which says so.
+            good = isinstance(response, HttpResponseBase) and success(response)
+            good = good and not any(
                 connections[alias].needs_rollback for alias in aliases
             )
             if good and _finished(response) and journal.alias() in aliases:
@@ -255,7 +262,7 @@ def _conclude_later(work: Guard, response: Any) -> None:
 
         def render_and_conclude() -> Any:
             # Once: the rendered response must be picklable again.
-            del response.render
+            response.__dict__.pop("render", None)
             try:
                 rendered = render()
             except BaseException:

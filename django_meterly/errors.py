@@ -23,6 +23,7 @@
     │   └── MeterlyServerError
     ├── MeterlyUnavailableError                the guard could not reserve in time
     ├── MeterlyDuplicateError                  this key was used, or is in use
+    ├── MeterlyInvalidKeyError                 this cannot be a key (a ValueError)
     └── MeterlyUsageError                      the code asks for the impossible
 
 A call has three outcomes: yes, no and unknown. ``MeterlyApiError`` is a no,
@@ -46,6 +47,7 @@ __all__ = [
     "MeterlyIdempotencyInProgressError",
     "MeterlyIdempotencyMismatchError",
     "MeterlyInsufficientCreditsError",
+    "MeterlyInvalidKeyError",
     "MeterlyInvalidRequestError",
     "MeterlyNotFoundError",
     "MeterlyNotSentError",
@@ -274,6 +276,10 @@ class MeterlyDuplicateError(MeterlyError):
         super().__init__(message or (self.__doc__ or "").partition("\n")[0])
         self.state = state
         self.in_progress = in_progress
+
+
+class MeterlyInvalidKeyError(MeterlyError, ValueError):
+    """The idempotency key is not one; the caller may have chosen it."""
 
 
 class MeterlyUsageError(MeterlyError):

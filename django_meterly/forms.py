@@ -48,8 +48,15 @@ class CustomerForm(CustomerModelForm):
             if "owner" in self.errors:
                 return ""
             raise ValidationError(_("Choose an owner, or type an external id."))
-        if not external_id:
-            external_id = import_string(meterly_settings.EXTERNAL_ID)(owner)
+        if owner is not None:
+            derived = import_string(meterly_settings.EXTERNAL_ID)(owner)
+            if external_id and external_id != derived:
+                # Guards would not find it: they look for the owner's own id.
+                raise ValidationError(
+                    _("This owner's external id is %(id)s. Leave the field empty."),
+                    params={"id": derived},
+                )
+            external_id = derived
         try:
             return check_text(external_id, "external_id")
         except ValueError as exc:

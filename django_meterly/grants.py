@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from django.db import IntegrityError, router, transaction
 
 from .errors import OUTAGE, MeterlyApiError
-from .models import Customer, Grant
+from .journal import in_transaction
+from .models import MAX_REASON_LENGTH, Customer, Grant
 from .transports.base import check_amount, check_description, check_text, check_unit
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def grant(
     check_amount(amount)
     check_unit(unit)
     check_text(reference, "reference")
-    if not check_description(reason, "reason").strip():
+    if not check_description(reason, "reason", length=MAX_REASON_LENGTH).strip():
         raise ValueError("Give a reason: it is kept with the grant.")
     using = router.db_for_write(Grant)
     try:
@@ -60,7 +62,13 @@ def grant(
         )
         return first, False
     if client is not None:
-        settle(client, row)
+        if in_transaction(using) and not client.transport.joins(using):
+            # The ledger may only hear of it once the record is committed.
+            transaction.on_commit(
+                partial(settle, client, row), using=using, robust=True
+            )
+        else:
+            settle(client, row)
     return row, True
 
 
@@ -73,7 +81,7 @@ def settle(client: MeterlyClient, row: Grant) -> None:
             row.unit,
             row.reference,
             row.reason,
-            idempotency_key=f"{row.customer.wire_scope}:{row.pk}:grant",
+            idempotency_key=row.wire_key,
         )
     except OUTAGE as exc:
         _record(row, State.PENDING, str(exc))

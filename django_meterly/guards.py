@@ -12,7 +12,7 @@ from django.db import DatabaseError, connections, transaction
 from . import journal
 from .client import get_client
 from .conf import meterly_settings
-from .errors import MeterlyUsageError
+from .errors import MeterlyInvalidKeyError, MeterlyUsageError
 from .models import MAX_CALLER_KEY_LENGTH, Customer
 from .transports.base import check_amount, check_key, check_text, check_ttl, check_unit
 
@@ -57,6 +57,7 @@ class Guard:
         self._balance: Balance | None = None
         self._charge: int | None = amount
         self._settled = False
+        self._decided = False
         self._concluded = False
         self._client = get_client()
 
@@ -80,9 +81,10 @@ class Guard:
         Less than was held: the rest returns. More: ``OVERAGE`` decides whether
         the rest is charged too (``"charge"``) or the hold is the most
         (``"cap"``). 0 is free. Raises ``ValueError`` for anything that is not a
-        whole number of credits.
+        whole number of credits, and ``MeterlyUsageError`` once the work has ended.
         """
         charge = check_amount(amount, minimum=0)
+        self._refuse_if_decided("settle")
         if charge > self.amount and meterly_settings.OVERAGE == "cap":
             logger.warning(
                 "%s used %d %s, but is charged the %d it reserved (OVERAGE is 'cap').",
@@ -96,7 +98,11 @@ class Guard:
         self._settled = True
 
     def release(self) -> None:
-        """Let the work be free, even if it succeeds."""
+        """Let the work be free, even if it succeeds.
+
+        Raises ``MeterlyUsageError`` once the work has ended.
+        """
+        self._refuse_if_decided("release")
         self._charge = None
 
     def __enter__(self) -> Guard:
@@ -123,7 +129,7 @@ class Guard:
                 "A guard guards one piece of work. Call guard() again for the next."
             )
         if self.durable:
-            journal.refuse_open_transaction()
+            journal.refuse_open_transaction(self._client)
         self.reservation, self._balance = journal.reserve(
             self._client,
             Customer.objects.resolve(self._payer),
@@ -141,6 +147,7 @@ class Guard:
         that work and charge are one; but only at READ COMMITTED, for above it
         a busy account would fail the work with a serialization error.
         """
+        self._decided = True
         if not self._record_decision():
             return
         using = journal.alias()
@@ -148,8 +155,17 @@ class Guard:
             self._settle_now()
 
     def succeed(self) -> None:
-        """Record success in a transaction of its own, then settle."""
-        self._conclude(self._record_decision)
+        """Record success in a transaction of its own, then settle.
+
+        Raises ``DatabaseError`` when the database is down, too, for recording it;
+        a remote ledger is told all the same.
+        """
+        try:
+            self._conclude(self._record_decision)
+        except DatabaseError:
+            if self._charge is not None and not self._client.transport.aliases():
+                journal.commit_unrecorded(self._client, self._row, self._charge)
+            raise
 
     def fail(self) -> None:
         """Record failure, then settle, whatever the row says by now.
@@ -159,7 +175,7 @@ class Guard:
         """
         try:
             self._conclude(lambda: journal.record_failure(self._row))
-        except DatabaseError:
+        except Exception:
             logger.exception(
                 "%s could not be released; the sweeper will do it", self.reference
             )
@@ -181,7 +197,7 @@ class Guard:
         """Settle what ``decide`` has recorded, now that it is committed."""
         try:
             self._settle_now()
-        except DatabaseError:
+        except Exception:
             logger.exception(
                 "%s could not be settled; the sweeper will do it", self.reference
             )
@@ -192,12 +208,21 @@ class Guard:
             raise MeterlyUsageError("This guard has not reserved anything yet.")
         return self.reservation
 
+    def _refuse_if_decided(self, verb: str) -> None:
+        if self._decided or self._concluded:
+            raise MeterlyUsageError(
+                f"{verb}() came too late: the work has ended, and what it costs is "
+                "decided. Call it while the work is running."
+            )
+
     def _record_decision(self) -> bool:
         if self._charge is None:
             return journal.record_failure(self._row)
         return journal.record_success(self._row, self._charge)
 
     def _conclude(self, record: Callable[[], bool]) -> None:
+        if self._concluded:
+            return
         self._concluded = True
         using = journal.alias()
         transport = self._client.transport
@@ -268,7 +293,10 @@ def guard(
             "METERLY['DEFAULT_UNIT']."
         )
     if idempotency_key is not None:
-        check_key(idempotency_key, length=MAX_CALLER_KEY_LENGTH)
+        try:
+            check_key(idempotency_key, length=MAX_CALLER_KEY_LENGTH)
+        except ValueError as exc:
+            raise MeterlyInvalidKeyError(str(exc)) from None
     return Guard(
         customer,
         check_amount(amount),

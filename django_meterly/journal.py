@@ -26,7 +26,6 @@ import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db import (
-    DatabaseError,
     IntegrityError,
     InterfaceError,
     OperationalError,
@@ -47,6 +46,7 @@ from .errors import (
     MeterlyError,
     MeterlyIdempotencyInProgressError,
     MeterlyInsufficientCreditsError,
+    MeterlyNotFoundError,
     MeterlyReservationCommittedError,
     MeterlyReservationExpiredError,
     MeterlyReservationReleasedError,
@@ -88,27 +88,38 @@ def alias() -> str:
 # Opening a row
 
 
-def refuse_open_transaction() -> None:
-    """Raise ``MeterlyUsageError`` when a transaction is open on the journal's database.
+def in_transaction(using: str) -> bool:
+    """Return whether a transaction is open on the database *using*.
 
     The one that Django's ``TestCase`` wraps around a test does not count.
     """
-    connection = connections[alias()]
-    if connection.in_atomic_block:
-        try:
-            # Django knows its TestCase's block; no query is sent by this one.
-            with transaction.atomic(using=alias(), savepoint=False, durable=True):
-                return
-        except RuntimeError as exc:
-            raise MeterlyUsageError(_IN_TRANSACTION) from exc
-    if not connection.get_autocommit():
-        raise MeterlyUsageError(_IN_TRANSACTION)
+    connection = connections[using]
+    if not connection.in_atomic_block:
+        return not connection.get_autocommit()
+    try:
+        # Django knows its TestCase's block; no query is sent by this one.
+        with transaction.atomic(using=using, savepoint=False, durable=True):
+            return False
+    except RuntimeError:
+        return True
+
+
+def refuse_open_transaction(client: MeterlyClient) -> None:
+    """Raise ``MeterlyUsageError`` when a transaction is open on a database we write to.
+
+    That is the journal's, and the embedded ledger's if it has another.
+    """
+    for using in {alias(), *client.transport.aliases()}:
+        if in_transaction(using):
+            raise MeterlyUsageError(_IN_TRANSACTION.format(using))
 
 
 _IN_TRANSACTION = (
-    "guard() cannot be used inside an open transaction: a rollback would take the "
-    "record of the reservation with it. Move guard() outside the atomic() block, or "
-    "pass durable=False to let the reservation live and die with the transaction."
+    "A guard cannot reserve inside an open transaction (on the database {!r}): a "
+    "rollback would take the reservation's record with it. Move guard() outside the "
+    "atomic() block, or pass durable=False to let the reservation live and die with "
+    "the transaction. Put meterly_guard around as_view(), above every decorator that "
+    "opens a transaction, and have the decorators above it use functools.wraps."
 )
 
 
@@ -218,6 +229,11 @@ def _ask(
             lease_until=None,
             last_error=str(exc),
         )
+        if isinstance(exc, MeterlyNotFoundError):
+            # Another ledger than the one this customer was registered at, or a
+            # registration that was rolled back: the next use registers again.
+            row.customer.forget_registration()
+            return _unavailable(exc)
         return _unavailable(exc) if isinstance(exc, OUTAGE) else exc
     if held.status != "reserved":
         # A key from before the journal was lost or restored: that hold is over.
@@ -353,6 +369,32 @@ def on_live_connection(using: str, query: Callable[[], T]) -> T:
 
 
 # Carrying decisions out
+
+
+def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> None:
+    """Commit at a remote ledger although the success cannot be recorded.
+
+    For when the database is down: the row's lease will lapse, and its release
+    finds the hold committed. Never the direct debit, which no row would know of.
+    """
+    key = row.wire_key("commit")
+    logger.error(
+        "The success of reservation %s (hold %s) could not be recorded. It is "
+        "committed at the ledger all the same, for %d, with the idempotency key %s.",
+        row.pk,
+        row.reservation_id,
+        charge,
+        key,
+    )
+    held = min(charge, row.amount)
+    try:
+        client.within(SETTLE_TIMEOUT, attempts=1).commit_reservation(
+            str(row.reservation_id),
+            amount=None if held == row.amount else held,
+            idempotency_key=key,
+        )
+    except MeterlyError:
+        logger.exception("Reservation %s could not be committed either", row.pk)
 
 
 def settle(client: MeterlyClient, row: Reservation, *, timeout: float | None) -> None:
@@ -557,8 +599,8 @@ def _sweep_row(client: MeterlyClient, using: str, pk: Any) -> bool:
             row = _claim(using, pk)
             if row is not None:
                 _settle_claimed(client, row)
-    except DatabaseError:
-        # One row that cannot be written must not stop the others.
+    except Exception:
+        # Whatever is wrong with one row, it must not stop the others.
         logger.exception("Reservation %s could not be settled", pk)
         row = _claim(using, pk)
     return row is not None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 #: A caller's key at most; the rest of the wire's 255 is for what is derived from it.
 MAX_CALLER_KEY_LENGTH = 200
 UNIT_LENGTH = 64
+MAX_REASON_LENGTH = 500
 ID_LENGTH = 64
 
 
@@ -37,6 +38,10 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
             external_id=check_text(external_id, "external_id"),
             defaults={"owner": cast(Any, owner)},
         )
+        if customer.owner_id is None:
+            # Known by its external id before its owner was.
+            customer.owner = cast(Any, owner)
+            customer.save(update_fields=["owner"])
         return customer
 
     def resolve(self, value: Any) -> Customer:
@@ -119,6 +124,13 @@ class Customer(models.Model):
         self.customer_id = customer_id
         return customer_id
 
+    def forget_registration(self) -> None:
+        """Let the next use register the customer again."""
+        Customer.objects.filter(pk=self.pk, customer_id=self.customer_id).update(
+            customer_id=None
+        )
+        self.customer_id = None
+
 
 class Grant(models.Model):
     """Credits somebody granted: who, to whom, how many and why.
@@ -137,7 +149,7 @@ class Grant(models.Model):
     )
     unit = ExactCharField(_("unit"), max_length=UNIT_LENGTH)
     amount = models.BigIntegerField(_("amount"))
-    reason = models.CharField(_("reason"), max_length=500)
+    reason = models.CharField(_("reason"), max_length=MAX_REASON_LENGTH)
     reference = ExactCharField(_("reference"), max_length=MAX_TEXT_LENGTH)
     actor = models.ForeignKey(
         settings.AUTH_USER_MODEL,
@@ -170,6 +182,16 @@ class Grant(models.Model):
 
     def __str__(self) -> str:
         return f"{self.amount} {self.unit} → {self.customer}"
+
+    @property
+    def wire_key(self) -> str:
+        """The key of this grant's call: what makes the grant the one it is.
+
+        Not the row's number, which a database may hand out again.
+        """
+        named = f"{self.unit}:{self.reference}".encode()
+        digest = hashlib.sha256(named).hexdigest()[:32]
+        return f"{self.customer.wire_scope}:{digest}:grant"
 
 
 class ReservationQuerySet(models.QuerySet["Reservation"]):

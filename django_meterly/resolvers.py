@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .conf import meterly_settings
+
 if TYPE_CHECKING:
     from django.db.models import Model
     from django.http import HttpRequest
@@ -20,5 +22,9 @@ def request_user(request: HttpRequest) -> Any:
 
 
 def external_id(owner: Model) -> str:
-    """Return ``user_<pk>``: the model's name and the primary key (``EXTERNAL_ID``)."""
-    return f"{owner._meta.model_name}_{owner.pk}"
+    """Return ``user_<pk>``: the model's name and the primary key (``EXTERNAL_ID``).
+
+    The name is ``CUSTOMER_MODEL``'s: a proxy's instance is the same customer.
+    """
+    _, _, model = meterly_settings.CUSTOMER_MODEL.rpartition(".")
+    return f"{model.lower()}_{owner.pk}"

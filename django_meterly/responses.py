@@ -14,6 +14,7 @@ from .conf import meterly_settings
 from .errors import (
     MeterlyDuplicateError,
     MeterlyInsufficientCreditsError,
+    MeterlyInvalidKeyError,
     MeterlyUnavailableError,
 )
 
@@ -27,6 +28,7 @@ RENDERED = (
     MeterlyInsufficientCreditsError,
     MeterlyUnavailableError,
     MeterlyDuplicateError,
+    MeterlyInvalidKeyError,
 )
 
 
@@ -34,9 +36,9 @@ def render(request: HttpRequest, exc: MeterlyError) -> HttpResponse:
     """Return the response for one of the ``RENDERED`` exceptions.
 
     402 with ``required, available, reserved, unit, top_up_url``, 503 with
-    ``Retry-After``, or 409. Browsers get ``meterly/402.html`` and its kin, which
-    a project may override; everybody else ``application/problem+json``
-    (RFC 9457).
+    ``Retry-After``, 409, or 400 for a key that cannot be one. Browsers get
+    ``meterly/402.html`` and its kin, which a project may override; everybody
+    else ``application/problem+json`` (RFC 9457).
     """
     if isinstance(exc, MeterlyInsufficientCreditsError):
         return _respond(
@@ -72,6 +74,14 @@ def render(request: HttpRequest, exc: MeterlyError) -> HttpResponse:
         )
         response["Retry-After"] = str(exc.retry_after)
         return response
+    if isinstance(exc, MeterlyInvalidKeyError):
+        return _respond(
+            request,
+            400,
+            "invalid_idempotency_key",
+            _("This idempotency key cannot be used"),
+            _("It must be up to 200 visible ASCII characters, without spaces."),
+        )
     assert isinstance(exc, MeterlyDuplicateError)
     response = _respond(
         request,

@@ -6,6 +6,8 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import Any
 
+from .transports.base import check_identifier
+
 __all__ = [
     "Balance",
     "Balances",
@@ -35,7 +37,7 @@ class Customer:
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> Customer:
         return cls(
-            customer_id=data["customerId"],
+            customer_id=check_identifier(data["customerId"], "customerId"),
             customer_external_id=data["customerExternalId"],
             credit_unit=data["creditUnit"],
             created_at=_time(data["createdAt"]),
@@ -197,7 +199,7 @@ class Reservation:
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> Reservation:
         return cls(
-            reservation_id=data["reservationId"],
+            reservation_id=check_identifier(data["reservationId"], "reservationId"),
             customer_id=data["customerId"],
             unit=data["unit"],
             amount=data["amount"],

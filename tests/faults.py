@@ -47,6 +47,9 @@ class FaultyTransport(LedgerTransport):
     def operations(cls) -> list[str]:
         return [call.operation for call in cls.calls]
 
+    def aliases(self) -> tuple[str, ...]:
+        return ()
+
     def joins(self, using: str) -> bool:
         return False
 

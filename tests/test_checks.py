@@ -42,7 +42,10 @@ def test_the_suites_settings_are_fine() -> None:
         (HTTP, "meterly.E006"),
         ({}, "meterly.E006"),
         ({**HTTP, "API_KEY": "x", "BASE_URL": "ledger.test"}, "meterly.E007"),
-        ({**HTTP, "API_KEY": "x", "BASE_URL": "http://ledger.test"}, "meterly.E008"),
+        ({**HTTP, "API_KEY": "x", "BASE_URL": "http://ledger.test"}, "meterly.E007"),
+        ({**HTTP, "API_KEY": "x", "BASE_URL": "http://[::1"}, "meterly.E007"),
+        ({**HTTP, "API_KEY": "x y"}, "meterly.E006"),
+        ({**HTTP, "API_KEY": "x", "MAX_SETTLE_ATTEMPTS": "20"}, "meterly.E003"),
     ],
 )
 def test_a_mistake_is_found(value: Any, expected: str) -> None:
@@ -108,6 +111,6 @@ def test_a_customer_model_changed_later_is_refused(settings: Any) -> None:
     assert ids(databases=["default"]) == []
     settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": "auth.Group"}
     (message,) = checks.check_customer_model(databases=["default"])
-    assert message.id == "meterly.E009"
+    assert message.id == "meterly.E008"
     assert "auth_user" in str(message.msg)
     assert Group._meta.db_table not in str(message.msg)

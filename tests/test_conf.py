@@ -61,7 +61,6 @@ def test_environment_fills_the_settings() -> None:
             METERLY_ALLOW_INSECURE_HTTP="on",
             METERLY_MAX_ATTEMPTS="5",
             METERLY_SIGNER="shop.signing.Signer",
-            METERLY_LEDGER_WORKSPACE="left alone",
             OTHER="x",
         )
     ) == {

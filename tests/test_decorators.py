@@ -10,6 +10,7 @@ import pytest
 from django.contrib.auth.models import Group, User
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.http import HttpResponse
+from django.template.response import TemplateResponse
 from django.test import RequestFactory
 from django.utils.decorators import method_decorator
 from django.views import View
@@ -473,6 +474,64 @@ def test_f27_customers_do_not_share_keys(payer: Any, customer: Any) -> None:
     payer.force_login(bob)
     assert payer.post("/keyed/", {"key": "k"}).status_code == 200
     assert balance(customer) == balance(other) == (75, 0)
+
+
+def test_f27_a_key_that_cannot_be_one_is_a_400(payer: Any, customer: Any) -> None:
+    response = payer.post("/keyed/", {"key": "k" * 201})
+    assert response.status_code == 400
+    assert response.json()["code"] == "invalid_idempotency_key"
+    page = payer.post("/keyed/", {"key": "k k"}, headers={"accept": "text/html"})
+    assert page.status_code == 400
+    assert states() == []
+
+
+def test_stacked_guards_are_both_charged_after_the_rendering(
+    user: User, customer: Any, rf: RequestFactory
+) -> None:
+    @meterly_guard("image_credits", 2)
+    @meterly_guard("image_credits", 3)
+    def view(request: Any) -> TemplateResponse:
+        return TemplateResponse(request, "tests/good.html")
+
+    request = rf.post("/")
+    request.user = user
+    view(request).render()
+    assert states() == ["committed", "committed"]
+    assert balance(customer) == (95, 0)
+
+
+def test_naming_get_names_head_too(user: User, customer: Any) -> None:
+    request = RequestFactory().head("/")
+    request.user = user
+    request.POST = {"amount": "3"}  # type: ignore[assignment]
+    views.reading(request)
+    assert balance(customer) == (97, 0)
+
+
+def test_a_view_that_returns_nothing_is_released_and_left_to_django(
+    user: User, customer: Any
+) -> None:
+    @meterly_guard("image_credits", 25)
+    def view(request: Any) -> Any:
+        return None
+
+    request = RequestFactory().post("/")
+    request.user = user
+    assert view(request) is None
+    assert states() == ["released"]
+
+
+def test_class_based_views_are_named_after_their_class(
+    user: User, customer: Any
+) -> None:
+    class Page(View):
+        def post(self, request: Any) -> HttpResponse:
+            return HttpResponse(request.meterly.reference)
+
+    request = RequestFactory().post("/")
+    request.user = user
+    response = meterly_guard("image_credits", 25)(Page.as_view())(request)
+    assert b".Page:" in response.content
 
 
 def test_f24_what_cannot_be_guarded_is_refused_at_once() -> None:

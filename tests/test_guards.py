@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from django.contrib.auth.models import Group, User
 from django.core.exceptions import ImproperlyConfigured
-from django.db import IntegrityError, connection, connections, transaction
+from django.db import (
+    IntegrityError,
+    OperationalError,
+    connection,
+    connections,
+    transaction,
+)
 from django.test import TestCase
 from django.test.utils import CaptureQueriesContext
 
@@ -21,6 +27,7 @@ from django_meterly import (
     get_client,
     guard,
     journal,
+    resolvers,
     signals,
 )
 from django_meterly.errors import (
@@ -106,6 +113,21 @@ class TestWork:
         assert balance(customer) == (97, 0)
         with pytest.raises(TypeError, match="A customer is"):
             guard(42, 1).reserve()
+
+    def test_settling_too_late_is_refused(self, user: User, customer: Any) -> None:
+        with guard(user, 25) as work:
+            pass
+        with pytest.raises(MeterlyUsageError, match="too late"):
+            work.settle(1)
+        with pytest.raises(MeterlyUsageError, match="too late"):
+            work.release()
+        work.fail()
+        assert states() == ["committed"]
+
+    def test_a_customer_known_by_id_first_gets_its_owner(self, user: User) -> None:
+        Customer.objects.resolve(f"user_{user.pk}")
+        assert Customer.objects.for_owner(user).owner == user
+        assert Customer.objects.get().owner == user
 
     def test_a_guard_guards_once(self, user: User, customer: Any) -> None:
         work = guard(user, 1)
@@ -556,6 +578,83 @@ class TestLedgerTrouble:
         assert (row.state, announced) == ("commit_pending", [row.pk])
         assert "no" in row.last_error
         assert sweep() == (0, 0)
+
+    def test_f29_a_database_that_stays_down_does_not_keep_the_commit_back(
+        self,
+        user: User,
+        customer: Any,
+        remote: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def down(*args: Any) -> Any:
+            raise OperationalError("the database is down")
+
+        work = guard(user, 25)
+        work.reserve()
+        row = Reservation.objects.get()
+        monkeypatch.setattr(journal, "record_success", down)
+        with pytest.raises(OperationalError):
+            work.succeed()
+        assert remote.operations()[-1] == "commit_reservation"
+        assert row.wire_key("commit") in caplog.text
+        monkeypatch.undo()
+        assert states() == ["reserved"]
+        sweep()
+        assert states() == ["committed"]
+        assert balance(customer) == (75, 0)
+        assert movements() == ["reserved", "committed"]
+
+    @pytest.mark.parametrize("name", ["reservationId", "customerId"])
+    def test_an_id_that_cannot_be_one_runs_nothing(
+        self,
+        user: User,
+        customer: Any,
+        remote: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+    ) -> None:
+        send = remote.send
+
+        def odd(transport: Any, call: Any) -> Any:
+            answer = send(transport, call)
+            return {**answer, name: "urn:not:ours"} if name in answer else answer
+
+        if name == "customerId":
+            Customer.objects.update(customer_id=None)
+        monkeypatch.setattr(remote, "send", odd)
+        with pytest.raises(MeterlyUnavailableError):
+            guard(user, 25).reserve()
+
+    def test_f38_one_poison_row_does_not_stop_the_others(
+        self, user: User, customer: Any, remote: Any
+    ) -> None:
+        for _ in range(5):
+            remote.meet("commit_reservation", "lost")
+            with guard(user, 10):
+                pass
+        remote.meet("commit_reservation", RuntimeError("a bug of somebody's"))
+        sweep()
+        assert sorted(states()) == ["commit_pending", *["committed"] * 4]
+        sweep()
+        assert states() == ["committed"] * 5
+        assert balance(customer) == (50, 0)
+
+    def test_another_ledger_registers_the_customer_anew(
+        self, user: User, customer: Any, remote: Any
+    ) -> None:
+        Customer.objects.update(customer_id="cus_of_another_ledger")
+        with pytest.raises(MeterlyUnavailableError):
+            guard(user, 25).reserve()
+        with guard(user, 25):
+            pass
+        assert balance(customer) == (75, 0)
+
+
+def test_owners_are_named_after_the_customer_model(settings: Any) -> None:
+    # Not after their own class, which may be a proxy of it.
+    settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": "crm.Team"}
+    assert resolvers.external_id(User(pk=7)) == "team_7"
 
 
 class TestArguments:

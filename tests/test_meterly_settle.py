@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import transaction
 
 from django_meterly import get_client, grants, guard
 from django_meterly.ledger.models import Entry
@@ -148,3 +149,24 @@ def test_f38_two_sweepers_settle_each_row_once(
     assert set(Reservation.objects.values_list("settle_attempts", flat=True)) == {1}
     assert balance(customer) == (1000, 0)
     verify()
+
+
+def test_a_grant_in_a_transaction_is_asked_for_after_its_commit(remote: Any) -> None:
+    customer = fund("user_1", 100)
+    remote.reset()
+    for keep in (False, True):
+        with transaction.atomic():
+            _row, created = grants.grant(
+                get_client(),
+                customer,
+                50 + keep,
+                "image_credits",
+                reason="r",
+                reference=f"welcome-{keep}",
+            )
+            assert created
+            assert remote.operations() == []
+            transaction.set_rollback(not keep)
+    assert remote.operations() == ["grant_credits"]
+    assert Grant.objects.get(reference="welcome-True").state == Grant.State.GRANTED
+    assert balance(customer) == (151, 0)

@@ -51,6 +51,10 @@ class LedgerTransport(Transport):
             ) from exc
         return answer.body
 
+    def aliases(self) -> tuple[str, ...]:
+        """Return the ledger's database."""
+        return (operations.write_alias(),)
+
     def joins(self, using: str) -> bool:
         """Return whether the ledger's tables are in the database *using*."""
         return operations.write_alias() == using

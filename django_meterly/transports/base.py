@@ -10,7 +10,9 @@ import hashlib
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,6 +106,10 @@ class Transport:
         ``MeterlyUnknownOutcomeError`` when it may or may not have been applied.
         """
         raise NotImplementedError
+
+    def aliases(self) -> tuple[str, ...]:
+        """Return the databases of this project that movements are written to."""
+        return ()
 
     def joins(self, using: str) -> bool:
         """Return whether movements can be part of a transaction on *using*."""
@@ -216,11 +222,13 @@ def check_identifier(value: object, name: str) -> str:
     return value
 
 
-def check_description(value: object, name: str = "description") -> str:
+def check_description(
+    value: object, name: str = "description", *, length: int = MAX_DESCRIPTION_LENGTH
+) -> str:
     """Return *value* if it is a description, or raise ``ValueError``."""
-    if not isinstance(value, str) or len(value) > MAX_DESCRIPTION_LENGTH:
+    if not isinstance(value, str) or len(value) > length:
         raise ValueError(
-            f"{name} must be a text of at most {MAX_DESCRIPTION_LENGTH} "
+            f"{name} must be a text of at most {length} "
             f"characters, not {_shown(value)}."
         )
     # Half of a surrogate pair, which JSON can name, is no text to a database.
@@ -232,3 +240,43 @@ def check_description(value: object, name: str = "description") -> str:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def key_problem(api_key: str) -> str:
+    """Return what is wrong with an API key, without showing it; or nothing."""
+    if not api_key:
+        return (
+            "An API key is needed to reach the ledger over HTTP: "
+            'give MeterlyClient(api_key=...) or set METERLY["API_KEY"].'
+        )
+    if not re.fullmatch(r"[\x21-\x7e]+", api_key):
+        return "The API key must be visible ASCII characters without spaces."
+    return ""
+
+
+def url_problem(base_url: str, allow_insecure_http: bool) -> str:
+    """Return what is wrong with a ledger's base URL, or nothing."""
+    try:
+        parts = urlsplit(base_url)
+        _ = parts.port
+    except ValueError:
+        return "base_url is not a URL."
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return f"base_url must be an http or https URL, not {base_url!r}."
+    if parts.username is not None or parts.query or parts.fragment:
+        # Not shown: whatever stands before the @ may be a secret.
+        return "base_url must not have a user, a query or a fragment."
+    private = parts.scheme == "https" or _is_loopback(parts.hostname)
+    if not private and not allow_insecure_http:
+        return (
+            f"base_url {base_url!r} would send the API key in the clear. Use https, "
+            "or set allow_insecure_http (ALLOW_INSECURE_HTTP) on a trusted network."
+        )
+    return ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -19,9 +19,8 @@ import time
 import uuid
 from contextvars import ContextVar
 from http.client import HTTPException, HTTPResponse
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import requests
 import urllib3
@@ -40,7 +39,7 @@ from ..errors import (
     MeterlyUnknownOutcomeError,
     api_error,
 )
-from .base import Transport
+from .base import Transport, key_problem, url_problem
 from .signing import Secret, signer_for
 
 if TYPE_CHECKING:
@@ -94,9 +93,9 @@ class HttpTransport(Transport):
     ) -> None:
         # Or a debug page would show the key with the frame of an error.
         api_key = Secret(api_key if isinstance(api_key, str) else "")
-        if problem := _key_problem(api_key):
+        if problem := key_problem(api_key):
             raise ValueError(problem)
-        if problem := _url_problem(base_url, allow_insecure_http):
+        if problem := url_problem(base_url, allow_insecure_http):
             raise ValueError(problem)
         self._sign = (signer or signer_for)(api_key)
         self.base_url = base_url.rstrip("/")
@@ -506,37 +505,3 @@ def _refusal(
         path=call.path,
         details=details,
     )
-
-
-def _key_problem(api_key: str) -> str:
-    if not api_key:
-        return (
-            "An API key is needed to reach the ledger over HTTP: "
-            'give MeterlyClient(api_key=...) or set METERLY["API_KEY"].'
-        )
-    if not re.fullmatch(r"[\x21-\x7e]+", api_key):
-        return "The API key must be visible ASCII characters without spaces."
-    return ""
-
-
-def _url_problem(base_url: str, allow_insecure_http: bool) -> str:
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return f"base_url must be an http or https URL, not {base_url!r}."
-    if parts.username is not None or parts.query or parts.fragment:
-        # Not shown: whatever stands before the @ may be a secret.
-        return "base_url must not have a user, a query or a fragment."
-    private = parts.scheme == "https" or _is_loopback(parts.hostname)
-    if not private and not allow_insecure_http:
-        return (
-            f"base_url {base_url!r} would send the API key in the clear. Use https, "
-            "or set allow_insecure_http (ALLOW_INSECURE_HTTP) on a trusted network."
-        )
-    return ""
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -110,7 +110,7 @@ CELERY_BEAT_SCHEDULE = {
     "meterly-ledger-expire-holds": {
         "task": "django_meterly.ledger.tasks.expire_holds",
         "schedule": SWEEP_EVERY,
-        "options": {"expires": SWEEP_EVERY},
+        "options": {"expires": 20 * SWEEP_EVERY},
     },
 }
 
