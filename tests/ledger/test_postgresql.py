@@ -94,6 +94,19 @@ def test_a_workspace_that_is_not_there_has_no_customers(client, spender, setting
         client.reserve_credits(spender, 1)
 
 
+def test_a_movement_does_not_lock_the_workspaces_row(workspace, customer):
+    # Every movement would: two at once, and each has to make a multixact.
+    def locker():
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT xmax FROM meterly_ledger_workspace")
+            return cursor.fetchall()
+
+    before = locker()
+    held = reserve(workspace, customer)
+    operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    assert locker() == before
+
+
 # Two at once, one of them ahead
 
 

@@ -1,19 +1,32 @@
 from __future__ import annotations
 
-from django.db import migrations
+import django.db.models.deletion
+from django.db import migrations, models
 
 from ..postgresql import create_functions, drop_functions
 
 
 class Migration(migrations.Migration):
-    # Nothing is done on other databases. On this one the functions are also made
-    # anew after every migrate (see the app's configuration), so that a test
-    # database built without migrations has them.
     dependencies = [("meterly_ledger", "0001_initial")]
 
     operations = [
+        migrations.AlterField(
+            model_name="entry",
+            name="workspace",
+            field=models.ForeignKey(
+                db_constraint=False,
+                db_index=False,
+                on_delete=django.db.models.deletion.PROTECT,
+                related_name="entries",
+                to="meterly_ledger.workspace",
+                verbose_name="workspace",
+            ),
+        ),
+        # Nothing on other databases. On PostgreSQL the functions are also made
+        # anew after every migrate, so that a test database that was built without
+        # migrations has them.
         migrations.RunPython(
             lambda apps, editor: create_functions(editor.connection),
             lambda apps, editor: drop_functions(editor.connection),
-        )
+        ),
     ]
