@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from tests import database
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from .crew import Maker
 
@@ -138,11 +138,11 @@ def correctness(report: Report, peers: dict[str, Any], rounds: int) -> None:
 
     def admitted(peer: Any, attempt: str) -> int:
         """Return how many of 8 threads got what was there for one."""
-        account = peer.funded(1)
+        run = getattr(peer, attempt)(peer.funded(1))
 
         def one(_thread: int) -> int:
             try:
-                getattr(peer, attempt)(account)()
+                run()
             except Exception as exc:
                 if type(exc).__name__ in REFUSALS:
                     return 0
@@ -170,11 +170,8 @@ def correctness(report: Report, peers: dict[str, Any], rounds: int) -> None:
                 report.row(f"{name}: {what}", f"fails: {problem}", error=problem)
             else:
                 right = "right" if set(counts) == {1} else "WRONG"
-                report.row(
-                    f"{name}: {what}",
-                    f"{sum(counts)} of {rounds}  {right}",
-                    admitted=counts,
-                )
+                shown = f"{statistics.mean(counts):4.1f} a round   {right}"
+                report.row(f"{name}: {what}", shown, admitted=counts)
     connections.close_all()
 
 
@@ -187,11 +184,12 @@ def ledger(report: Report, peers: dict[str, Any], rounds: int, seconds: float) -
     customers = ledgers.create_customers(1000)
     hot: dict[str, Maker] = {
         **ledgers.makers(customers[:1]),
-        "use": partial(ledgers.use, customers[:1]),
+        "use": partial(ledgers.connected, ledgers.use, customers[:1], OPTIONS={}),
     }
     for name, peer in peers.items():
         if name != "django-meterly":
-            hot[name] = partial(peer.charge, peer.funded(10**9))
+            account = peer.funded(10**9)
+            hot[name] = partial(ledgers.connected, peer.charge, account, OPTIONS={})
     connections.close_all()
     for title, size, makers in (
         ("hot account, 1 client", 1, hot),
@@ -206,7 +204,7 @@ def ledger(report: Report, peers: dict[str, Any], rounds: int, seconds: float) -
             ratio = statistics.median(ratios[name])
             rate = statistics.median(rates[name])
             shown = f"{ratio:5.2f}   {rate:7.0f}/s"
-            if name == "reserve + commit":
+            if name.startswith("reserve + commit"):
                 shown += "   " + _goal(ratio >= GOALS[title])
             report.row(name, shown, ratio=ratio, ratios=ratios[name], rates=rates[name])
         for name, problem in failed.items():
@@ -241,7 +239,10 @@ def growth(report: Report, sizes: list[int], rounds: int, seconds: float) -> Non
         connections.close_all()
         settings["NAME"] = name
         makers[f"{size:,} entries"] = partial(
-            _elsewhere, f"entries_{size}", ledgers.reserve_and_commit, customers
+            ledgers.connected,
+            ledgers.reserve_and_commit,
+            customers,
+            NAME=f"entries_{size}",
         )
         print(f"({size:,} entries made in {time.monotonic() - started:.0f} s)")
     few, many = makers
@@ -254,24 +255,6 @@ def growth(report: Report, sizes: list[int], rounds: int, seconds: float) -> Non
         ratios=ratios[few],
         rates=rates,
     )
-
-
-def _elsewhere(
-    name: str, make: Callable[[Any], Callable[[], Any]], customers: list[str]
-) -> Callable[[], Any]:
-    """Return what *make* returns, run in the database *name*."""
-    from django.db import connection
-
-    run = make(customers)
-
-    def there() -> None:
-        # One process has a connection to each database, and changes between them.
-        if connection.settings_dict["NAME"] != name:
-            connection.close()
-            connection.settings_dict["NAME"] = name
-        run()
-
-    return there
 
 
 def cpu(report: Report, rounds: int, calls: int) -> None:

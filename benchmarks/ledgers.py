@@ -7,6 +7,7 @@ no idempotency key.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
@@ -178,7 +179,13 @@ class Nostro(Peer):
         from nostro.migrate import migrate
 
         migrate(dsn=database_url(), scale=0)
-        self.ledger = partial(Ledger, dsn=database_url(), scale=0)
+        # It pools connections: one a process, and not the one of its parent.
+        self._make = functools.cache(
+            lambda process: Ledger(dsn=database_url(), scale=0)
+        )
+
+    def ledger(self) -> Any:
+        return self._make(os.getpid())
 
     def funded(self, amount: int) -> Any:
         ledger = self.ledger()
@@ -252,9 +259,34 @@ def _user() -> Any:
     return User.objects.create(username=f"{os.getpid()}-{next(_numbers)}")
 
 
+#: What a project sets to have its statements prepared; Django does not, by itself.
+PREPARED = {"server_side_binding": True, "prepare_threshold": 0}
+
+
+def connected(
+    make: Callable[[Any], Callable[[], Any]], argument: Any, **settings: Any
+) -> Callable[[], Any]:
+    """Return what *make* returns, to be run with other settings of the database."""
+    run = make(argument)
+
+    def there() -> None:
+        # A process runs one thing after the other, and reconnects in between.
+        if any(connection.settings_dict[name] != settings[name] for name in settings):
+            connection.close()
+            connection.settings_dict.update(settings)
+        run()
+
+    return there
+
+
 def makers(customers: list[str]) -> dict[str, Maker]:
     """Return the floor and the pair of calls that is held against it."""
     return {
         "floor": partial(floor, len(customers)),
-        "reserve + commit": partial(reserve_and_commit, customers),
+        "reserve + commit": partial(
+            connected, reserve_and_commit, customers, OPTIONS={}
+        ),
+        "reserve + commit, prepared": partial(
+            connected, reserve_and_commit, customers, OPTIONS=PREPARED
+        ),
     }

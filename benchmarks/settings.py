@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import environ
 
@@ -13,11 +12,6 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 DATABASES = {"default": environ.Env().db("DATABASE_URL")}
 # A worker process keeps its connection, as a web server's does.
 DATABASES["default"]["CONN_MAX_AGE"] = None
-if threshold := os.environ.get("BENCHMARK_PREPARE"):
-    DATABASES["default"]["OPTIONS"] = {
-        "server_side_binding": True,
-        "prepare_threshold": int(threshold),
-    }
 
 INSTALLED_APPS = [
     "django.contrib.contenttypes",
