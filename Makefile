@@ -1,9 +1,10 @@
 PYTHON ?= python3
 TOOLS := .venv-tools
 DEMO := .venv-demo
+BENCH := .venv-bench
 TOX := $(TOOLS)/bin/tox run
 
-.PHONY: help test matrix lint fuzz openapi package demo clean
+.PHONY: help test matrix lint fuzz openapi package demo bench clean
 
 help:
 	@echo "make test     the test suite, on SQLite and on PostgreSQL (ARGS= for pytest)"
@@ -13,6 +14,7 @@ help:
 	@echo "make openapi  write that document anew from the code"
 	@echo "make package  build the distributions and look inside"
 	@echo "make demo     the example project (ONCE=1: start it, try it, stop it)"
+	@echo "make bench    the benchmarks (ARGS=--quick: in two minutes)"
 	@echo "make clean    remove what these commands left"
 
 test: $(TOOLS)/.done
@@ -36,6 +38,9 @@ package: $(TOOLS)/.done
 demo: $(DEMO)/.done
 	$(DEMO)/bin/python example_project/demo.py $(if $(ONCE),--once)
 
+bench: $(BENCH)/.done
+	$(BENCH)/bin/python -m benchmarks $(ARGS)
+
 $(TOOLS)/.done:
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet "tox>=4.20"
@@ -46,7 +51,12 @@ $(DEMO)/.done: setup.cfg
 	$(DEMO)/bin/python -m pip install --quiet --editable ".[demo]"
 	touch $@
 
+$(BENCH)/.done: setup.cfg
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --editable ".[bench]"
+	touch $@
+
 clean:
-	rm -rf $(TOOLS) $(DEMO) .tox .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(TOOLS) $(DEMO) $(BENCH) .tox .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf build dist *.egg-info example_project/var benchmarks/var
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,6 +19,14 @@ class ExactCharField(models.CharField):  # type: ignore[type-arg]
     ids and idempotency keys that differ must stay apart.
     """
 
+    def db_type(self, connection: BaseDatabaseWrapper) -> str | None:
+        column = super().db_type(connection)
+        if column is not None and connection.vendor == "postgresql":
+            # The same type, by the name under which Django adds no second index
+            # to a unique column, for LIKE: every movement would pay for it.
+            column = column.replace("varchar", "character varying", 1)
+        return column
+
     def db_parameters(self, connection: BaseDatabaseWrapper) -> Any:
         parameters = super().db_parameters(connection)
         if connection.vendor == "mysql":

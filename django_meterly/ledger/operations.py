@@ -9,6 +9,9 @@ transaction, so that the transaction's first statement is a write: on SQLite a
 transaction that has read cannot wait for the write lock. Inside, the unique
 constraint decides between two calls with one key.
 
+On PostgreSQL using, reserving and closing are one function each
+(``postgresql``), which does the same in one round trip.
+
 Locks are taken in one order everywhere: holds (by primary key), then accounts.
 Times are the database's.
 """
@@ -42,8 +45,18 @@ from ..errors import (
     MeterlyReservationReleasedError,
 )
 from ..transports.base import MAX_AMOUNT
+from . import postgresql
 from .conf import ledger_settings
-from .models import Account, Customer, Entry, Hold, Record, Workspace
+from .models import (
+    Account,
+    Customer,
+    Entry,
+    Hold,
+    Record,
+    Workspace,
+    entry_id,
+    hold_id,
+)
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -230,7 +243,7 @@ def _customer(workspace_id: int, public_id: str) -> Customer:
         _customers(workspace_id).filter(public_id=public_id).first()
     )
     if customer is None:
-        raise MeterlyNotFoundError(f"There is no customer {public_id!r}.")
+        raise _no_customer(public_id)
     return customer
 
 
@@ -342,7 +355,7 @@ def _hold(workspace_id: int, reservation_id: str) -> Hold:
         .first()
     )
     if hold is None:
-        raise MeterlyNotFoundError(f"There is no reservation {reservation_id!r}.")
+        raise _no_reservation(reservation_id)
     return hold
 
 
@@ -415,7 +428,7 @@ def _reservation(
 # Idempotency
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Request:
     """What a call was asked with, and whether its key was used before.
 
@@ -423,9 +436,16 @@ class _Request:
     ``Record``, for ``METERLY_LEDGER["RECORD_RETENTION"]``.
     """
 
-    workspace_id: int
+    workspace: int | str
     idempotency_key: str
     fingerprint: str
+
+    @functools.cached_property
+    def workspace_id(self) -> int:
+        """The primary key, also of a workspace that was named."""
+        if isinstance(self.workspace, int):
+            return self.workspace
+        return ensure_workspace(self.workspace).pk
 
     def recorded(self) -> Entry | None:
         """Return the entry of an earlier movement with this key.
@@ -474,11 +494,11 @@ class _Request:
 
 
 def _request(
-    workspace_id: int, idempotency_key: str, operation: str, **arguments: Any
+    workspace: int | str, idempotency_key: str, operation: str, **arguments: Any
 ) -> _Request:
     text = json.dumps([operation, arguments], sort_keys=True, separators=(",", ":"))
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    return _Request(workspace_id, idempotency_key, fingerprint)
+    return _Request(workspace, idempotency_key, fingerprint)
 
 
 def _write(
@@ -664,11 +684,14 @@ def _increase(
 
 
 # Spending and holding
+#
+# *workspace*, here and in the next section, is a primary key or a name: one that
+# is named is found, on PostgreSQL, within the same round trip.
 
 
 @_retried
 def use(
-    workspace_id: int,
+    workspace: int | str,
     customer_id: str,
     *,
     amount: int,
@@ -682,7 +705,7 @@ def use(
     Raises ``MeterlyNotFoundError`` and ``MeterlyInsufficientCreditsError``.
     """
     request = _request(
-        workspace_id,
+        workspace,
         idempotency_key,
         "use_credits",
         customer_id=customer_id,
@@ -691,6 +714,20 @@ def use(
         reference=reference,
         description=description,
     )
+    if postgresql.serves(write_alias()):
+        row = _call_spend(request, customer_id, unit, amount, reference, description)
+        return Movement(
+            entry_id=row.entry_id,
+            kind=Entry.Kind.USED.value,
+            amount=amount,
+            balance_delta=-amount,
+            reserved_delta=0,
+            account=AccountBalance(customer_id, row.unit, row.balance, row.reserved),
+            reference=reference,
+            description=description,
+            created_at=row.created_at,
+            replayed=row.code == "replayed",
+        )
 
     def move(account_id: int) -> Entry | None:
         accounts = Account.objects.using(write_alias()).filter(pk=account_id)
@@ -712,7 +749,7 @@ def use(
 
 @_retried
 def reserve(
-    workspace_id: int,
+    workspace: int | str,
     customer_id: str,
     *,
     amount: int,
@@ -728,7 +765,7 @@ def reserve(
     Raises ``MeterlyNotFoundError`` and ``MeterlyInsufficientCreditsError``.
     """
     request = _request(
-        workspace_id,
+        workspace,
         idempotency_key,
         "reserve_credits",
         customer_id=customer_id,
@@ -737,6 +774,26 @@ def reserve(
         reference=reference,
         ttl_seconds=ttl_seconds,
     )
+    seconds = ttl_seconds or min(DEFAULT_TTL_SECONDS, ledger_settings.MAX_TTL)
+    if postgresql.serves(write_alias()):
+        row = _call_spend(
+            request,
+            customer_id,
+            unit,
+            amount,
+            reference,
+            hold=hold_id(),
+            ttl_seconds=seconds,
+        )
+        return Reservation(
+            reservation_id=row.hold_id,
+            amount=amount,
+            status=row.status,
+            reference=reference,
+            expires_at=row.expires_at,
+            account=AccountBalance(customer_id, row.unit, row.balance, row.reserved),
+            replayed=row.code == "replayed",
+        )
 
     def move(account_id: int) -> Entry | None:
         using = write_alias()
@@ -747,9 +804,7 @@ def reserve(
             account_id=account_id,
             amount=amount,
             reference=reference,
-            expires_at=from_now(
-                ttl_seconds or min(DEFAULT_TTL_SECONDS, ledger_settings.MAX_TTL)
-            ),
+            expires_at=from_now(seconds),
         )
         return _write(
             account_id,
@@ -763,6 +818,49 @@ def reserve(
 
     entry, replayed = _spend(request, customer_id, unit, amount, move)
     return _reservation(_present_holds().get(pk=entry.hold_id), entry, replayed)
+
+
+def _call_spend(
+    request: _Request,
+    customer_id: str,
+    unit: str | None,
+    amount: int,
+    reference: str,
+    description: str = "",
+    hold: str | None = None,
+    ttl_seconds: int | None = None,
+) -> postgresql.Spent:
+    """Return what PostgreSQL's function has moved, or had for an earlier call.
+
+    What was asked for is not in the answer: a replay asks for the same.
+    """
+    # Once more after due holds were found.
+    for _attempt in range(2):
+        row = postgresql.spend(
+            write_alias(),
+            request.workspace,
+            request.idempotency_key,
+            request.fingerprint,
+            customer_id,
+            unit,
+            amount,
+            reference,
+            description,
+            entry_id(),
+            hold,
+            ttl_seconds,
+        )
+        if row.code != "due" or not _expire_due(account_id=row.account_id):
+            break
+    if row.code == "mismatch":
+        raise MeterlyIdempotencyMismatchError
+    if row.code == "not_found":
+        raise _no_customer(customer_id)
+    if row.code in {"insufficient", "due"}:
+        raise _insufficient(
+            amount, AccountBalance(customer_id, row.unit, row.balance, row.reserved)
+        )
+    return row
 
 
 def _spend(
@@ -794,19 +892,9 @@ def _spend(
             # A call with the same key may have taken the last credits just now.
             if (entry := request.recorded()) is not None:
                 return entry, True
-            due = Hold.objects.using(using).due().filter(account=account)
-            if not _expire(account.pk, list(due.order_by("pk"))):
+            if not _expire_due(account_id=account.pk):
                 break
-    now = _balance_of(customer, unit)
-    raise MeterlyInsufficientCreditsError(
-        f"{amount} credits of {unit!r} are required, {now.available} are available.",
-        details={
-            "required": amount,
-            "available": now.available,
-            "reserved": now.reserved,
-            "unit": unit,
-        },
-    )
+    raise _insufficient(amount, _balance_of(customer, unit))
 
 
 # Closing a hold
@@ -814,7 +902,7 @@ def _spend(
 
 @_retried
 def commit(
-    workspace_id: int,
+    workspace: int | str,
     reservation_id: str,
     *,
     amount: int | None = None,
@@ -827,7 +915,7 @@ def commit(
     ``MeterlyReservationExpiredError`` and ``MeterlyReservationReleasedError``.
     """
     request = _request(
-        workspace_id,
+        workspace,
         idempotency_key,
         "commit_reservation",
         reservation_id=reservation_id,
@@ -838,7 +926,7 @@ def commit(
 
 @_retried
 def release(
-    workspace_id: int, reservation_id: str, *, idempotency_key: str
+    workspace: int | str, reservation_id: str, *, idempotency_key: str
 ) -> Reservation:
     """Give the held credits back.
 
@@ -846,7 +934,7 @@ def release(
     ``MeterlyReservationExpiredError`` and ``MeterlyReservationCommittedError``.
     """
     request = _request(
-        workspace_id,
+        workspace,
         idempotency_key,
         "release_reservation",
         reservation_id=reservation_id,
@@ -874,13 +962,15 @@ def _close(
     again: bool = True,
 ) -> Reservation:
     using = write_alias()
+    if postgresql.serves(using):
+        return _call_close(request, reservation_id, status, amount)
     entry = request.recorded()
     hold = _hold(request.workspace_id, reservation_id)
     if entry is not None:
         return _reservation(hold, entry, replayed=True)
     charged = hold.amount if amount is None else amount
     if charged > hold.amount:
-        raise _invalid("amount", f"The reservation holds {hold.amount} credits.")
+        raise _too_much(hold.amount)
     live = Hold.objects.using(using).live().filter(pk=hold.pk)
     try:
         with transaction.atomic(using=using):
@@ -912,7 +1002,7 @@ def _close(
     # Closed already, perhaps by this very key just now; or it is past its time.
     entry = request.recorded()
     if entry is None:
-        _expire(hold.account_id, list(live))
+        _expire_due(pk=hold.pk)
     hold = _hold(request.workspace_id, reservation_id)
     if hold.status == Hold.Status.RESERVED and again:
         # It was extended in the moment of its expiry.
@@ -920,6 +1010,44 @@ def _close(
     if hold.status != status:
         raise _CLOSED[hold.status]
     return _reservation(hold, entry, replayed=True)
+
+
+def _call_close(
+    request: _Request, reservation_id: str, status: Hold.Status, amount: int | None
+) -> Reservation:
+    """Return the hold that PostgreSQL's function has closed, or found closed."""
+    # Once more after the hold was found to be due.
+    for _attempt in range(2):
+        row = postgresql.close(
+            write_alias(),
+            request.workspace,
+            request.idempotency_key,
+            request.fingerprint,
+            reservation_id,
+            status.value,
+            amount,
+            entry_id(),
+        )
+        if row.code != "due":
+            break
+        _expire_due(public_id=reservation_id)
+    if row.code == "mismatch":
+        raise MeterlyIdempotencyMismatchError
+    if row.code == "not_found":
+        raise _no_reservation(reservation_id)
+    if row.code == "too_much":
+        raise _too_much(row.amount)
+    if row.code in {"closed", "due"}:
+        raise _CLOSED.get(row.status, MeterlyReservationExpiredError)
+    return Reservation(
+        reservation_id=reservation_id,
+        amount=row.amount,
+        status=row.status,
+        reference=row.reference,
+        expires_at=row.expires_at,
+        account=AccountBalance(row.customer_id, row.unit, row.balance, row.reserved),
+        replayed=row.code == "replayed",
+    )
 
 
 # Extending a hold
@@ -959,7 +1087,7 @@ def extend(
             raise
         return _reservation(_hold(workspace_id, reservation_id), replayed=True)
     if not extended:
-        _expire(hold.account_id, list(live))
+        _expire_due(pk=hold.pk)
     hold = _hold(workspace_id, reservation_id)
     if not extended:
         raise _CLOSED[hold.status]
@@ -993,6 +1121,13 @@ def expire_due(batch_size: int = 1000) -> int:
             # Somebody else is at it, or the caller's snapshot is an old one.
             break
     return expired
+
+
+def _expire_due(**lookup: Any) -> int:
+    """Expire the due holds, of one account, that match *lookup*."""
+    due = Hold.objects.using(write_alias()).due().filter(**lookup)
+    holds = list(due.order_by("pk"))
+    return _expire(holds[0].account_id, holds) if holds else 0
 
 
 @_retried
@@ -1049,3 +1184,30 @@ def prune_records() -> int:
 
 def _invalid(field: str, message: str) -> MeterlyInvalidRequestError:
     return MeterlyInvalidRequestError(message, details={"fields": {field: [message]}})
+
+
+def _too_much(held: int) -> MeterlyInvalidRequestError:
+    return _invalid("amount", f"The reservation holds {held} credits.")
+
+
+def _no_customer(customer_id: str) -> MeterlyNotFoundError:
+    return MeterlyNotFoundError(f"There is no customer {customer_id!r}.")
+
+
+def _no_reservation(reservation_id: str) -> MeterlyNotFoundError:
+    return MeterlyNotFoundError(f"There is no reservation {reservation_id!r}.")
+
+
+def _insufficient(
+    required: int, account: AccountBalance
+) -> MeterlyInsufficientCreditsError:
+    return MeterlyInsufficientCreditsError(
+        f"{required} credits of {account.unit!r} are required, "
+        f"{account.available} are available.",
+        details={
+            "required": required,
+            "available": account.available,
+            "reserved": account.reserved,
+            "unit": account.unit,
+        },
+    )

@@ -43,14 +43,24 @@ class Answer:
     replayed: bool = False
 
 
+#: Where a workspace's name will do, and saves a round trip on PostgreSQL.
+_BY_NAME = {
+    "use_credits",
+    "reserve_credits",
+    "commit_reservation",
+    "release_reservation",
+}
+
+
 def perform(
-    workspace: Workspace,
+    workspace: Workspace | str,
     operation: str,
     arguments: Mapping[str, Any],
     idempotency_key: str | None = None,
 ) -> Answer:
     """Carry out *operation*, a key of ``ROUTES``, for *workspace*.
 
+    A workspace given by its name is made when first needed.
     *arguments* have their names on the wire, those of the path included. Raises
     ``MeterlyApiError``; ``MeterlyInvalidRequestError`` has what is wrong in its
     ``fields``, by name.
@@ -81,7 +91,11 @@ def perform(
             " ".join(f"{name}: {texts[0]}" for name, texts in errors.items()),
             details={"fields": errors},
         )
-    return handle(workspace.pk, **checked)
+    if not isinstance(workspace, str):
+        return handle(workspace.pk, **checked)
+    if operation in _BY_NAME:
+        return handle(workspace, **checked)
+    return handle(operations.ensure_workspace(workspace).pk, **checked)
 
 
 class _Field(NamedTuple):
@@ -150,24 +164,24 @@ def _add_credits(workspace_id: int, **arguments: Any) -> Answer:
     return _moved(operations.add(workspace_id, **arguments))
 
 
-def _use_credits(workspace_id: int, **arguments: Any) -> Answer:
-    return _moved(operations.use(workspace_id, **arguments))
+def _use_credits(workspace: int | str, **arguments: Any) -> Answer:
+    return _moved(operations.use(workspace, **arguments))
 
 
-def _reserve_credits(workspace_id: int, **arguments: Any) -> Answer:
-    return _held(operations.reserve(workspace_id, **arguments), 201)
+def _reserve_credits(workspace: int | str, **arguments: Any) -> Answer:
+    return _held(operations.reserve(workspace, **arguments), 201)
 
 
 def _get_reservation(workspace_id: int, **arguments: Any) -> Answer:
     return _held(operations.get_reservation(workspace_id, **arguments))
 
 
-def _commit_reservation(workspace_id: int, **arguments: Any) -> Answer:
-    return _held(operations.commit(workspace_id, **arguments))
+def _commit_reservation(workspace: int | str, **arguments: Any) -> Answer:
+    return _held(operations.commit(workspace, **arguments))
 
 
-def _release_reservation(workspace_id: int, **arguments: Any) -> Answer:
-    return _held(operations.release(workspace_id, **arguments))
+def _release_reservation(workspace: int | str, **arguments: Any) -> Answer:
+    return _held(operations.release(workspace, **arguments))
 
 
 def _extend_reservation(workspace_id: int, **arguments: Any) -> Answer:

@@ -37,9 +37,11 @@ class LedgerTransport(Transport):
         is broken, and takes the movement with it when it is rolled back.
         """
         try:
-            workspace = operations.ensure_workspace(ledger_settings.WORKSPACE)
             answer = service.perform(
-                workspace, call.operation, call.arguments, call.idempotency_key
+                ledger_settings.WORKSPACE,
+                call.operation,
+                call.arguments,
+                call.idempotency_key,
             )
         except MeterlyApiError as exc:
             exc.method, exc.path = call.method, call.path

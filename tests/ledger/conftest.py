@@ -3,11 +3,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from django.conf import settings
 
-from django_meterly.ledger import operations
+from django_meterly.ledger import operations, postgresql
 
 if TYPE_CHECKING:
     from django_meterly.ledger.models import Workspace
+
+ENGINE = settings.DATABASES["default"]["ENGINE"]
+POSTGRESQL = ENGINE == "django.db.backends.postgresql"
+PATHS = ["functions", "portable"] if POSTGRESQL else ["portable"]
+collect_ignore = [] if POSTGRESQL else ["test_postgresql.py"]
+
+
+@pytest.fixture(params=PATHS)
+def any_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to move credits on PostgreSQL, in child processes too."""
+    monkeypatch.setattr(postgresql, "enabled", request.param == "functions")
+    monkeypatch.setenv("LEDGER_PATH", request.param)
+    path: str = request.param
+    return path
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ from django_meterly.db import from_now
 from django_meterly.ledger import operations
 from django_meterly.ledger.models import Customer, Entry, Hold, Workspace
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [
+    pytest.mark.django_db(transaction=True),
+    pytest.mark.usefixtures("any_path"),
+]
 
 # What a project may have set, and the operations have to bear.
 STRICTEST = {

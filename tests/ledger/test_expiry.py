@@ -13,7 +13,7 @@ from django_meterly.ledger import operations
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.tasks import expire_holds
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
 
 
 def reserve(workspace, customer, amount=40, key="reserve", **options):

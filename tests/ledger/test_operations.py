@@ -8,7 +8,7 @@ from django_meterly.ledger import operations
 from django_meterly.ledger.models import Account, Customer, Entry, Hold, Workspace
 from django_meterly.transports.base import MAX_AMOUNT
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
 
 
 def reserve(workspace, customer, amount=40, key="reserve", **options):

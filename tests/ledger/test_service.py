@@ -14,7 +14,7 @@ from django_meterly.ledger.models import Entry, Workspace
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.transports.base import ROUTES, Call
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
