@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,8 @@ from tests.faults import FaultyTransport
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+
+    from pytest_django import DjangoDbBlocker
 
 R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 
@@ -45,12 +48,27 @@ def pytest_make_collect_report() -> Generator[
 
 
 @pytest.fixture(scope="session")
-def django_db_setup(django_db_setup: None) -> None:
+def django_db_setup(
+    django_db_setup: None, django_db_blocker: DjangoDbBlocker
+) -> Iterator[None]:
     """Let child processes open the test database: ``DATABASE_URL`` names it."""
     url, mark, options = os.environ["DATABASE_URL"].partition("?")
     server, _, _ = url.rpartition("/")
     name = Path(connection.settings_dict["NAME"]).name
     os.environ["DATABASE_URL"] = f"{server}/{name}{mark}{options}"
+    yield
+    if connection.vendor == "postgresql":
+        # PostgreSQL notices a moment later that a process was killed, and drops no
+        # database before.
+        with django_db_blocker.unblock(), connection.cursor() as cursor:
+            for _ in range(100):
+                cursor.execute(
+                    "SELECT FROM pg_stat_activity WHERE datname = current_database() "
+                    "AND pid <> pg_backend_pid()"
+                )
+                if cursor.fetchone() is None:
+                    break
+                time.sleep(0.1)
 
 
 @pytest.fixture
