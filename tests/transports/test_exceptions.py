@@ -21,7 +21,7 @@ from django_meterly.errors import (
     MeterlyNotSentError,
     MeterlyUnknownOutcomeError,
 )
-from django_meterly.ledger import operations
+from django_meterly.ledger import service
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.transports import HttpTransport
 from django_meterly.transports import http as transport_module
@@ -156,7 +156,7 @@ def test_nothing_foreign_leaves_the_ledger_transport(monkeypatch, cls, call):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(operations, "ensure_workspace", fail)
+    monkeypatch.setattr(service, "perform", fail)
     with pytest.raises(MeterlyUnknownOutcomeError) as caught:
         LedgerTransport().send(call)
     assert caught.value.__cause__ is error
