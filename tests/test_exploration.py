@@ -78,4 +78,5 @@ def test_promises_hold_on_every_path(
     ids=str,
 )
 def test_promises_hold_in_process_when_any_statement_fails(scenario: Scenario) -> None:
-    assert fail_every_statement(scenario) >= 15
+    # PostgreSQL's functions are one statement each, and a refusal needs few.
+    assert fail_every_statement(scenario) >= 8
