@@ -61,6 +61,7 @@ def exceptions(*modules: Any) -> Iterator[type[Exception]]:
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, Exception)
+        and not issubclass(value, Warning)
         and not value.__name__.startswith("_")
     }
     return iter(sorted(found, key=lambda cls: f"{cls.__name__} {cls.__module__}"))
