@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .client import MeterlyClient
     from .models import Customer
     from .types import Balance
+    from .types import Reservation as Held
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -206,14 +207,7 @@ def _ask(
 ) -> Balance | MeterlyError:
     """Send the reserve, by the *limited* client, and record what came of it."""
     try:
-        held = limited.reserve_credits(
-            row.customer.register(limited, row.unit),
-            row.amount,
-            unit=row.unit,
-            reference=row.reference,
-            idempotency_key=row.wire_key("reserve"),
-            ttl_seconds=row.ttl_seconds,
-        )
+        held = _hold(limited, row)
     except MeterlyInsufficientCreditsError as exc:
         _move(row, [State.INTENT], State.DENIED, lease_until=None)
         return exc
@@ -265,6 +259,18 @@ def _ask(
         )
     row.reservation_id = held.reservation_id
     return held.balance
+
+
+def _hold(client: MeterlyClient, row: Reservation) -> Held:
+    """Send the reserve of *row*: the same key and body whoever sends it."""
+    return client.reserve_credits(
+        row.customer.register(client, row.unit),
+        row.amount,
+        unit=row.unit,
+        reference=row.reference,
+        idempotency_key=row.wire_key("reserve"),
+        ttl_seconds=row.ttl_seconds,
+    )
 
 
 def _unavailable(exc: MeterlyError) -> MeterlyUnavailableError:
@@ -487,14 +493,7 @@ def _find_hold(client: MeterlyClient, row: Reservation) -> bool:
     if row.reservation_id:
         return True
     try:
-        held = client.reserve_credits(
-            row.customer.register(client, row.unit),
-            row.amount,
-            unit=row.unit,
-            reference=row.reference,
-            idempotency_key=row.wire_key("reserve"),
-            ttl_seconds=row.ttl_seconds,
-        )
+        held = _hold(client, row)
     except MeterlyInsufficientCreditsError:
         return False
     Reservation.objects.using(alias()).filter(pk=row.pk, reservation_id=None).update(
