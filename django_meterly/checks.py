@@ -10,7 +10,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connections, router
 from django.utils.module_loading import import_string
 
-from .conf import DEFAULTS, meterly_settings, suggestion
+from .conf import CHOICES, DEFAULTS, check_choice, meterly_settings, suggestion
 from .transports.base import (
     check_ttl,
     check_unit,
@@ -65,17 +65,11 @@ def _check_values() -> Iterator[CheckMessage]:
                 check(value, f"METERLY[{name!r}]")
             except ValueError as exc:
                 yield Error(str(exc), id="meterly.E003")
-    for name, choices in (
-        ("OVERAGE", ("charge", "cap")),
-        ("ON_DISCONNECT", ("release", "commit", "settled")),
-    ):
-        value = getattr(meterly_settings, name)
-        if value not in choices:
-            yield Error(
-                f"METERLY[{name!r}] must be one of {', '.join(choices)}, "
-                f"not {value!r}.",
-                id="meterly.E003",
-            )
+    for name in CHOICES:
+        try:
+            check_choice(name, getattr(meterly_settings, name))
+        except ValueError as exc:
+            yield Error(f"METERLY: {exc}", id="meterly.E003")
     for name in ("MAX_ATTEMPTS", "MAX_SETTLE_ATTEMPTS"):
         value = getattr(meterly_settings, name)
         if type(value) is not int or value < 1:

@@ -41,6 +41,12 @@ DEFAULTS: dict[str, Any] = {
     "JOURNAL_RETENTION": 90 * 86400.0,
 }
 
+#: Policies: one of these words.
+CHOICES = {
+    "OVERAGE": ("charge", "cap"),
+    "ON_DISCONNECT": ("release", "commit", "settled"),
+}
+
 #: Durations: a number of seconds or a ``timedelta``; read as seconds.
 DURATIONS = {
     "CONNECT_TIMEOUT",
@@ -50,6 +56,13 @@ DURATIONS = {
     "LEASE_GRACE",
     "JOURNAL_RETENTION",
 }
+
+
+def check_choice(name: str, value: str) -> None:
+    """Raise ``ValueError`` unless *value* is one of the words the setting takes."""
+    choices = CHOICES[name.upper()]
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
 
 
 def suggestion(name: str, known: Any) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, connections, transaction
 
 from . import journal
 from .client import get_client
-from .conf import meterly_settings
+from .conf import check_choice, meterly_settings
 from .errors import MeterlyInvalidKeyError, MeterlyUsageError
 from .models import MAX_CALLER_KEY_LENGTH, Customer
 from .transports.base import check_amount, check_key, check_text, check_ttl, check_unit
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Guard", "guard"]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Guard:
@@ -44,7 +47,8 @@ class Guard:
         reference: str,
         idempotency_key: str | None,
         ttl_seconds: int,
-        durable: bool,
+        durable: bool = True,
+        overage: str | None = None,
     ) -> None:
         self._payer = customer
         self.amount = amount
@@ -53,6 +57,7 @@ class Guard:
         self.idempotency_key = idempotency_key
         self.ttl_seconds = ttl_seconds
         self.durable = durable
+        self.overage = overage or meterly_settings.OVERAGE
         self.reservation: Reservation | None = None
         self._balance: Balance | None = None
         self._charge: int | None = amount
@@ -85,9 +90,9 @@ class Guard:
         """
         charge = check_amount(amount, minimum=0)
         self._refuse_if_decided("settle")
-        if charge > self.amount and meterly_settings.OVERAGE == "cap":
+        if charge > self.amount and self.overage == "cap":
             logger.warning(
-                "%s used %d %s, but is charged the %d it reserved (OVERAGE is 'cap').",
+                "%s used %d %s, but is charged the %d it reserved (overage is 'cap').",
                 self.reference,
                 charge,
                 self.unit,
@@ -119,6 +124,24 @@ class Guard:
             self.succeed()
         else:
             self.fail()
+
+    async def __aenter__(self) -> Guard:
+        try:
+            await to_the_end(self.reserve)
+        except asyncio.CancelledError:
+            await to_the_end(self.abandon)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not isinstance(exc, GeneratorExit):
+            await to_the_end(self.__exit__, exc_type, exc, traceback)
+        # A coroutine that is being closed cannot await: the lease releases.
 
     # What the edges call, in this order: reserve, then one of the others.
 
@@ -180,17 +203,20 @@ class Guard:
                 "%s could not be released; the sweeper will do it", self.reference
             )
 
-    def disconnect(self) -> None:
-        """Conclude a stream whose reader went away, as ``ON_DISCONNECT`` says."""
-        policy = meterly_settings.ON_DISCONNECT
+    def disconnect(self, policy: str | None = None) -> None:
+        """Conclude a stream whose reader went away.
+
+        *policy* is one of the words of ``ON_DISCONNECT``, which is the default.
+        """
+        policy = policy or meterly_settings.ON_DISCONNECT
         if policy == "commit" or (policy == "settled" and self._settled):
             self.succeed()
         else:
             self.fail()
 
     def abandon(self) -> None:
-        """Release what nobody has concluded."""
-        if not self._concluded:
+        """Release what was reserved, and what nobody has concluded."""
+        if self.reservation is not None and not self._concluded:
             self.fail()
 
     def confirm(self) -> None:
@@ -253,6 +279,27 @@ class Guard:
         journal.settle(self._client, self._row, timeout=journal.SETTLE_TIMEOUT)
 
 
+async def to_the_end(function: Callable[..., T], /, *args: Any) -> T:
+    """Run the sync *function* in a thread, and wait for its end in any case.
+
+    However often the caller is cancelled meanwhile; then ``CancelledError`` is
+    raised, and the result is lost. In the thread that the request's other sync
+    code runs in, so with its database connections.
+    """
+    task = asyncio.ensure_future(sync_to_async(function)(*args))
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        if not task.cancelled() and (error := task.exception()):
+            logger.warning("Ended by a cancellation, and by %r", error)
+        raise cancelled
+    return task.result()
+
+
 def guard(
     customer: Any,
     amount: int,
@@ -262,6 +309,7 @@ def guard(
     idempotency_key: str | None = None,
     ttl_seconds: int | None = None,
     durable: bool = True,
+    overage: str | None = None,
 ) -> Guard:
     """Hold credits while a block of code runs; charge them if it succeeds.
 
@@ -277,7 +325,9 @@ def guard(
     86400, default ``RESERVATION_TTL``) is how long the credits are held at
     most. An *idempotency_key* (up to 200 visible ASCII characters, unique for
     the customer) runs the work once: after a success it is refused, after a
-    refusal or a failure it may be tried again.
+    refusal or a failure it may be tried again. *overage* (``"charge"`` or
+    ``"cap"``, default ``OVERAGE``) is what becomes of a ``settle`` above the hold.
+    In ``async`` code it is ``async with``, and the same.
 
     An exception from the block releases the credits and goes on. Entering
     raises ``MeterlyInsufficientCreditsError``, ``MeterlyUnavailableError`` when
@@ -292,6 +342,8 @@ def guard(
             'Name a unit: guard(customer, amount, "image_credits"), or set '
             "METERLY['DEFAULT_UNIT']."
         )
+    if overage is not None:
+        check_choice("overage", overage)
     if idempotency_key is not None:
         try:
             check_key(idempotency_key, length=MAX_CALLER_KEY_LENGTH)
@@ -307,6 +359,7 @@ def guard(
             meterly_settings.RESERVATION_TTL if ttl_seconds is None else ttl_seconds
         ),
         durable=durable,
+        overage=overage,
     )
 
 

@@ -1,0 +1,116 @@
+"""What a guarded view can be told, checked once, whichever edge it comes from."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any
+
+from asgiref.sync import async_to_sync
+from django.utils.module_loading import import_string
+
+from .conf import check_choice, meterly_settings
+from .guards import guard
+from .transports.base import check_amount, check_ttl, check_unit
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from django.http import HttpRequest
+    from django.http.response import HttpResponseBase
+
+    from .guards import Guard
+
+#: Reading is free, unless ``methods`` says otherwise.
+FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardOptions:
+    """The options of one guarded view; ``meterly_guard`` describes them.
+
+    Raises ``ValueError`` and ``TypeError`` for options out of bounds.
+    """
+
+    unit: str | None = None
+    amount: int | Callable[..., Any] = 1
+    customer: Callable[..., Any] | None = None
+    reference: str | Callable[..., Any] | None = None
+    idempotency_key: Callable[..., Any] | None = None
+    ttl_seconds: int | None = None
+    methods: Iterable[str] | None = None
+    success: Callable[[HttpResponseBase], bool] | None = None
+    on_disconnect: str | None = None
+    overage: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit is not None:
+            check_unit(self.unit)
+        if not callable(self.amount):
+            check_amount(self.amount)
+        if self.ttl_seconds is not None:
+            check_ttl(self.ttl_seconds)
+        for name in ("on_disconnect", "overage"):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name))
+        if self.methods is None:
+            return
+        if isinstance(self.methods, str):
+            raise TypeError(f"methods is a list of HTTP methods, not {self.methods!r}.")
+        methods = {method.upper() for method in self.methods}
+        if "GET" in methods:
+            # Or the work could be had for nothing.
+            methods.add("HEAD")
+        object.__setattr__(self, "methods", frozenset(methods))
+
+    def costs(self, method: str | None) -> bool:
+        """Return whether a request with this HTTP *method* costs something."""
+        if self.methods is None:
+            return method not in FREE_METHODS
+        return method in set(self.methods)
+
+    def succeeded(self, response: HttpResponseBase) -> bool:
+        """Return whether the work that led to *response* is to be charged."""
+        if self.success is not None:
+            return self.success(response)
+        return response.status_code < 400
+
+    def guard(
+        self, name: str, request: HttpRequest, *args: Any, **kwargs: Any
+    ) -> Guard | None:
+        """Return the guard for *request*, or ``None`` when nobody is known to pay.
+
+        *name* is the view's; *args* and *kwargs* are the view's arguments, for
+        options that are functions, sync or async. Call it from sync code.
+        """
+
+        def value(option: Any) -> Any:
+            if not callable(option):
+                return option
+            return _result(option, request, *args, **kwargs)
+
+        if self.customer:
+            payer = value(self.customer)
+        else:
+            payer = _result(import_string(meterly_settings.CUSTOMER_RESOLVER), request)
+        if payer is None:
+            return None
+        return guard(
+            payer,
+            value(self.amount),
+            self.unit,
+            reference=value(self.reference) or f"{name}:{uuid.uuid4()}",
+            idempotency_key=value(self.idempotency_key),
+            ttl_seconds=self.ttl_seconds,
+            overage=self.overage,
+        )
+
+
+def _result(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = function(*args, **kwargs)
+    return async_to_sync(_await)(result) if isawaitable(result) else result
+
+
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
