@@ -261,6 +261,13 @@ class Reservation(models.Model):
         help_text=_("What was decided to be charged; empty until then."),
     )
     reference = ExactCharField(_("reference"), max_length=MAX_TEXT_LENGTH)
+    work = ExactCharField(
+        _("work"),
+        max_length=MAX_TEXT_LENGTH,
+        blank=True,
+        default="",
+        help_text=_("The view or the task that this was reserved for."),
+    )
     key = ExactCharField(_("idempotency key"), max_length=MAX_CALLER_KEY_LENGTH)
     attempt = models.PositiveIntegerField(_("attempt"), default=1)
     ttl_seconds = models.PositiveIntegerField(_("hold time in seconds"))
@@ -274,6 +281,11 @@ class Reservation(models.Model):
         _("lapsed"),
         default=False,
         help_text=_("The lease ran out before anybody decided."),
+    )
+    fence = models.PositiveIntegerField(
+        _("fence"),
+        default=0,
+        help_text=_("Counts who has taken the work up; only the last may decide."),
     )
     lease_until = models.DateTimeField(_("lease until"), null=True, blank=True)
     next_attempt_at = models.DateTimeField(_("next attempt at"), null=True, blank=True)
@@ -344,3 +356,25 @@ class Reservation(models.Model):
         key = f"{self.customer.wire_scope}:{self.key}~{self.attempt}:{operation}"
         assert len(key) <= MAX_KEY_LENGTH
         return key
+
+
+class LowBalance(models.Model):
+    """When somebody was told last that a customer's credits run low."""
+
+    customer = models.ForeignKey(
+        Customer, verbose_name=_("customer"), on_delete=models.CASCADE
+    )
+    unit = ExactCharField(_("unit"), max_length=UNIT_LENGTH)
+    announced_at = models.DateTimeField(_("announced at"), null=True)
+
+    class Meta:
+        verbose_name = _("low balance")
+        verbose_name_plural = _("low balances")
+        constraints = [
+            models.UniqueConstraint(
+                fields=["customer", "unit"], name="meterly_low_balance_once"
+            )
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.customer}: {self.unit}"
