@@ -413,7 +413,7 @@ class ReservationAdmin(ReadOnlyAdmin):
         (
             gettext_lazy("Lease"),
             {
-                "fields": ["lease_until", "lapsed", "ttl_seconds"],
+                "fields": ["lease_until", "lapsed", "ttl_seconds", "fence"],
                 "description": gettext_lazy(
                     "While nobody has decided whether the work succeeded, the "
                     "reservation has a lease. When it ends (the process died, say), "
@@ -444,7 +444,14 @@ class ReservationAdmin(ReadOnlyAdmin):
         (
             gettext_lazy("Identity"),
             {
-                "fields": ["id", "key", "attempt", "reservation_id", "created_at"],
+                "fields": [
+                    "id",
+                    "work",
+                    "key",
+                    "attempt",
+                    "reservation_id",
+                    "created_at",
+                ],
                 "description": gettext_lazy(
                     "The reservation id is the ledger's; the id above it is the one "
                     "that log messages name. A key whose work came to nothing may "

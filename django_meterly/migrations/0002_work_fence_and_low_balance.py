@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import django.db.models.deletion
-import django_meterly.db
 from django.db import migrations, models
+
+import django_meterly.db
 
 
 class Migration(migrations.Migration):
