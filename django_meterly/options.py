@@ -121,10 +121,7 @@ class GuardOptions:
                 return option
             return _result(option, request, *args, **kwargs)
 
-        if self.customer:
-            payer = value(self.customer)
-        else:
-            payer = _result(import_string(meterly_settings.CUSTOMER_RESOLVER), request)
+        payer = value(self.customer) if self.customer else payer_of(request)
         if payer is None:
             return None
         return guard(
@@ -136,6 +133,11 @@ class GuardOptions:
             ttl_seconds=self.ttl_seconds,
             overage=self.overage,
         )
+
+
+def payer_of(request: Any) -> Any:
+    """Return whom ``CUSTOMER_RESOLVER`` names, or ``None``. Call it from sync code."""
+    return _result(import_string(meterly_settings.CUSTOMER_RESOLVER), request)
 
 
 def _result(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
