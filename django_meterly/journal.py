@@ -120,7 +120,9 @@ _IN_TRANSACTION = (
     "rollback would take the reservation's record with it. Move guard() outside the "
     "atomic() block, or pass durable=False to let the reservation live and die with "
     "the transaction. Put meterly_guard around as_view(), above every decorator that "
-    "opens a transaction, and have the decorators above it use functools.wraps."
+    "opens a transaction, and have the decorators above it use functools.wraps. If it "
+    "guards a handler of a class-based view, put MeterlyGuardMixin first among the "
+    "bases of the class: it keeps ATOMIC_REQUESTS from opening the transaction early."
 )
 
 
