@@ -35,7 +35,12 @@ def guard_view(
     _refuse(view)
     # as_view() names all views alike, and a partial has no name of its own.
     named = getattr(view, "view_class", None) or getattr(view, "cls", view)
-    name = getattr(named, "__qualname__", type(view).__qualname__)
+    while isinstance(named, partial):
+        named = named.func
+    qualname = getattr(named, "__qualname__", type(named).__qualname__)
+    name = f"{named.__module__}.{qualname}"
+    # The default reference begins with it.
+    name = name.encode("ascii", "backslashreplace").decode()[:200]
     guarded = (_guard_async if _is_async(view) else _guard_sync)(
         view, partial(_begin, name, options_for)
     )

@@ -12,6 +12,7 @@ from django.utils.module_loading import import_string
 
 from .conf import check_choice, meterly_settings
 from .guards import guard
+from .keys import requested_key
 from .transports.base import check_amount, check_ttl, check_unit
 
 if TYPE_CHECKING:
@@ -96,15 +97,21 @@ class GuardOptions:
             payer = _result(import_string(meterly_settings.CUSTOMER_RESOLVER), request)
         if payer is None:
             return None
-        return guard(
+        guarded = guard(
             payer,
             value(self.amount),
             self.unit,
             reference=value(self.reference) or f"{name}:{uuid.uuid4()}",
-            idempotency_key=value(self.idempotency_key),
+            idempotency_key=(
+                value(self.idempotency_key)
+                if self.idempotency_key
+                else requested_key(request)
+            ),
             ttl_seconds=self.ttl_seconds,
             overage=self.overage,
         )
+        guarded.work = name
+        return guarded
 
 
 def _result(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

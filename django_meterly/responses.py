@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 from django.contrib.auth.views import redirect_to_login
 from django.http import HttpResponse, JsonResponse
 from django.template.loader import render_to_string
+from django.urls import get_script_prefix
 from django.utils.cache import patch_vary_headers
+from django.utils.http import url_has_allowed_host_and_scheme
 from django.utils.translation import gettext as _
 
 from .conf import meterly_settings
 from .errors import (
     MeterlyDuplicateError,
+    MeterlyIdempotencyMismatchError,
     MeterlyInsufficientCreditsError,
     MeterlyInvalidKeyError,
     MeterlyUnavailableError,
 )
+from .models import MAX_CALLER_KEY_LENGTH
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -29,6 +33,7 @@ RENDERED = (
     MeterlyUnavailableError,
     MeterlyDuplicateError,
     MeterlyInvalidKeyError,
+    MeterlyIdempotencyMismatchError,
 )
 
 
@@ -36,7 +41,8 @@ def render(request: HttpRequest, exc: MeterlyError) -> HttpResponse:
     """Return the response for one of the ``RENDERED`` exceptions.
 
     402 with ``required, available, reserved, unit, top_up_url``, 503 with
-    ``Retry-After``, 409, or 400 for a key that cannot be one. Browsers get
+    ``Retry-After``, 409 with ``state`` and ``reference``, 422 for a key that was
+    used for something else, or 400 for one that cannot be one. Browsers get
     ``meterly/402.html`` and its kin, which a project may override; everybody
     else ``application/problem+json`` (RFC 9457).
     """
@@ -45,7 +51,9 @@ def render(request: HttpRequest, exc: MeterlyError) -> HttpResponse:
             request,
             402,
             "insufficient_credits",
-            _("Not enough credits"),
+            _("Your credits are in use")
+            if exc.held_by_running_work
+            else _("Not enough credits"),
             _(
                 "Your running work holds the credits this needs. "
                 "Try again when it is done."
@@ -80,7 +88,22 @@ def render(request: HttpRequest, exc: MeterlyError) -> HttpResponse:
             400,
             "invalid_idempotency_key",
             _("This idempotency key cannot be used"),
-            _("It must be up to 200 visible ASCII characters, without spaces."),
+            _(
+                "It must be 1 to %(length)d visible ASCII characters, without spaces. "
+                "Nothing was charged."
+            )
+            % {"length": MAX_CALLER_KEY_LENGTH},
+        )
+    if isinstance(exc, MeterlyIdempotencyMismatchError):
+        return _respond(
+            request,
+            422,
+            "idempotency_mismatch",
+            _("This is not the request that was sent before"),
+            _(
+                "Its idempotency key belongs to another request, or to one at another "
+                "price. Nothing was charged. Reload the form, or send a new key."
+            ),
         )
     assert isinstance(exc, MeterlyDuplicateError)
     response = _respond(
@@ -88,10 +111,15 @@ def render(request: HttpRequest, exc: MeterlyError) -> HttpResponse:
         409,
         "duplicate",
         _("This was asked for already"),
-        _("The same request is being worked on right now.")
+        _("The same request is being worked on right now. Nothing is charged twice.")
         if exc.in_progress
-        else _("The same request was carried out before; it was not run again."),
+        else _(
+            "The same request was carried out before. It was not run again, and its "
+            "answer is not kept. To do it once more, reload the form, or send a new "
+            "key."
+        ),
         state=exc.state,
+        reference=exc.reference,
     )
     if exc.in_progress:
         response["Retry-After"] = "5"
@@ -127,12 +155,16 @@ def _respond(
 ) -> HttpResponse:
     response: HttpResponse
     if wants_html(request):
+        context = {
+            "status": status,
+            "code": code,
+            "title": title,
+            "detail": detail,
+            "back_url": _back_url(request),
+            **extra,
+        }
         response = HttpResponse(
-            render_to_string(
-                f"meterly/{status}.html",
-                {"title": title, "detail": detail, **extra},
-                request=request,
-            ),
+            render_to_string(f"meterly/{status}.html", context, request=request),
             status=status,
         )
     else:
@@ -150,3 +182,13 @@ def _respond(
     response["Cache-Control"] = "no-store"
     patch_vary_headers(response, ["Accept"])
     return response
+
+
+def _back_url(request: HttpRequest) -> str:
+    """Return where the client came from, if that is here, or the front page."""
+    referer = request.headers.get("Referer")
+    if url_has_allowed_host_and_scheme(
+        referer, {request.get_host()}, require_https=request.is_secure()
+    ):
+        return str(referer)
+    return get_script_prefix()
