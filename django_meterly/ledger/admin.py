@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
+from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
-from django.utils.translation import ngettext
 
 from ..db import DatabaseNow
 from .models import Account, ApiKey, Customer, Entry, Hold, Workspace
@@ -88,7 +88,7 @@ class ApiKeyAdmin(ReadOnlyAdmin):
                 .filter(pk=key.pk)
                 .update(revoked_at=DatabaseNow())
             ):
-                self.log_change(request, key, "Revoked.")
+                self.log_change(request, key, gettext("Revoked."))
                 revoked += 1
         self.message_user(
             request,
@@ -120,6 +120,10 @@ class AccountAdmin(ReadOnlyAdmin):
     list_filter = ["unit", "customer__workspace"]
     list_select_related = ["customer"]
     search_fields = ["customer__external_id__exact", "customer__public_id__exact"]
+
+    @admin.display(description=_("available"))
+    def available(self, account: Account) -> int:
+        return account.available
 
 
 @admin.register(Hold)
