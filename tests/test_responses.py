@@ -198,10 +198,7 @@ def test_a_project_overrides_a_page_block_by_block(settings: Any) -> None:
                 "loaders": [
                     (
                         "django.template.loaders.locmem.Loader",
-                        {
-                            "meterly/503.html": '{% extends "meterly/base.html" %}'
-                            + ours
-                        },
+                        {"meterly/503.html": page},
                     ),
                     "django.template.loaders.app_directories.Loader",
                 ],
