@@ -39,7 +39,7 @@ def guard_view(
         named = named.func
     qualname = getattr(named, "__qualname__", type(named).__qualname__)
     name = f"{named.__module__}.{qualname}"
-    # The default reference begins with it.
+    # The journal has 255 characters for it, the default reference fewer.
     name = name.encode("ascii", "backslashreplace").decode()[:200]
     guarded = (_guard_async if _is_async(view) else _guard_sync)(
         view, partial(_begin, name, options_for)

@@ -32,6 +32,8 @@ def requested_key(request: HttpRequest) -> str | None:
     fields, or the bare key. Raises ``MeterlyInvalidKeyError`` for anything but
     1 to 200 visible ASCII characters.
     """
+    # REST framework's request, seen through: what Django's has parsed is the point.
+    request = getattr(request, "_request", request)
     key = request.headers.get(HEADER)
     if key is None:
         key = _form_key(request)

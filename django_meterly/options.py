@@ -82,7 +82,7 @@ class GuardOptions:
     ) -> Guard | None:
         """Return the guard for *request*, or ``None`` when nobody is known to pay.
 
-        *name* is the view's; *args* and *kwargs* are the view's arguments, for
+        *name* is the view's, with its module; *args* and *kwargs* are the view's arguments, for
         options that are functions, sync or async. Call it from sync code.
         """
 
@@ -101,7 +101,9 @@ class GuardOptions:
             payer,
             value(self.amount),
             self.unit,
-            reference=value(self.reference) or f"{name}:{uuid.uuid4()}",
+            # Customers read it: without the module.
+            reference=value(self.reference)
+            or f"{name.rpartition('.')[2]}:{uuid.uuid4()}",
             idempotency_key=(
                 value(self.idempotency_key)
                 if self.idempotency_key

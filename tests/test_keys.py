@@ -20,6 +20,8 @@ from django.test import Client, RequestFactory
 from django.urls import path
 from django.views.decorators.csrf import csrf_exempt, csrf_protect
 from rest_framework.decorators import api_view
+from rest_framework.parsers import MultiPartParser
+from rest_framework.request import Request
 from rest_framework.views import APIView
 
 from django_meterly import (
@@ -497,6 +499,18 @@ def test_f27_a_form_sent_twice_runs_once(
     assert problem(client.post("/draw/", **sent)) == (409, "duplicate")
     assert Reservation.objects.get().key == f"client:{KEY}"
     assert balance(customer) == (75, 0)
+
+
+def test_rest_frameworks_request_is_seen_through() -> None:
+    form = f"meterly_form_key={KEY}"
+    urlencoded = "application/x-www-form-urlencoded; charset=utf-8"
+    request = RequestFactory().post("/", form, content_type=urlencoded)
+    assert requested_key(Request(request)) == f"client:{KEY}"
+    multipart = RequestFactory().post("/", {"meterly_form_key": KEY})
+    assert requested_key(Request(multipart, parsers=[MultiPartParser()])) is None
+    parsed = Request(multipart, parsers=[MultiPartParser()])
+    assert parsed.data["meterly_form_key"] == KEY
+    assert requested_key(parsed) == f"client:{KEY}"
 
 
 def test_the_header_goes_before_the_form(payer: Client, customer: Any) -> None:

@@ -129,14 +129,14 @@ class AccountAdmin(ReadOnlyAdmin):
 @admin.register(Hold)
 class HoldAdmin(ReadOnlyAdmin):
     list_display = [
-        "public_id",
+        "created_at",
         "account",
         "amount",
         "status",
         "reference",
-        "created_at",
         "expires_at",
         "closed_at",
+        "public_id",
     ]
     list_filter = ["status", "created_at", "account__customer__workspace"]
     list_select_related = ["account__customer"]
@@ -151,7 +151,7 @@ class HoldAdmin(ReadOnlyAdmin):
 @admin.register(Entry)
 class EntryAdmin(ReadOnlyAdmin):
     list_display = [
-        "public_id",
+        "created_at",
         "account",
         "kind",
         "amount",
@@ -160,7 +160,7 @@ class EntryAdmin(ReadOnlyAdmin):
         "balance_after",
         "reserved_after",
         "reference",
-        "created_at",
+        "public_id",
     ]
     list_filter = ["kind", "created_at", "workspace"]
     list_select_related = ["account__customer"]
