@@ -577,14 +577,18 @@ def _refuse(view: View) -> None:
 
 
 def _name(view: Any) -> str:
-    """Return the name of the work: as_view() names all views alike."""
+    """Return the name of the work, with its module."""
+    # as_view() names all views alike, and a partial has no name of its own.
     named = _class_of(view) or view
-    # A partial has no name of its own.
-    name: str = getattr(named, "__qualname__", type(view).__qualname__)
+    while isinstance(named, partial):
+        named = named.func
+    name = getattr(named, "__qualname__", type(named).__qualname__)
     if isclass(named) and not name.endswith(named.__name__):
         # @api_view names its class after the function, by __name__ only.
-        return named.__name__
-    return name
+        name = named.__name__
+    # The journal has 255 characters for it, the default reference fewer.
+    full = f"{named.__module__}.{name}".encode("ascii", "backslashreplace")
+    return full.decode()[:200]
 
 
 def _class_of(view: Any) -> Any:

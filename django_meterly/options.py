@@ -12,6 +12,7 @@ from django.utils.module_loading import import_string
 
 from .conf import check_choice, meterly_settings, suggestion
 from .guards import guard
+from .keys import requested_key
 from .transports.base import check_amount, check_ttl, check_unit
 
 if TYPE_CHECKING:
@@ -112,8 +113,9 @@ class GuardOptions:
     ) -> Guard | None:
         """Return the guard for *request*, or ``None`` when nobody is known to pay.
 
-        *name* is the view's; *args* and *kwargs* are the view's arguments, for
-        options that are functions, sync or async. Call it from sync code.
+        *name* is the view's, with its module; *args* and *kwargs* are the view's
+        arguments, for options that are functions, sync or async. Call it from sync
+        code.
         """
 
         def value(option: Any) -> Any:
@@ -124,15 +126,23 @@ class GuardOptions:
         payer = value(self.customer) if self.customer else payer_of(request)
         if payer is None:
             return None
-        return guard(
+        guarded = guard(
             payer,
             value(self.amount),
             self.unit,
-            reference=value(self.reference) or f"{name}:{uuid.uuid4()}",
-            idempotency_key=value(self.idempotency_key),
+            # Customers read it: without the module.
+            reference=value(self.reference)
+            or f"{name.rpartition('.')[2]}:{uuid.uuid4()}",
+            idempotency_key=(
+                value(self.idempotency_key)
+                if self.idempotency_key
+                else requested_key(request)
+            ),
             ttl_seconds=self.ttl_seconds,
             overage=self.overage,
         )
+        guarded.work = name
+        return guarded
 
 
 def payer_of(request: Any) -> Any:

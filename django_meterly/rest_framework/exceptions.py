@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from django.utils.translation import gettext as _
 from rest_framework import status
 from rest_framework.exceptions import APIException, NotAuthenticated
 
-from ..conf import meterly_settings
-from ..errors import (
-    MeterlyDuplicateError,
-    MeterlyIdempotencyMismatchError,
-    MeterlyInsufficientCreditsError,
-    MeterlyInvalidKeyError,
-    MeterlyUnavailableError,
-)
+from .. import responses
 
 if TYPE_CHECKING:
     from rest_framework.response import Response
-
-    from ..errors import MeterlyError
 
 __all__ = [
     "Duplicate",
@@ -84,54 +74,21 @@ class KeyMismatch(GuardException):
     default_code = "idempotency_mismatch"
 
 
-def counterpart(exc: MeterlyError) -> GuardException:
+def counterpart(exc: Exception) -> GuardException:
     """Return the DRF exception for what the guard raises and an edge renders.
 
     Raises ``TypeError`` for any other exception.
     """
-    answer: GuardException
-    if isinstance(exc, MeterlyInsufficientCreditsError):
-        return InsufficientCredits(
-            _(
-                "Your running work holds the credits this needs. "
-                "Try again when it is done."
-            )
-            if exc.held_by_running_work
-            else _("This needs %(required)d %(unit)s, and %(available)d are available.")
-            % {
-                "required": exc.required,
-                "unit": exc.unit,
-                "available": exc.available,
-            },
-            required=exc.required,
-            available=exc.available,
-            reserved=exc.reserved,
-            unit=exc.unit,
-            top_up_url=meterly_settings.TOP_UP_URL,
-            held_by_running_work=exc.held_by_running_work,
-        )
-    if isinstance(exc, MeterlyUnavailableError):
-        answer = Unavailable(
-            _("Nothing was charged. Please try again in a moment."),
-        )
-        answer.wait = exc.retry_after
-        return answer
-    if isinstance(exc, MeterlyInvalidKeyError):
-        return InvalidKey(
-            _("It must be up to 200 visible ASCII characters, without spaces.")
-        )
-    if isinstance(exc, MeterlyDuplicateError):
-        answer = Duplicate(
-            _("The same request is being worked on right now.")
-            if exc.in_progress
-            else _("The same request was carried out before; it was not run again."),
-            state=exc.state,
-        )
-        answer.wait = 5 if exc.in_progress else None
-        return answer
-    if isinstance(exc, MeterlyIdempotencyMismatchError):
-        return KeyMismatch(_("This idempotency key came with another request before."))
-    raise TypeError(f"The guard does not raise {exc!r} as a refusal.")
+    problem = responses.problem(exc)
+    answer = _CLASSES[problem.status](problem.detail, **problem.extra)
+    answer.wait = problem.retry_after
+    return answer
+
+
+_CLASSES: dict[int, type[GuardException]] = {
+    cls.status_code: cls
+    for cls in (InsufficientCredits, Unavailable, Duplicate, InvalidKey, KeyMismatch)
+}
 
 
 def exception_handler(exc: Exception, context: dict[str, Any]) -> Response | None:
@@ -140,18 +97,9 @@ def exception_handler(exc: Exception, context: dict[str, Any]) -> Response | Non
     For ``REST_FRAMEWORK["EXCEPTION_HANDLER"]``, or to be called by your own. A
     guarded view needs no handler: its refusals are DRF's exceptions already.
     """
-    if isinstance(exc, _REFUSALS):
+    if isinstance(exc, responses.RENDERED):
         exc = counterpart(exc)
     # It reads the project's settings, which may name what stands in this package.
     from rest_framework.views import exception_handler as default
 
     return default(exc, context)
-
-
-_REFUSALS = (
-    MeterlyInsufficientCreditsError,
-    MeterlyUnavailableError,
-    MeterlyDuplicateError,
-    MeterlyInvalidKeyError,
-    MeterlyIdempotencyMismatchError,
-)
