@@ -283,7 +283,9 @@ class _Dispatch:
         return dispatch.aliases if dispatch else []
 
     def begin(self, guard: _ViewGuard, call: _Call) -> Any:
-        self.waiting.remove(guard)
+        if guard in self.waiting:
+            self.waiting.remove(guard)
+        # Else a dispatch() tries its handler again: another piece of work.
         return guard.begin(call)
 
     def conclude(self, response: Any, *, rest: bool) -> None:
@@ -660,7 +662,8 @@ def _unspoiled(aliases: list[str]) -> Iterator[None]:
         yield
     finally:
         for connection in spared:
-            connection.set_rollback(False)
+            if connection.in_atomic_block:
+                connection.set_rollback(False)
 
 
 def _finished(response: HttpResponseBase) -> bool:
