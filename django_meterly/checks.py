@@ -14,7 +14,7 @@ from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
 from .conf import CHOICES, DEFAULTS, check_choice, meterly_settings, suggestion
-from .execution import handlers, is_guarded
+from .execution import class_of, handlers, is_guarded
 from .middleware import MeterlyMiddleware, key_for, named_patterns
 from .options import GuardOptions
 from .transports.base import (
@@ -270,8 +270,7 @@ def _outer(spaces: set[str]) -> set[str]:
 
 def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
     where = name or getattr(view, "__qualname__", repr(view))
-    cls = getattr(view, "cls", None) or getattr(view, "view_class", None)
-    if getattr(getattr(cls, "dispatch", None), "meterly_guarded", False):
+    if getattr(getattr(class_of(view), "dispatch", None), "meterly_guarded", False):
         yield Error(
             f"The view {where!r} has meterly_guard on dispatch(), which it refuses.",
             hint=(
