@@ -43,6 +43,8 @@ class GuardOptions:
     success: Callable[[HttpResponseBase], bool] | None = None
     on_disconnect: str | None = None
     overage: str | None = None
+    on_unavailable: str | None = None
+    enforcement: str | None = None
 
     def __post_init__(self) -> None:
         if self.unit is not None:
@@ -51,7 +53,7 @@ class GuardOptions:
             check_amount(self.amount)
         if self.ttl_seconds is not None:
             check_ttl(self.ttl_seconds)
-        for name in ("on_disconnect", "overage"):
+        for name in ("on_disconnect", "overage", "on_unavailable", "enforcement"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name))
         if self.methods is None:
@@ -94,7 +96,8 @@ class GuardOptions:
             payer = value(self.customer)
         else:
             payer = _result(import_string(meterly_settings.CUSTOMER_RESOLVER), request)
-        if payer is None:
+        enforcement = self.enforcement or meterly_settings.ENFORCEMENT
+        if payer is None and enforcement == "enforce":
             return None
         return guard(
             payer,
@@ -104,6 +107,8 @@ class GuardOptions:
             idempotency_key=value(self.idempotency_key),
             ttl_seconds=self.ttl_seconds,
             overage=self.overage,
+            on_unavailable=self.on_unavailable,
+            enforcement=enforcement,
         )
 
 

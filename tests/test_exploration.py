@@ -33,6 +33,11 @@ SCENARIOS = [
     (Scenario(HELD, credits=0), DEEP, 200),
     (Scenario(None), DEEP, 500),
     (Scenario(HELD + 5, credits=HELD), DEEP, 800),
+    # On trust. The charge is what is there: when it is debited, and the credits are
+    # topped up, the reserve that was refused succeeds.
+    (Scenario(HELD - 5, credits=HELD - 5, trust=True), DEEP, 100),
+    (Scenario(HELD + 5, trust=True), WIDE, 100),
+    (Scenario(None, trust=True), WIDE, 100),
 ]
 
 
@@ -57,7 +62,11 @@ def test_promises_hold_on_every_path(
     settings: SettingsWrapper,
     record_property: Callable[[str, object], None],
 ) -> None:
-    settings.METERLY = {**settings.METERLY, "TRANSPORT": "tests.exploration.Line"}
+    settings.METERLY = {
+        **settings.METERLY,
+        "TRANSPORT": "tests.exploration.Line",
+        "UNAVAILABLE_CAP": HELD,
+    }
     bound = {
         name: int(os.environ.get(f"EXPLORE_{name.upper()}", value))
         for name, value in bound.items()
