@@ -110,15 +110,15 @@ class Scenario:
     raises: bool = False
     #: Whether the journal has lost what it knew, as one restored from a backup.
     forgotten: bool = False
-    #: Whether the ledger cannot be asked at first, and the work runs on trust.
-    trust: bool = False
+    #: What becomes of the first reserve: one of ``FAULTS``; the work runs on trust.
+    outage: str = ""
 
     def __str__(self) -> str:
         return (
             f"charge={self.charge} of {HELD} held, {self.credits} credits"
             + ", then raises" * self.raises
             + ", forgotten" * self.forgotten
-            + ", on trust" * self.trust
+            + (self.outage and f", on trust, {self.outage}")
         )
 
 
@@ -263,7 +263,7 @@ class World:
             idempotency_key="work",
             ttl_seconds=300,
             durable=True,
-            on_unavailable="allow" if self.scenario.trust else "deny",
+            on_unavailable="allow" if self.scenario.outage else "deny",
         )
         try:
             guard.reserve()
@@ -299,14 +299,9 @@ class World:
         """Return what can happen now and what it costs, the ordinary thing first."""
         options: list[tuple[str, int]] = []
         actor = self.current
-        if (
-            self.scenario.trust
-            and actor is not None
-            and actor.next == "reserve_credits"
-            and not self.calls
-        ):
-            # The outage is what the scenario is about.
-            options += [(fault, 0) for fault in FAULTS]
+        outage = self.scenario.outage if not self.calls else ""
+        if outage and actor is not None and actor.next == "reserve_credits":
+            options.append((outage, 0))
         elif actor is not None:
             options.append(("go", 0))
             if actor.next not in ("start", "write"):
@@ -525,7 +520,7 @@ class World:
         if state != State.RESERVED:
             raise Broken(f"The work runs on a row that is {state}.")
         if not self._outside(Reservation.objects.get).reservation_id:
-            if self.scenario.trust:
+            if self.scenario.outage:
                 return
             raise Broken("The work runs on a hold whose id is not recorded.")
         status = self._outside(lambda: Hold.objects.get().status)
