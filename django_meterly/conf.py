@@ -152,7 +152,7 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
         cast = {"value": int} if cast is dict else cast
         try:
             values[name] = env.get_value(variable, cast=cast)
-        except ValueError as exc:
+        except (IndexError, ValueError) as exc:
             raise ImproperlyConfigured(
                 f"The environment variable {variable} must be a "
                 f"{type(default).__name__}, not {env.ENVIRON[variable]!r}."

@@ -284,7 +284,9 @@ def _trust(row: Reservation) -> bool:
     What the customer has had on trust in this unit, and not paid for yet, counts.
     """
     using = alias()
-    with transaction.atomic(using=using):
+
+    @transaction.atomic(using=using)
+    def trust() -> bool:
         # Locks the customer on every database: two that see the same room would
         # both take it.
         Customer.objects.using(using).filter(pk=row.customer.pk).update(
@@ -304,6 +306,8 @@ def _trust(row: Reservation) -> bool:
             State.RESERVED,
             lease_until=from_now(row.ttl_seconds + meterly_settings.LEASE_GRACE),
         )
+
+    return on_live_connection(using, trust)
 
 
 def _give_up(
