@@ -18,6 +18,7 @@ from .execution import class_of, handlers, is_guarded
 from .middleware import MeterlyMiddleware, key_for, named_patterns
 from .options import GuardOptions
 from .transports.base import (
+    check_amount,
     check_ttl,
     check_unit,
     key_problem,
@@ -76,13 +77,30 @@ def _check_values() -> Iterator[CheckMessage]:
             check_choice(name, getattr(meterly_settings, name))
         except ValueError as exc:
             yield Error(f"METERLY: {exc}", id="meterly.E003")
-    for name in ("MAX_ATTEMPTS", "MAX_SETTLE_ATTEMPTS"):
+    for name, least in (
+        ("MAX_ATTEMPTS", 1),
+        ("MAX_SETTLE_ATTEMPTS", 1),
+        ("UNAVAILABLE_CAP", 0),
+    ):
         value = getattr(meterly_settings, name)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or value < least:
             yield Error(
-                f"METERLY[{name!r}] must be a whole number from 1, not {value!r}.",
+                f"METERLY[{name!r}] must be a whole number from {least}, "
+                f"not {value!r}.",
                 id="meterly.E003",
             )
+    if problem := _low_balance_problem(meterly_settings.LOW_BALANCE):
+        yield Error(f"METERLY['LOW_BALANCE'] {problem}", id="meterly.E003")
+    if (
+        meterly_settings.ON_UNAVAILABLE == "allow"
+        and meterly_settings.UNAVAILABLE_CAP == 0
+    ):
+        yield CheckWarning(
+            "METERLY['ON_UNAVAILABLE'] is 'allow', but UNAVAILABLE_CAP is 0: nothing "
+            "is allowed.",
+            hint="Set UNAVAILABLE_CAP to the credits a customer may have on trust.",
+            id="meterly.W005",
+        )
     for name in ("TRANSPORT", "SIGNER", "CUSTOMER_RESOLVER", "EXTERNAL_ID"):
         path = getattr(meterly_settings, name)
         if name == "SIGNER" and path is None:
@@ -97,6 +115,18 @@ def _check_values() -> Iterator[CheckMessage]:
             )
 
 
+def _low_balance_problem(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"must be a dict of units and thresholds, not {value!r}."
+    for unit, threshold in value.items():
+        try:
+            check_unit(unit)
+            check_amount(threshold, f"the threshold of {unit!r}")
+        except ValueError as exc:
+            return f"maps units to credits: {exc}"
+    return ""
+
+
 def _check_transport() -> Iterator[CheckMessage]:
     transport = meterly_settings.TRANSPORT
     if transport == LEDGER_TRANSPORT and LEDGER_APP not in _app_modules():
@@ -105,7 +135,7 @@ def _check_transport() -> Iterator[CheckMessage]:
             hint=f"Add {LEDGER_APP!r} to INSTALLED_APPS and run migrate.",
             id="meterly.E005",
         )
-    if transport != HTTP_TRANSPORT:
+    if transport != HTTP_TRANSPORT or meterly_settings.ENFORCEMENT == "off":
         return
     if problem := key_problem(meterly_settings.API_KEY or ""):
         yield Error(
@@ -120,6 +150,24 @@ def _check_transport() -> Iterator[CheckMessage]:
         str(meterly_settings.BASE_URL), bool(meterly_settings.ALLOW_INSECURE_HTTP)
     ):
         yield Error(f"METERLY['BASE_URL']: {problem}", id="meterly.E007")
+
+
+@register("meterly", deploy=True)
+def check_enforcement(**kwargs: Any) -> list[CheckMessage]:
+    """Warn when guarded views run for nothing."""
+    try:
+        enforcement = meterly_settings.ENFORCEMENT
+    except ImproperlyConfigured:
+        return []  # check_settings reports it.
+    if enforcement == "enforce":
+        return []
+    return [
+        CheckWarning(
+            f"METERLY['ENFORCEMENT'] is {enforcement!r}: work runs without credits.",
+            hint="Set it to 'enforce' where credits are to be paid.",
+            id="meterly.W006",
+        )
+    ]
 
 
 @register("meterly", Tags.database)

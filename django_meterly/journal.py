@@ -15,6 +15,11 @@ of rows it changed says whether it happened::
                      ▼
                 commit_pending ──► committed
                      └─ hold gone ► one direct debit ► committed | unbilled
+
+A row that runs *on trust* (``ON_UNAVAILABLE``) is ``reserved`` without a
+reservation id. That column is written once: with the hold's id, or with
+``NO_HOLD`` when the ledger has refused the reserve. Only the hold that stands there
+is committed, and only a row with ``NO_HOLD`` is charged without one.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ from django.db import (
     router,
     transaction,
 )
-from django.db.models import F
+from django.db.models import F, Q, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from . import signals
@@ -55,7 +61,7 @@ from .errors import (
     MeterlyUnknownOutcomeError,
     MeterlyUsageError,
 )
-from .models import Reservation
+from .models import Customer, LowBalance, Reservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -63,7 +69,6 @@ if TYPE_CHECKING:
     from django.dispatch import Signal
 
     from .client import MeterlyClient
-    from .models import Customer
     from .types import Balance
     from .types import Reservation as Held
 
@@ -80,6 +85,9 @@ BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
 UNBILLED_INTERVAL = 6 * 3600.0
 #: Rows the sweeper looks up at a time.
 BATCH = 200
+#: The ``reservation_id`` of a row that is known to have no hold; ``None`` is one
+#: of which that is not known.
+NO_HOLD = ""
 
 
 def alias() -> str:
@@ -137,12 +145,15 @@ def reserve(
     key: str | None,
     ttl_seconds: int,
     work: str = "",
-) -> tuple[Reservation, Balance]:
+    on_unavailable: str = "deny",
+) -> tuple[Reservation, Balance | None]:
     """Write the intent, ask the ledger to hold *amount*, and record its answer.
 
     Without a *key*, a random one is used. *work* names the view or the task.
     Returns the row, which is ``reserved``, and the balance after the hold. With a
-    ledger in the journal's own database, row and hold are one transaction. Raises
+    ledger in the journal's own database, row and hold are one transaction. With
+    *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
+    trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
     ``MeterlyInsufficientCreditsError`` (row ``denied``),
     ``MeterlyUnavailableError`` (the work must not run; a hold that may exist is
     released by the sweeper), ``MeterlyDuplicateError`` when *key* was used, and
@@ -152,10 +163,13 @@ def reserve(
     deadline = meterly_settings.DEADLINE
     # A customer's first reserve is two calls, and they share the one deadline.
     limited = client.within(deadline)
+    outage: MeterlyError | None = None
     try:
         customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
     except OUTAGE as exc:
-        raise _unavailable(exc) from exc
+        if on_unavailable != "allow":
+            raise _unavailable(exc) from exc
+        outage = exc
     row = Reservation(
         customer=customer,
         unit=unit,
@@ -178,8 +192,13 @@ def reserve(
             raise MeterlyDuplicateError(
                 f"The idempotency key {key!r} is in use right now.", in_progress=True
             ) from exc
-        answer = _ask(client, limited, row)
+        answer = outage or _ask(client, limited, row)
     # Outside the block, so that a refusal is recorded and not rolled back.
+    if isinstance(answer, OUTAGE):
+        if on_unavailable == "allow" and _trust(row):
+            logger.info("Reservation %s runs on trust: %s", row.pk, answer)
+            return row, None
+        answer = _give_up(row, answer, lapses=on_unavailable != "allow")
     if isinstance(answer, MeterlyError):
         raise answer
     return row, answer
@@ -230,16 +249,17 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
 def _ask(
     client: MeterlyClient, limited: MeterlyClient, row: Reservation
 ) -> Balance | MeterlyError:
-    """Send the reserve, by the *limited* client, and record what came of it."""
+    """Send the reserve, by the *limited* client, and record what came of it.
+
+    But for an outage, which is returned as it is.
+    """
     try:
         held = _hold(limited, row)
     except MeterlyInsufficientCreditsError as exc:
         _move(row, [State.INTENT], State.DENIED, lease_until=None)
         return exc
-    except (MeterlyUnknownOutcomeError, MeterlyIdempotencyInProgressError) as exc:
-        # There may be a hold. The row keeps its lease; the sweeper sends the
-        # same reserve again to learn the hold's id, and releases it.
-        return _unavailable(exc)
+    except OUTAGE as exc:
+        return exc
     except MeterlyError as exc:
         _move(
             row,
@@ -253,7 +273,7 @@ def _ask(
             # registration that was rolled back: the next use registers again.
             row.customer.forget_registration()
             return _unavailable(exc)
-        return _unavailable(exc) if isinstance(exc, OUTAGE) else exc
+        return exc
     if held.status != "reserved":
         # A key from before the journal was lost or restored: that hold is over.
         over = State.COMMITTED if held.status == "committed" else State.RELEASED
@@ -273,23 +293,78 @@ def _ask(
         + dt.timedelta(seconds=row.ttl_seconds - meterly_settings.DEADLINE),
     ):
         # The sweeper may have been told that there is no hold, before there was.
-        try:
-            client.within(SETTLE_TIMEOUT, attempts=1).release_reservation(
-                held.reservation_id, idempotency_key=row.wire_key("release")
-            )
-        except MeterlyError as exc:
-            logger.warning("Reservation %s ends with its time: %s", row.pk, exc)
+        _give_back(client, row, held)
         return MeterlyUnavailableError(
             "The ledger answered after the reservation had been given up."
         )
     row.reservation_id = held.reservation_id
+    _announce(signals.credits_reserved, row)
+    _watch_balance(row, held.balance, row.amount)
     return held.balance
+
+
+def _trust(row: Reservation) -> bool:
+    """Let the work of *row* run on trust, if ``UNAVAILABLE_CAP`` has room for it.
+
+    What the customer has had on trust in this unit, and not paid for yet, counts.
+    """
+    using = alias()
+
+    @transaction.atomic(using=using)
+    def trust() -> bool:
+        # Locks the customer on every database: two that see the same room would
+        # both take it.
+        Customer.objects.using(using).filter(pk=row.customer.pk).update(
+            external_id=F("external_id")
+        )
+        owed = (
+            Reservation.objects.using(using)
+            .on_trust()
+            .filter(customer=row.customer, unit=row.unit)
+            .aggregate(sum=Sum(Coalesce("charge", "amount")))["sum"]
+        )
+        if (owed or 0) + row.amount > meterly_settings.UNAVAILABLE_CAP:
+            return False
+        return _move(
+            row,
+            [State.INTENT],
+            State.RESERVED,
+            lease_until=from_now(row.ttl_seconds + meterly_settings.LEASE_GRACE),
+        )
+
+    return on_live_connection(using, trust)
+
+
+def _give_up(
+    row: Reservation, exc: MeterlyError, *, lapses: bool
+) -> MeterlyUnavailableError:
+    """Record that the work does not run, for the ledger could not be asked."""
+    if not isinstance(
+        exc, MeterlyUnknownOutcomeError | MeterlyIdempotencyInProgressError
+    ):
+        _move(row, [State.INTENT], State.FAILED, lease_until=None, last_error=str(exc))
+    elif not lapses:
+        # Or it would count as work on trust that has outlived its lease.
+        _move(row, [State.INTENT], State.RELEASE_PENDING, **_decided())
+    # Else there may be a hold. The row keeps its lease; the sweeper sends the
+    # same reserve again to learn the hold's id, and releases it.
+    return _unavailable(exc)
+
+
+def _give_back(client: MeterlyClient, row: Reservation, held: Held) -> None:
+    """Release a hold that the row knows nothing of."""
+    try:
+        client.within(SETTLE_TIMEOUT, attempts=1).release_reservation(
+            held.reservation_id, idempotency_key=row.wire_key("release")
+        )
+    except MeterlyError as exc:
+        logger.warning("Reservation %s ends with its time: %s", row.pk, exc)
 
 
 def _hold(client: MeterlyClient, row: Reservation) -> Held:
     """Send the reserve of *row*: the same key and body whoever sends it."""
     return client.reserve_credits(
-        row.customer.register(client, row.unit),
+        _customer_id(client, row),
         row.amount,
         unit=row.unit,
         reference=row.reference,
@@ -298,8 +373,13 @@ def _hold(client: MeterlyClient, row: Reservation) -> Held:
     )
 
 
+def _customer_id(client: MeterlyClient, row: Reservation) -> str:
+    return row.customer.register(client, meterly_settings.DEFAULT_UNIT or row.unit)
+
+
 def _unavailable(exc: MeterlyError) -> MeterlyUnavailableError:
-    logger.warning("The ledger cannot be asked for credits: %s", exc)
+    # At INFO: the client says at WARNING when an outage begins.
+    logger.info("The ledger cannot be asked for credits: %s", exc)
     unavailable = MeterlyUnavailableError(f"The ledger cannot be asked: {exc}")
     unavailable.__cause__ = exc
     return unavailable
@@ -408,6 +488,14 @@ def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> N
     For when the database is down: the row's lease will lapse, and its release
     finds the hold committed. Never the direct debit, which no row would know of.
     """
+    if not row.reservation_id:
+        logger.error(
+            "The success of reservation %s could not be recorded. It ran on trust, "
+            "and will not be charged for its %d.",
+            row.pk,
+            charge,
+        )
+        return
     key = row.wire_key("commit")
     logger.error(
         "The success of reservation %s (hold %s) could not be recorded. It is "
@@ -420,7 +508,7 @@ def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> N
     held = min(charge, row.amount)
     try:
         client.within(SETTLE_TIMEOUT, attempts=1).commit_reservation(
-            str(row.reservation_id),
+            row.reservation_id,
             amount=None if held == row.amount else held,
             idempotency_key=key,
         )
@@ -493,11 +581,12 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
         else:
             owed -= held
     if owed:
-        # What the hold did not cover. Whether the hold was committed or lost is
-        # final at the ledger, so a replay comes to the same amount.
+        # What the hold did not cover. Whether there was one is on record, whether it
+        # was committed or lost is final at the ledger: a replay comes to the same
+        # amount.
         try:
-            client.use_credits(
-                row.customer.register(client, row.unit),
+            movement = client.use_credits(
+                _customer_id(client, row),
                 owed,
                 row.unit,
                 row.reference,
@@ -506,6 +595,7 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
         except MeterlyInsufficientCreditsError as exc:
             _record_debt(row, exc)
             return
+        _watch_balance(row, movement.balance, owed)
     _finish(row, State.COMMITTED)
 
 
@@ -513,19 +603,30 @@ def _find_hold(client: MeterlyClient, row: Reservation) -> bool:
     """Return whether the row has a hold at the ledger, asking by its key if need be.
 
     The reserve whose answer was lost is sent again; a refusal means that it
-    never came to a hold.
+    never came to a hold. What comes of it is recorded once, for good, and before
+    anything is done about it: after a top-up the same reserve would come to a
+    hold, and work that was paid for by a debit would be paid for again.
     """
-    if row.reservation_id:
-        return True
+    if row.reservation_id is not None:
+        return bool(row.reservation_id)
+    held = None
     try:
         held = _hold(client, row)
     except MeterlyInsufficientCreditsError:
-        return False
-    Reservation.objects.using(alias()).filter(pk=row.pk, reservation_id=None).update(
-        reservation_id=held.reservation_id
-    )
-    row.reservation_id = held.reservation_id
-    return True
+        pass
+    found = NO_HOLD if held is None else held.reservation_id
+    using = alias()
+    unknown = Reservation.objects.using(using).filter(pk=row.pk, reservation_id=None)
+    if unknown.update(reservation_id=found):
+        row.reservation_id = found
+        if held is not None and row.state == State.COMMIT_PENDING:
+            _watch_balance(row, held.balance, row.amount)
+    else:
+        # Another settler was faster, and its answer stands.
+        row.refresh_from_db(using=using, fields=["reservation_id"])
+        if held is not None and row.reservation_id == NO_HOLD:
+            _give_back(client, row, held)
+    return bool(row.reservation_id)
 
 
 def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
@@ -534,7 +635,7 @@ def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
     sources = {row.state}
     if outcome == State.COMMITTED and row.state != State.RELEASE_PENDING:
         sources |= {State.COMMIT_PENDING, State.UNBILLED}
-    return _move(
+    finished = _move(
         row,
         sources,
         outcome,
@@ -543,6 +644,15 @@ def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
         settled_at=DatabaseNow(),
         **fields,
     )
+    if finished and outcome in _OUTCOMES:
+        _announce(_OUTCOMES[outcome], row)
+    return finished
+
+
+_OUTCOMES: dict[str, Signal] = {
+    State.COMMITTED: signals.credits_committed,
+    State.RELEASED: signals.credits_released,
+}
 
 
 def _record_debt(row: Reservation, exc: MeterlyError) -> None:
@@ -573,18 +683,63 @@ def _postpone(row: Reservation, exc: MeterlyError, *, refused: bool) -> None:
             last_error=str(exc),
         )
     )
-    logger.warning("Reservation %s is still %s: %s", row.pk, row.state, exc)
+    level = logging.WARNING if refused else logging.INFO
+    logger.log(level, "Reservation %s is still %s: %s", row.pk, row.state, exc)
     if changed and stuck:
         _announce(signals.reservation_stuck, row)
 
 
+def announce(signal: Signal, sender: Any, *, using: str, **facts: Any) -> None:
+    """Send *signal* once the transaction on *using* is committed, if there is one.
+
+    Whatever the receivers do, it hurts nobody.
+    """
+    if signal.has_listeners(sender):
+        transaction.on_commit(
+            lambda: signal.send_robust(sender=sender, **facts),
+            using=using,
+            robust=True,
+        )
+
+
 def _announce(signal: Signal, row: Reservation) -> None:
-    # Once the fact is durable, and whatever the receivers do.
-    transaction.on_commit(
-        lambda: signal.send_robust(sender=Reservation, reservation=row),
-        using=alias(),
-        robust=True,
-    )
+    announce(signal, Reservation, using=alias(), reservation=row)
+
+
+def _watch_balance(row: Reservation, balance: Balance, moved: int) -> None:
+    """Announce that *moved* credits took the balance below ``LOW_BALANCE``."""
+    threshold = meterly_settings.LOW_BALANCE.get(row.unit)
+    available = balance.available
+    if threshold is None or not available < threshold <= available + moved:
+        return
+    using = alias()
+
+    def announce_once() -> None:
+        known, _ = LowBalance.objects.using(using).get_or_create(
+            customer=row.customer, unit=row.unit
+        )
+        cooldown = meterly_settings.LOW_BALANCE_COOLDOWN
+        if (
+            LowBalance.objects.using(using)
+            .filter(
+                Q(announced_at=None) | Q(announced_at__lt=from_now(-cooldown)),
+                pk=known.pk,
+            )
+            .update(announced_at=DatabaseNow())
+        ):
+            announce(
+                signals.low_balance,
+                Customer,
+                using=using,
+                customer=row.customer,
+                unit=row.unit,
+                available=available,
+                threshold=threshold,
+            )
+
+    if signals.low_balance.has_listeners(Customer):
+        # Afterwards: no movement is to wait for this, or to fail with it.
+        transaction.on_commit(announce_once, using=using, robust=True)
 
 
 # The sweeper

@@ -201,6 +201,18 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
             state__in=Reservation.State.open(), lease_until__lt=DatabaseNow()
         )
 
+    def on_trust(self) -> ReservationQuerySet:
+        """Rows whose work runs or ran without a hold, and is not paid for yet.
+
+        Also one whose lease has lapsed, for its work may still succeed, and every
+        debt.
+        """
+        state = Reservation.State
+        running = models.Q(state__in=[state.RESERVED, state.COMMIT_PENDING])
+        lapsed = models.Q(state=state.RELEASE_PENDING, lapsed=True)
+        unheld = models.Q(reservation_id=None) | models.Q(reservation_id="")
+        return self.filter((running | lapsed) & unheld | models.Q(state=state.UNBILLED))
+
     def due(self) -> ReservationQuerySet:
         """Decided rows that are to be carried out now."""
         return self.filter(

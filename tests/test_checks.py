@@ -48,6 +48,16 @@ def test_the_suites_settings_are_fine() -> None:
         ({**HTTP, "API_KEY": "x", "BASE_URL": "http://[::1"}, "meterly.E007"),
         ({**HTTP, "API_KEY": "x y"}, "meterly.E006"),
         ({**HTTP, "API_KEY": "x", "MAX_SETTLE_ATTEMPTS": "20"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "ENFORCEMENT": "maybe"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "ON_UNAVAILABLE": "maybe"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "UNAVAILABLE_CAP": -1}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "UNAVAILABLE_CAP": 1.5}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE": 5}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE": {"a b": 5}}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE": {"tokens": 0}}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE": {"tokens": "5"}}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE_COOLDOWN": 0}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "ON_UNAVAILABLE": "allow"}, "meterly.W005"),
     ],
 )
 def test_a_mistake_is_found(value: Any, expected: str) -> None:
@@ -66,6 +76,36 @@ def test_a_mistake_is_found(value: Any, expected: str) -> None:
 def test_good_addresses_pass(extra: dict[str, Any]) -> None:
     with override_settings(METERLY={**HTTP, "API_KEY": "x", **extra}):
         assert ids() == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"ON_UNAVAILABLE": "allow", "UNAVAILABLE_CAP": 1},
+        {"LOW_BALANCE": {"tokens": 5}},
+        {"ENFORCEMENT": "shadow"},
+        # Without a key: nobody is asked.
+        {"ENFORCEMENT": "off", "API_KEY": None},
+    ],
+)
+def test_good_policies_pass(extra: dict[str, Any]) -> None:
+    with override_settings(METERLY={**HTTP, "API_KEY": "x", **extra}):
+        assert ids() == []
+
+
+@pytest.mark.parametrize("word", ["shadow", "off"])
+def test_what_runs_for_nothing_is_warned_of_when_deployed(
+    settings: Any, word: str
+) -> None:
+    def deployed() -> list[str]:
+        messages = run_checks(tags=["meterly"], include_deployment_checks=True)
+        return [str(message.id) for message in messages]
+
+    assert deployed() == []
+    settings.METERLY = {**settings.METERLY, "ENFORCEMENT": word}
+    assert deployed() == ["meterly.W006"]
+    settings.METERLY = []
+    assert deployed() == ["meterly.E001"]
 
 
 def test_an_unknown_setting_gets_a_suggestion() -> None:
