@@ -37,7 +37,7 @@ from django.db import (
     router,
     transaction,
 )
-from django.db.models import F, Q
+from django.db.models import Count, F, Q
 
 from . import signals
 from .conf import meterly_settings
@@ -80,8 +80,8 @@ SETTLE_TIMEOUT = 2.0
 BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
 #: How often a debt is tried again.
 UNBILLED_INTERVAL = 6 * 3600.0
-#: Rows the sweeper looks up at a time.
-BATCH = 200
+#: Rows the sweeper takes at a time, and of how many it chooses them.
+BATCH, WINDOW = 200, 2000
 #: Rows in a row that find the ledger out of reach, after which a round ends.
 OUTAGE_AFTER = 3
 
@@ -614,16 +614,18 @@ def settle_due(
     until = _until(seconds)
     unreached = 0
     while True:
+        rows = Reservation.objects.using(using)
         due = list(
-            Reservation.objects.using(using)
-            .due(older_than)
-            .select_related("customer")
-            .order_by("next_attempt_at")[:BATCH]
+            rows.due(older_than)
+            .order_by("next_attempt_at")
+            .values_list("pk", flat=True)[:WINDOW]
         )
-        # Sweepers side by side are not to wait for each other row by row, and a
+        # At random: sweepers side by side are not to go for the same rows, and a
         # row that ends its settler is not to be everybody's first.
-        random.shuffle(due)
-        for row in due:
+        chosen = random.sample(due, min(BATCH, len(due)))
+        batch = list(rows.select_related("customer").filter(pk__in=chosen))
+        random.shuffle(batch)
+        for row in batch:
             if done.taken == limit or time.monotonic() >= until:
                 return done
             tried = _sweep_row(client, using, row)
@@ -640,7 +642,7 @@ def settle_due(
                 logger.warning("The ledger is out of reach; the sweeper ends its round")
                 done.outage = True
                 return done
-        if len(due) < BATCH:
+        if len(due) <= BATCH:
             return done
 
 
@@ -720,9 +722,61 @@ def prune(*, seconds: float | None = None) -> int:
     For *seconds* at most. Nothing that is open, due, owed or stuck is deleted.
     """
     return _in_batches(
-        Reservation.objects.using(alias()).settled(meterly_settings.JOURNAL_RETENTION),
+        prunable(),
         lambda rows: rows.delete()[1].get(Reservation._meta.label, 0),
         seconds,
+    )
+
+
+def prunable() -> ReservationQuerySet:
+    """Return the rows that ``prune`` deletes."""
+    return Reservation.objects.using(alias()).settled(
+        meterly_settings.JOURNAL_RETENTION
+    )
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits for the sweeper, and for people.
+
+    *lapsed* rows are to be given up, *due* ones to be carried out; *by_state*
+    counts both. *oldest_due_seconds* is how long the one that has waited longest
+    has waited, ``None`` if none does. *unbilled* are debts, due or not; *stuck*
+    rows are not tried any more.
+    """
+
+    by_state: dict[str, int]
+    lapsed: int
+    due: int
+    oldest_due_seconds: float | None
+    unbilled: int
+    stuck: int
+
+
+def backlog(older_than: float = 0.0) -> Backlog:
+    """Count what has waited for *older_than* seconds or more; change nothing."""
+    rows = Reservation.objects.using(alias())
+    by_state: dict[str, int] = {}
+    waited = []
+    for waiting, since in (
+        (rows.lapsed(older_than), "lease_until"),
+        (rows.due(older_than), "next_attempt_at"),
+    ):
+        by_state |= dict(
+            waiting.order_by("state").values_list("state").annotate(Count("pk"))
+        )
+        oldest = (
+            waiting.order_by(since).annotate(now=DatabaseNow()).values(since, "now")
+        ).first()
+        if oldest is not None:
+            waited.append((oldest["now"] - oldest[since]).total_seconds())
+    return Backlog(
+        by_state=by_state,
+        lapsed=sum(by_state.get(state, 0) for state in State.open()),
+        due=sum(by_state.get(state, 0) for state in State.pending()),
+        oldest_due_seconds=round(max(waited), 1) if waited else None,
+        unbilled=rows.filter(state=State.UNBILLED).count(),
+        stuck=rows.stuck().count(),
     )
 
 
