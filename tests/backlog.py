@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from django.utils import timezone
 
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.models import Customer, Reservation
+from django_meterly.transports.base import Transport
+
+if TYPE_CHECKING:
+    from django_meterly.transports.base import Call
 
 #: Rows inserted at a time.
 PAGE = 1000
@@ -69,3 +76,34 @@ def leave_behind(
         )
     account.reserved += count
     account.save(update_fields=["reserved"])
+
+
+class Notebook(Transport):
+    """A remote ledger that releases whatever it is told to, and notes it.
+
+    In the file that ``NOTEBOOK`` in the environment names, a line each. It costs
+    next to nothing, so that the sweeper can be tried with many rows.
+    """
+
+    def send(self, call: Call) -> dict[str, Any]:
+        assert call.operation == "release_reservation"
+        released = call.arguments["reservationId"]
+        # In one piece, whoever writes at the same time.
+        with Path(os.environ["NOTEBOOK"]).open("ab", buffering=0) as notebook:
+            notebook.write(f"{released}\n".encode())
+        return {
+            "reservationId": released,
+            "customerId": "cus_1",
+            "unit": "image_credits",
+            "amount": 1,
+            "status": "released",
+            "reference": "left",
+            "expiresAt": "2030-01-01T00:00:00Z",
+            "balance": {
+                "customerId": "cus_1",
+                "creditUnit": "image_credits",
+                "balance": 1,
+                "reserved": 0,
+                "available": 1,
+            },
+        }
