@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import re
 import tracemalloc
 from collections import Counter
@@ -48,6 +49,8 @@ pytestmark = pytest.mark.django_db(transaction=True)
 State = Reservation.State
 
 DAY = dt.timedelta(days=1)
+#: 10000 in the environment takes a minute or more.
+ROWS = int(os.environ.get("SWEEP_ROWS", "1000"))
 
 
 @pytest.fixture
@@ -124,7 +127,11 @@ def test_a_settled_row_takes_two_queries_of_the_journal(
     assert sum(table in q["sql"] for q in queries) == 2 * 20 + 2
 
 
-def test_memory_does_not_grow_with_the_backlog(notebook: Path, settings: Any) -> None:
+def test_memory_does_not_grow_with_the_backlog(
+    notebook: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "BATCH", 10)
+    monkeypatch.setattr(journal, "WINDOW", 20)
     remote = settings.METERLY
     settings.METERLY = {
         **remote,
@@ -142,14 +149,13 @@ def test_memory_does_not_grow_with_the_backlog(notebook: Path, settings: Any) ->
         finally:
             tracemalloc.stop()
 
-    peak(10)
-    small, large = peak(journal.BATCH), peak(journal.WINDOW + journal.BATCH)
-    # Eleven times the rows; the larger window of keys may be seen.
-    assert large < 2 * small, (small, large)
+    peak(30)
+    small, large = peak(30), peak(300)
+    assert large < 1.5 * small, (small, large)
     assert set(states()) == {"released"}
 
 
-def test_f38_two_sweepers_settle_ten_thousand_rows_once_each(
+def test_f38_two_sweepers_settle_many_rows_once_each(
     notebook: Path, settings: Any, tmp_path: Path
 ) -> None:
     remote = settings.METERLY
@@ -157,7 +163,7 @@ def test_f38_two_sweepers_settle_ten_thousand_rows_once_each(
         **remote,
         "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
     }
-    leave_behind(fund("user_1", 10_000), 10_000)
+    leave_behind(fund("user_1", ROWS), ROWS)
     settings.METERLY = remote
     log = tmp_path / "log"
     code = "from tests import dying; dying.settle()"
@@ -173,17 +179,17 @@ def test_f38_two_sweepers_settle_ten_thousand_rows_once_each(
             assert sweeper.stdin
             print("go", file=sweeper.stdin, flush=True)
         for sweeper in sweepers:
-            sweeper.wait(timeout=300)
+            sweeper.wait(timeout=60 + ROWS / 10)
     said = log.read_text()
     assert [sweeper.returncode for sweeper in sweepers] == [0, 0], said
     assert "could not be settled" not in said, said
     taken = [int(count) for count in re.findall(r"(\d+) taken up", said)]
-    assert sum(taken) == 10_000
+    assert sum(taken) == ROWS
     # Both had their share.
-    assert min(taken) > 1000, said
+    assert min(taken) > ROWS / 10, said
 
     times = Counter(notebook.read_text().split())
-    assert len(times) == 10_000
+    assert len(times) == ROWS
     assert set(times.values()) == {1}
     assert set(Reservation.objects.values_list("state", "settle_attempts")) == {
         ("released", 1)
@@ -384,10 +390,9 @@ def test_an_old_debt_is_not_stuck_by_an_outage(
 
 
 def refuse(remote: Any, count: int) -> None:
-    """Let *count* releases be refused until they are stuck."""
+    """Let *count* releases be refused, for the last time."""
     remote.meet("release_reservation", *[MeterlyInvalidRequestError("no")] * count)
-    with_rows = Reservation.objects.filter(state="release_pending")
-    with_rows.update(refusals=100)
+    Reservation.objects.filter(state="release_pending").update(refusals=100)
 
 
 def test_the_command_ends_with_3_when_rows_are_stuck_and_tries_them_again(
