@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from inspect import isclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError, connections, router
+from django.db import DatabaseError, OperationalError, connections, router
 from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 HTTP_TRANSPORT = "django_meterly.transports.HttpTransport"
 LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
 LEDGER_APP = "django_meterly.ledger"
+#: Seconds a row may be overdue before it is worth a warning.
+OVERDUE = 3600
+#: The longest hold: its work has to find its row when it ends.
+SHORTEST_RETENTION = 86400
 
 
 @register("meterly")
@@ -72,6 +77,13 @@ def _check_values() -> Iterator[CheckMessage]:
                 check(value, f"METERLY[{name!r}]")
             except ValueError as exc:
                 yield Error(str(exc), id="meterly.E003")
+    if meterly_settings.JOURNAL_RETENTION < SHORTEST_RETENTION:
+        yield Error(
+            "METERLY['JOURNAL_RETENTION'] must be a day at least, not "
+            f"{meterly_settings.JOURNAL_RETENTION} seconds.",
+            hint="Work that ends late has to find its reservation still there.",
+            id="meterly.E003",
+        )
     for name in CHOICES:
         try:
             check_choice(name, getattr(meterly_settings, name))
@@ -381,3 +393,61 @@ def _methods(view: Any) -> set[str] | None:
                 allowed = methods if allowed is None else allowed & methods
         view = getattr(view, "__wrapped__", None)
     return allowed
+
+
+@register("meterly", Tags.database)
+def check_sweeping(
+    databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Warn about rows that a sweeper would have settled long ago."""
+    from . import journal
+    from .models import Reservation
+
+    using = journal.alias()
+    if using not in (databases or ()):
+        return []
+    connection = connections[using]
+    try:
+        with connection.cursor() as cursor:
+            tables = connection.introspection.table_names(cursor)
+        if Reservation._meta.db_table not in tables:
+            return []
+        overdue = journal.backlog(OVERDUE)
+    except (ImproperlyConfigured, DatabaseError):
+        # A database out of reach, or before its migrations: not for this check.
+        return []
+    if overdue.oldest_due_seconds is None:
+        return []
+    return [
+        CheckWarning(
+            f"Nothing seems to sweep: {overdue.lapsed + overdue.due} reservations in "
+            f"the database {using!r} have been overdue for more than an hour, the "
+            f"oldest for {overdue.oldest_due_seconds / 3600:.1f} hours.",
+            hint=(
+                "Run manage.py meterly_settle from cron, or Celery beat with "
+                "django_meterly.tasks.beat_schedule(). If one of them runs, the "
+                "ledger is out of reach: see its log."
+            ),
+            id="meterly.W010",
+        )
+    ]
+
+
+@register("meterly")
+def check_beat(**kwargs: Any) -> list[CheckMessage]:
+    """Warn about a beat that runs some of our tasks, and not the others."""
+    if "celery" not in sys.modules:
+        return []
+    from .tasks import missing_from_beat
+
+    return [
+        CheckWarning(
+            f"Celery's beat_schedule lacks the task {name!r}.",
+            hint=(
+                "Take all of django_meterly.tasks.beat_schedule(): the one gives up "
+                "what crashed work left behind, the other asks again for grants."
+            ),
+            id="meterly.W011",
+        )
+        for name in missing_from_beat()
+    ]

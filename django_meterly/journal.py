@@ -27,10 +27,14 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import random
+import time
 import uuid
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db import (
+    DatabaseError,
     IntegrityError,
     InterfaceError,
     OperationalError,
@@ -38,9 +42,8 @@ from django.db import (
     router,
     transaction,
 )
-from django.db.models import F, Q, Sum
+from django.db.models import Count, F, Q, Sum
 from django.db.models.functions import Coalesce
-from django.utils import timezone
 
 from . import signals
 from .conf import meterly_settings
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
     from django.dispatch import Signal
 
     from .client import MeterlyClient
+    from .models import ReservationQuerySet
     from .types import Balance
     from .types import Reservation as Held
 
@@ -83,8 +87,10 @@ SETTLE_TIMEOUT = 2.0
 BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
 #: How often a debt is tried again.
 UNBILLED_INTERVAL = 6 * 3600.0
-#: Rows the sweeper looks up at a time.
-BATCH = 200
+#: Rows the sweeper takes at a time, and of how many it chooses them.
+BATCH, WINDOW = 200, 2000
+#: Rows in a row that find the ledger out of reach, after which a round ends.
+OUTAGE_AFTER = 3
 #: The ``reservation_id`` of a row that is known to have no hold; ``None`` is one
 #: of which that is not known.
 NO_HOLD = ""
@@ -413,16 +419,25 @@ def record_failure(row: Reservation) -> bool:
     return _move(row, [State.RESERVED], State.RELEASE_PENDING, **_decided())
 
 
-def record_lapsed() -> int:
-    """Give up every open row whose lease has run out; return how many."""
-    return (
-        Reservation.objects.using(alias())
-        .lapsed()
-        .update(
+def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
+    """Give up the open rows whose lease has run out; return how many.
+
+    Only those whose lease ended *older_than* seconds ago, and for *seconds* at
+    most; the rest is left to the next call.
+    """
+    return _in_batches(
+        Reservation.objects.using(alias()).lapsed(older_than),
+        lambda rows: rows.update(
+            # Due since then. Before lease_until: MySQL assigns from left to right.
+            next_attempt_at=F("lease_until"),
+            lease_until=None,
             state=State.RELEASE_PENDING,
             lapsed=True,
-            **_decided(next_attempt_at=DatabaseNow()),
-        )
+            decided_at=DatabaseNow(),
+            stuck_at=None,
+            refusals=0,
+        ),
+        seconds,
     )
 
 
@@ -441,6 +456,8 @@ def _decided(**fields: Any) -> dict[str, Any]:
 
 def _move(row: Reservation, sources: Iterable[str], target: str, **fields: Any) -> bool:
     """Move *row* from one of *sources* to *target* by one conditional UPDATE."""
+    if target in State.final():
+        fields["settled_at"] = DatabaseNow()
     using = alias()
     changed = on_live_connection(
         using,
@@ -641,7 +658,6 @@ def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
         outcome,
         next_attempt_at=None,
         stuck_at=None,
-        settled_at=DatabaseNow(),
         **fields,
     )
     if finished and outcome in _OUTCOMES:
@@ -669,7 +685,8 @@ def _record_debt(row: Reservation, exc: MeterlyError) -> None:
         _announce(signals.reservation_unbilled, row)
 
 
-def _postpone(row: Reservation, exc: MeterlyError, *, refused: bool) -> None:
+def _postpone(row: Reservation, exc: Exception, *, refused: bool) -> None:
+    row.out_of_reach = not refused
     delay = min(BACKOFF_FIRST * 2 ** min(row.settle_attempts, 20), BACKOFF_MOST)
     refusals = row.refusals + refused
     stuck = refused and refusals >= meterly_settings.MAX_SETTLE_ATTEMPTS
@@ -680,7 +697,7 @@ def _postpone(row: Reservation, exc: MeterlyError, *, refused: bool) -> None:
             next_attempt_at=from_now(delay * random.uniform(0.5, 1.0)),  # noqa: S311
             refusals=F("refusals") + int(refused),
             stuck_at=DatabaseNow() if stuck else None,
-            last_error=str(exc),
+            last_error=str(exc) or repr(exc),
         )
     )
     level = logging.WARNING if refused else logging.INFO
@@ -745,51 +762,101 @@ def _watch_balance(row: Reservation, balance: Balance, moved: int) -> None:
 # The sweeper
 
 
-def settle_due(client: MeterlyClient, *, limit: int | None = None) -> int:
-    """Carry out the decisions that are due; return how many rows were taken up.
+@dataclass
+class Round:
+    """What one round of the sweeper came to.
 
+    *taken* rows were tried, and *settled* of them are final now. After an
+    *outage* it ended early: the ledger could not be reached.
+    """
+
+    taken: int = 0
+    settled: int = 0
+    outage: bool = False
+
+
+def settle_due(
+    client: MeterlyClient,
+    *,
+    limit: int | None = None,
+    older_than: float = 0.0,
+    seconds: float | None = None,
+    on_row: Callable[[int], None] | None = None,
+) -> Round:
+    """Carry out the decisions that are due, one after the other.
+
+    At most *limit* rows, only those that are due for *older_than* seconds, and
+    for *seconds* at most. *on_row* is called with the number of rows tried so far.
     May run in any number of processes at once. A row is claimed by moving its
     next attempt into the future, so a settler that dies delays it, no more.
     """
     using = alias()
-    taken = 0
-    while limit is None or taken < limit:
+    done = Round()
+    until = _until(seconds)
+    unreached = 0
+    while True:
+        rows = Reservation.objects.using(using)
         due = list(
-            Reservation.objects.using(using)
-            .due()
+            rows.due(older_than)
             .order_by("next_attempt_at")
-            .values_list("pk", flat=True)[:BATCH]
+            .values_list("pk", flat=True)[:WINDOW]
         )
-        # Sweepers side by side are not to wait for each other row by row, and a
+        # At random: sweepers side by side are not to go for the same rows, and a
         # row that ends its settler is not to be everybody's first.
-        random.shuffle(due)
-        for pk in due[: None if limit is None else limit - taken]:
-            taken += _sweep_row(client, using, pk)
-        if len(due) < BATCH:
-            break
-    return taken
+        chosen = random.sample(due, min(BATCH, len(due)))
+        batch = list(rows.select_related("customer").filter(pk__in=chosen))
+        random.shuffle(batch)
+        for row in batch:
+            if done.taken == limit or time.monotonic() >= until:
+                return done
+            tried = _sweep_row(client, using, row)
+            if tried is None:
+                continue
+            done.taken += 1
+            done.settled += tried.state in State.final()
+            if on_row is not None:
+                on_row(done.taken)
+            unreached = unreached + 1 if tried.out_of_reach else 0
+            if unreached == OUTAGE_AFTER:
+                # What was not tried stays due, and is as it was when the ledger is
+                # back: one row after the other, for each sweeper.
+                logger.warning("The ledger is out of reach; the sweeper ends its round")
+                done.outage = True
+                return done
+        if len(due) <= BATCH:
+            return done
 
 
-def _sweep_row(client: MeterlyClient, using: str, pk: Any) -> bool:
+def _sweep_row(
+    client: MeterlyClient, using: str, row: Reservation
+) -> Reservation | None:
+    """Try *row*; return it as it is then, or ``None`` if it is somebody else's."""
     try:
         # Claimed inside: with a ledger in the same database all of it is one
         # transaction, which begins with a write.
         with client.transport.unit_of_work(using):
-            row = _claim(using, pk)
-            if row is not None:
-                _settle_claimed(client, row)
-    except Exception:
+            if not _claim(using, row):
+                return None
+            _settle_claimed(client, row)
+    except Exception as exc:
         # Whatever is wrong with one row, it must not stop the others.
-        logger.exception("Reservation %s could not be settled", pk)
-        row = _claim(using, pk)
-    return row is not None
+        logger.exception("Reservation %s could not be settled", row.pk)
+        row = Reservation.objects.using(using).get(pk=row.pk)
+        # The claim may have been rolled back.
+        claimed = _claim(using, row)
+        if isinstance(exc, DatabaseError):
+            row.out_of_reach = True
+            return row if claimed else None
+        _postpone(row, exc, refused=True)
+    return row
 
 
-def _claim(using: str, pk: Any) -> Reservation | None:
+def _claim(using: str, row: Reservation) -> bool:
+    """Take *row* up, unless somebody has done anything with it since it was read."""
     claimed = (
         Reservation.objects.using(using)
         .due()
-        .filter(pk=pk)
+        .filter(pk=row.pk, state=row.state, settle_attempts=row.settle_attempts)
         .update(
             next_attempt_at=from_now(
                 meterly_settings.DEADLINE * 3 + meterly_settings.LEASE_GRACE
@@ -797,22 +864,125 @@ def _claim(using: str, pk: Any) -> Reservation | None:
             settle_attempts=F("settle_attempts") + 1,
         )
     )
-    if not claimed:
-        return None
-    return Reservation.objects.using(using).select_related("customer").get(pk=pk)
+    row.settle_attempts += claimed
+    return bool(claimed)
 
 
 def _settle_claimed(client: MeterlyClient, row: Reservation) -> None:
-    retention = dt.timedelta(seconds=meterly_settings.JOURNAL_RETENTION)
-    decided_at = row.decided_at or row.created_at
-    if row.state == State.UNBILLED and timezone.now() - decided_at > retention:
-        stuck = Reservation.objects.using(alias()).filter(pk=row.pk, state=row.state)
-        if stuck.update(stuck_at=DatabaseNow()):
-            _announce(signals.reservation_stuck, row)
-    else:
-        settle(client, row, timeout=None)
+    settle(client, row, timeout=None)
+    if row.state != State.UNBILLED or row.out_of_reach:
+        return
+    over = from_now(-meterly_settings.JOURNAL_RETENTION)
+    debt = Reservation.objects.using(alias()).filter(
+        Q(decided_at__lt=over) | Q(decided_at=None, created_at__lt=over),
+        pk=row.pk,
+        state=row.state,
+    )
+    if debt.update(stuck_at=DatabaseNow()):
+        _announce(signals.reservation_stuck, row)
 
 
 def sweep(client: MeterlyClient, *, limit: int | None = None) -> tuple[int, int]:
     """Give up lapsed rows, then settle what is due; return both numbers."""
-    return record_lapsed(), settle_due(client, limit=limit)
+    return record_lapsed(), settle_due(client, limit=limit).taken
+
+
+def retry_stuck(rows: ReservationQuerySet) -> int:
+    """Let the stuck ones of *rows* be tried again, from now; return how many."""
+    return (
+        rows.using(alias())
+        .stuck()
+        .filter(state__in=State.pending())
+        .update(stuck_at=None, refusals=0, next_attempt_at=DatabaseNow())
+    )
+
+
+def prune(*, seconds: float | None = None) -> int:
+    """Delete what was settled ``JOURNAL_RETENTION`` ago; return how many rows.
+
+    For *seconds* at most. Nothing that is open, due, owed or stuck is deleted.
+    """
+    return _in_batches(
+        prunable(),
+        lambda rows: rows.delete()[1].get(Reservation._meta.label, 0),
+        seconds,
+    )
+
+
+def prunable() -> ReservationQuerySet:
+    """Return the rows that ``prune`` deletes."""
+    return Reservation.objects.using(alias()).settled(
+        meterly_settings.JOURNAL_RETENTION
+    )
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits for the sweeper, and for people.
+
+    *lapsed* rows are to be given up, *due* ones to be carried out; *by_state*
+    counts both. *oldest_due_seconds* is how long the one that has waited longest
+    has waited, ``None`` if none does. *unbilled* are debts, due or not; *stuck*
+    rows are not tried any more.
+    """
+
+    by_state: dict[str, int]
+    lapsed: int
+    due: int
+    oldest_due_seconds: float | None
+    unbilled: int
+    stuck: int
+
+
+def backlog(older_than: float = 0.0) -> Backlog:
+    """Count what has waited for *older_than* seconds or more; change nothing."""
+    rows = Reservation.objects.using(alias())
+    by_state: dict[str, int] = {}
+    waited = []
+    for waiting, since in (
+        (rows.lapsed(older_than), "lease_until"),
+        (rows.due(older_than), "next_attempt_at"),
+    ):
+        by_state |= dict(
+            waiting.order_by("state").values_list("state").annotate(Count("pk"))
+        )
+        oldest = (
+            waiting.order_by(since).annotate(now=DatabaseNow()).values(since, "now")
+        ).first()
+        if oldest is not None:
+            waited.append((oldest["now"] - oldest[since]).total_seconds())
+    return Backlog(
+        by_state=by_state,
+        lapsed=sum(by_state.get(state, 0) for state in State.open()),
+        due=sum(by_state.get(state, 0) for state in State.pending()),
+        oldest_due_seconds=round(max(waited), 1) if waited else None,
+        unbilled=rows.filter(state=State.UNBILLED).count(),
+        stuck=rows.stuck().count(),
+    )
+
+
+def _in_batches(
+    rows: ReservationQuerySet,
+    change: Callable[[ReservationQuerySet], int],
+    seconds: float | None,
+) -> int:
+    """Apply *change* to *rows*, some at a time; return the sum of what it returns.
+
+    *change* has to leave none of them in the queryset.
+    """
+    skip = connections[rows.db].features.has_select_for_update_skip_locked
+    until = _until(seconds)
+    changed = 0
+    while True:
+        # Two sweepers that lock many rows each can deadlock, unless each leaves
+        # the other's alone.
+        with transaction.atomic(using=rows.db) if skip else nullcontext():
+            some = rows.select_for_update(skip_locked=True) if skip else rows
+            pks = list(some.values_list("pk", flat=True)[:BATCH])
+            changed += change(rows.filter(pk__in=pks))
+        if len(pks) < BATCH or time.monotonic() >= until:
+            return changed
+
+
+def _until(seconds: float | None) -> float:
+    return float("inf") if seconds is None else time.monotonic() + seconds

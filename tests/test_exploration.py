@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 DEEP, WIDE = {"budget": 2, "sweeps": 1}, {"budget": 1, "sweeps": 2}
 NARROW = {"budget": 1, "sweeps": 1}
 SCENARIOS = [
-    (Scenario(HELD), WIDE, 100),
-    (Scenario(HELD - 3), WIDE, 100),
-    (Scenario(0), WIDE, 100),
+    (Scenario(HELD), WIDE, 90),
+    (Scenario(HELD - 3), WIDE, 90),
+    (Scenario(0), WIDE, 90),
     (Scenario(HELD + 5), WIDE, 150),
-    (Scenario(HELD, raises=True), WIDE, 100),
+    (Scenario(HELD, raises=True), WIDE, 90),
     (Scenario(HELD, forgotten=True), WIDE, 50),
-    (Scenario(HELD, credits=HELD), WIDE, 100),
+    (Scenario(HELD, credits=HELD), WIDE, 90),
     (Scenario(HELD, credits=0), DEEP, 200),
     (Scenario(None), DEEP, 500),
     (Scenario(HELD + 5, credits=HELD), DEEP, 800),
