@@ -18,6 +18,7 @@ Times are the database's.
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 import hashlib
 import json
@@ -59,7 +60,6 @@ from .models import (
 )
 
 if TYPE_CHECKING:
-    import datetime as dt
     from collections.abc import Callable
 
     from ..errors import MeterlyApiError
@@ -725,7 +725,7 @@ def use(
             account=AccountBalance(customer_id, row.unit, row.balance, row.reserved),
             reference=reference,
             description=description,
-            created_at=row.created_at,
+            created_at=dt.datetime.fromisoformat(row.created_at),
             replayed=row.code == "replayed",
         )
 
@@ -790,7 +790,7 @@ def reserve(
             amount=amount,
             status=row.status,
             reference=reference,
-            expires_at=row.expires_at,
+            expires_at=dt.datetime.fromisoformat(row.expires_at),
             account=AccountBalance(customer_id, row.unit, row.balance, row.reserved),
             replayed=row.code == "replayed",
         )
@@ -1044,7 +1044,7 @@ def _call_close(
         amount=row.amount,
         status=row.status,
         reference=row.reference,
-        expires_at=row.expires_at,
+        expires_at=dt.datetime.fromisoformat(row.expires_at),
         account=AccountBalance(row.customer_id, row.unit, row.balance, row.reserved),
         replayed=row.code == "replayed",
     )
