@@ -62,8 +62,8 @@ def close(using: str, workspace: int | str, *arguments: Any) -> Closed:
     return Closed(*_call(using, _CLOSE, workspace, arguments))
 
 
-_SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)})"  # noqa: S608 (no input)
-_CLOSE = f"SELECT meterly_close_1({', '.join(['%s'] * 8)})"  # noqa: S608 (no input)
+_SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)})"
+_CLOSE = f"SELECT meterly_close_1({', '.join(['%s'] * 8)})"
 
 
 def _call(
