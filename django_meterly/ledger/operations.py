@@ -147,13 +147,13 @@ def _retried(operation: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(operation)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        connection = connections[write_alias()]
         until = time.monotonic() + _RETRY_SECONDS
         pause = 0.01
         while True:
             try:
                 return operation(*args, **kwargs)
             except DatabaseError as exc:
+                connection = connections[write_alias()]
                 if (
                     not _passes(exc)
                     or time.monotonic() > until
@@ -493,10 +493,13 @@ class _Request:
         )
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
 def _request(
     workspace: int | str, idempotency_key: str, operation: str, **arguments: Any
 ) -> _Request:
-    text = json.dumps([operation, arguments], sort_keys=True, separators=(",", ":"))
+    text = _encode([operation, arguments])
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     return _Request(workspace, idempotency_key, fingerprint)
 
