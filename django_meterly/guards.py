@@ -14,7 +14,11 @@ from django.db import DatabaseError, connections, transaction
 from . import journal
 from .client import get_client
 from .conf import check_choice, meterly_settings
-from .errors import MeterlyInvalidKeyError, MeterlyUsageError
+from .errors import (
+    MeterlyInvalidKeyError,
+    MeterlyUnavailableError,
+    MeterlyUsageError,
+)
 from .models import MAX_CALLER_KEY_LENGTH, Customer
 from .transports.base import check_amount, check_key, check_text, check_ttl, check_unit
 
@@ -29,6 +33,9 @@ __all__ = ["Guard", "guard"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+#: The header of a task's message that names the reservation handed off to it.
+HEADER = "meterly_reservation"
 
 
 class Guard:
@@ -58,12 +65,20 @@ class Guard:
         self.ttl_seconds = ttl_seconds
         self.durable = durable
         self.overage = overage or meterly_settings.OVERAGE
+        #: The name of the view or the task that this is for.
+        self.work = ""
+        #: How many seconds the work may take without a beat; ``None`` is ttl_seconds.
+        self.lease: float | None = None
         self.reservation: Reservation | None = None
+        #: The fence of the reservation that is ours. Who writes elsewhere, too, may
+        #: send it along, to have what an outrun copy writes refused.
+        self.fence = 0
         self._balance: Balance | None = None
         self._charge: int | None = amount
         self._settled = False
         self._decided = False
         self._concluded = False
+        self._message: Message | None = None
         self._client = get_client()
 
     def __repr__(self) -> str:
@@ -90,6 +105,7 @@ class Guard:
         """
         charge = check_amount(amount, minimum=0)
         self._refuse_if_decided("settle")
+        self._refuse_if_handed_off("settle")
         if charge > self.amount and self.overage == "cap":
             logger.warning(
                 "%s used %d %s, but is charged the %d it reserved (overage is 'cap').",
@@ -108,7 +124,27 @@ class Guard:
         Raises ``MeterlyUsageError`` once the work has ended.
         """
         self._refuse_if_decided("release")
+        self._refuse_if_handed_off("release")
         self._charge = None
+
+    def hand_off(self, task: Any, /, *args: Any, **kwargs: Any) -> str:
+        """Let a ``meterly_task`` finish the work and settle; return the task's id.
+
+        *task* is the task, or a signature of it with options of its own
+        (``task.s().set(queue="gpu")``); *args* and *kwargs* are the task's. The
+        message is sent when this work has succeeded and is committed, and carries
+        the reservation's id. If the work fails, nothing is sent and the credits are
+        released; and if the message cannot be sent, they are released and
+        ``MeterlyUnavailableError`` is raised where the work ends.
+
+        Raises ``TypeError`` for a task that is not guarded, or for arguments it
+        does not take, and ``MeterlyUsageError`` once the work has ended or was
+        handed off.
+        """
+        self._refuse_if_decided("hand_off")
+        self._refuse_if_handed_off("hand_off")
+        self._message = Message(task, args, kwargs)
+        return self._message.task_id
 
     def __enter__(self) -> Guard:
         self.reserve()
@@ -161,7 +197,29 @@ class Guard:
             reference=self.reference,
             key=self.idempotency_key,
             ttl_seconds=self.ttl_seconds,
+            lease=self.lease,
         )
+
+    def adopt(self, row: Reservation) -> None:
+        """Go on under a reservation that was taken up, instead of ``reserve``."""
+        self.reservation = row
+        self.fence = row.fence
+
+    def hand_over(self, lease: float) -> bool:
+        """Let somebody else take the work up, within *lease* seconds.
+
+        Until somebody has, it can still be failed here.
+        """
+        if not journal.hand_over(self._row, fence=self.fence, lease=lease):
+            return False
+        self.fence = self._row.fence
+        return True
+
+    @property
+    def outrun(self) -> bool:
+        """Whether somebody else has taken the work up, and decides."""
+        row = self.reservation
+        return row is not None and self._message is None and row.fence != self.fence
 
     def decide(self) -> None:
         """Record success as part of the transaction that is open, the work's own.
@@ -171,7 +229,7 @@ class Guard:
         a busy account would fail the work with a serialization error.
         """
         self._decided = True
-        if not self._record_decision():
+        if not self._record_decision() or self._message is not None:
             return
         using = journal.alias()
         if self._client.transport.joins(using) and _reads_committed(using):
@@ -186,9 +244,14 @@ class Guard:
         try:
             self._conclude(self._record_decision)
         except DatabaseError:
-            if self._charge is not None and not self._client.transport.aliases():
+            if (
+                self._charge is not None
+                and self._message is None
+                and not self._client.transport.aliases()
+            ):
                 journal.commit_unrecorded(self._client, self._row, self._charge)
             raise
+        self._deliver()
 
     def fail(self) -> None:
         """Record failure, then settle, whatever the row says by now.
@@ -197,7 +260,10 @@ class Guard:
         done. Nothing is raised: the work's own exception is the one to see.
         """
         try:
-            self._conclude(lambda: journal.record_failure(self._row))
+            self._conclude(lambda: journal.record_failure(self._row, fence=self.fence))
+            if self._is_handed_over:
+                # The exception came after the COMMIT.
+                self._deliver()
         except Exception:
             logger.exception(
                 "%s could not be released; the sweeper will do it", self.reference
@@ -220,7 +286,14 @@ class Guard:
             self.fail()
 
     def confirm(self) -> None:
-        """Settle what ``decide`` has recorded, now that it is committed."""
+        """Settle what ``decide`` has recorded, now that it is committed.
+
+        Or send what was handed off; raises ``MeterlyUnavailableError`` if it cannot
+        be sent.
+        """
+        if self._message is not None:
+            self._deliver()
+            return
         try:
             self._settle_now()
         except Exception:
@@ -241,10 +314,56 @@ class Guard:
                 "decided. Call it while the work is running."
             )
 
+    def _refuse_if_handed_off(self, verb: str) -> None:
+        if self._message is not None:
+            raise MeterlyUsageError(
+                f"{verb}() came too late: the work was handed off; the task decides."
+            )
+
+    @property
+    def _is_handed_over(self) -> bool:
+        row = self._row
+        return (
+            self._message is not None
+            and row.state == row.State.RESERVED
+            and row.fence == self.fence + 1
+        )
+
+    def _deliver(self) -> None:
+        """Send what was handed off, or give the credits back."""
+        message = self._message
+        if message is None:
+            return
+        if self.durable:
+            self._send(message)
+        else:
+            transaction.on_commit(
+                lambda: self._send(message), using=journal.alias(), robust=True
+            )
+
+    def _send(self, message: Message) -> None:
+        row = self._row
+        if not self._is_handed_over:
+            # Given up meanwhile, or nobody knows: then the task would run for free.
+            raise MeterlyUnavailableError(
+                f"{self.reference} was not handed off: its reservation is {row.state}."
+            )
+        try:
+            message.send(str(row.pk))
+        except Exception as exc:
+            logger.exception("%s could not be handed off", self.reference)
+            journal.record_failure(row, fence=row.fence)
+            self._settle_now()
+            raise MeterlyUnavailableError(
+                f"The task of {self.reference} could not be sent: {exc}"
+            ) from exc
+
     def _record_decision(self) -> bool:
+        if self._message is not None:
+            return journal.hand_over(self._row, fence=self.fence)
         if self._charge is None:
-            return journal.record_failure(self._row)
-        return journal.record_success(self._row, self._charge)
+            return journal.record_failure(self._row, fence=self.fence)
+        return journal.record_success(self._row, self._charge, fence=self.fence)
 
     def _conclude(self, record: Callable[[], bool]) -> None:
         if self._concluded:
@@ -258,6 +377,8 @@ class Guard:
                 if not record():
                     # The row has another decision, and that one stands.
                     self._row.refresh_from_db(using=using)
+                if self._is_handed_over:
+                    return
                 if self.durable or transport.joins(using):
                     self._settle_now()
                 else:
@@ -277,6 +398,35 @@ class Guard:
 
     def _settle_now(self) -> None:
         journal.settle(self._client, self._row, timeout=journal.SETTLE_TIMEOUT)
+
+
+class Message:
+    """A task that is sent when the work that hands it off is committed.
+
+    Raises ``TypeError`` for a task that is not guarded, or for wrong arguments.
+    """
+
+    def __init__(self, task: Any, args: Any, kwargs: Any) -> None:
+        # A signature has a type, and options of its own.
+        guarded = getattr(task, "type", task)
+        if not getattr(guarded, "meterly_guarded", False):
+            raise TypeError(
+                f"{task!r} is no meterly_task: nobody would settle what is handed off."
+            )
+        if guarded is task:
+            self._signature = task.s(*args, **kwargs)
+        else:
+            self._signature = task.clone(args, kwargs)
+        if guarded.typing:
+            guarded.__header__(*self._signature.args, **self._signature.kwargs)
+        self.task_id = str(self._signature.options.get("task_id") or uuid.uuid4())
+
+    def send(self, reservation_id: str) -> None:
+        """Send it, with the id of the reservation and nothing else of ours."""
+        headers = self._signature.options.get("headers") or {}
+        self._signature.apply_async(
+            task_id=self.task_id, headers={**headers, HEADER: reservation_id}
+        )
 
 
 async def to_the_end(function: Callable[..., T], /, *args: Any) -> T:

@@ -414,8 +414,8 @@ class World:
 
         record_success = journal.record_success
 
-        def recorded(row: Reservation, charge: int) -> bool:
-            taken = record_success(row, charge)
+        def recorded(row: Reservation, charge: int, **options: Any) -> bool:
+            taken = record_success(row, charge, **options)
             # Whatever it says: nobody told the worker not to deliver.
             self.owed = charge
             return taken
