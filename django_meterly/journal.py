@@ -341,7 +341,7 @@ def take_up(client: MeterlyClient, customer: Customer, key: str) -> Reservation 
     )
     if row is None or row.state != State.RESERVED:
         return None
-    waiting = row.fence % 2 == 1
+    waiting = row.is_waiting
     free = Reservation.objects.using(using).filter(
         pk=row.pk, state=State.RESERVED, fence=row.fence
     )

@@ -12,8 +12,10 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from celery import shared_task
+from celery import current_app, shared_task
 from celery.exceptions import Ignore, Retry
+from django.core.checks import CheckMessage, register
+from django.core.checks import Warning as CheckWarning
 
 from .conf import meterly_settings
 from .errors import MeterlyDuplicateError, MeterlyError, MeterlyUsageError
@@ -104,7 +106,7 @@ def meterly_task(
                 # By its run(), as unit tests do.
                 return task(*args, **kwargs)
             if job.guard is None:
-                _begin(task, job, checked, args, kwargs, on_duplicate)
+                _begin(task, job, checked, args, kwargs)
             return (
                 function(task, *args, **kwargs) if bind else function(*args, **kwargs)
             )
@@ -124,6 +126,7 @@ def meterly_task(
             "meterly": property(_guard_of),
             "meterly_guarded": True,
             "meterly_on_retry": on_retry,
+            "meterly_on_duplicate": on_duplicate,
         }
         return shared_task(**{"bind": True, **attributes, **options})(run)
 
@@ -194,14 +197,12 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _begin(
-    task: Any, job: Job, options: Any, args: Any, kwargs: Any, on_duplicate: str
-) -> None:
+def _begin(task: Any, job: Job, options: Any, args: Any, kwargs: Any) -> None:
     try:
         job.begin(options, args, kwargs)
     except MeterlyDuplicateError as exc:
-        request = task.request
-        if exc.in_progress and on_duplicate == "retry" and not request.is_eager:
+        request, again = task.request, task.meterly_on_duplicate == "retry"
+        if exc.in_progress and again and not request.is_eager:
             # Not by retry(): it is no failure, and counts for nothing.
             task.signature_from_request(
                 request,
@@ -266,6 +267,24 @@ def settle_reservations() -> None:
     client = get_client()
     journal.settle_due(client)
     grants.settle_due(client)
+
+
+@register("meterly")
+def check_tasks(**kwargs: Any) -> list[CheckMessage]:
+    """Warn about guarded tasks that are lost when their worker is killed."""
+    return [
+        CheckWarning(
+            f"The task {task.name!r} is acknowledged late, and its copies are ignored.",
+            hint=(
+                "The message of a killed task is delivered again while the dead one's "
+                "lease is still good. Set on_duplicate to 'retry', or acks_late to "
+                "False."
+            ),
+            id="meterly.W008",
+        )
+        for task in current_app.tasks.values()
+        if getattr(task, "meterly_on_duplicate", "") == "ignore" and task.acks_late
+    ]
 
 
 def beat_schedule(

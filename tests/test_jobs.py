@@ -30,7 +30,7 @@ from django_meterly import (
 from django_meterly.jobs import Heart
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Reservation
-from django_meterly.tasks import meterly_task
+from django_meterly.tasks import check_tasks, meterly_task
 from tests import jobs
 from tests.books import balance, fund, let_lapse, movements, states, verify
 
@@ -195,6 +195,13 @@ def test_a_task_that_is_not_at_work_has_no_guard() -> None:
 def test_options_out_of_bounds_are_refused_at_once(options: Any) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         meterly_task(**options)
+
+
+def test_w008_a_task_whose_next_run_would_be_ignored_is_found() -> None:
+    found = [message for message in check_tasks() if "jobs." in message.msg]
+    assert [(message.id, "'jobs.works_alone'" in message.msg) for message in found] == [
+        ("meterly.W008", True)
+    ]
 
 
 # One task id, one charge
