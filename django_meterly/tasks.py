@@ -18,7 +18,12 @@ from django.core.checks import CheckMessage, register
 from django.core.checks import Warning as CheckWarning
 
 from .conf import meterly_settings
-from .errors import MeterlyDuplicateError, MeterlyError, MeterlyUsageError
+from .errors import (
+    MeterlyDuplicateError,
+    MeterlyInsufficientCreditsError,
+    MeterlyUnavailableError,
+    MeterlyUsageError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +125,11 @@ def meterly_task(
         run.__signature__ = signature  # type: ignore[attr-defined]
         attributes: dict[str, Any] = {
             # Too few credits are no accident, and need no traceback.
-            "throws": (MeterlyError, *throws),
+            "throws": (
+                MeterlyInsufficientCreditsError,
+                MeterlyUnavailableError,
+                *throws,
+            ),
             "__call__": _call,
             "retry": _retry,
             "meterly": property(_guard_of),
@@ -201,8 +210,11 @@ def _begin(task: Any, job: Job, options: Any, args: Any, kwargs: Any) -> None:
     try:
         job.begin(options, args, kwargs)
     except MeterlyDuplicateError as exc:
-        request, again = task.request, task.meterly_on_duplicate == "retry"
-        if exc.in_progress and again and not request.is_eager:
+        # Celery says no more of it than "ignored".
+        request = task.request
+        logger.info("%s[%s] is left alone: %s", task.name, request.id, exc)
+        again = exc.in_progress and task.meterly_on_duplicate == "retry"
+        if again and not request.is_eager:
             # Not by retry(): it is no failure, and counts for nothing.
             task.signature_from_request(
                 request,

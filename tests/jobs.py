@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from celery import current_task
 from celery.exceptions import Reject
 
+from django_meterly import MeterlyUnavailableError
 from django_meterly.tasks import meterly_task
 
 if TYPE_CHECKING:
@@ -80,6 +81,24 @@ def handed_off(folder: str | None = None, used: int | None = None) -> None:
     at_work(folder)
     if used is not None:
         current_task.meterly.settle(used)
+
+
+@meterly_task(amount=25, name="jobs.handed_off_retries", bind=True)
+def handed_off_retries(self: Any, folder: str | None = None) -> None:
+    at_work(folder)
+    if not self.request.retries:
+        raise self.retry(countdown=0)
+    self.meterly.settle(7)
+
+
+@meterly_task(
+    amount=25,
+    customer=payer,
+    name="jobs.waits_for_the_ledger",
+    autoretry_for=(MeterlyUnavailableError,),
+    retry_kwargs={"countdown": 0},
+)
+def waits_for_the_ledger(external_id: str) -> None: ...
 
 
 def _retrying(self: Any, external_id: str, fail: int, folder: str | None) -> int:
@@ -178,6 +197,5 @@ works_alone = meterly_task(
     customer=payer,
     name="jobs.works_alone",
     bind=True,
-    acks_late=True,
     on_duplicate="ignore",
 )(_work)

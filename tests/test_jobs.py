@@ -197,11 +197,14 @@ def test_options_out_of_bounds_are_refused_at_once(options: Any) -> None:
         meterly_task(**options)
 
 
-def test_w008_a_task_whose_next_run_would_be_ignored_is_found() -> None:
-    found = [message for message in check_tasks() if "jobs." in message.msg]
-    assert [(message.id, "'jobs.works_alone'" in message.msg) for message in found] == [
-        ("meterly.W008", True)
-    ]
+def test_a_task_whose_next_run_would_be_ignored_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert check_tasks() == []
+    monkeypatch.setattr(type(jobs.works_alone), "acks_late", True)
+    [message] = check_tasks()
+    assert message.id == "meterly.W008"
+    assert "'jobs.works_alone'" in message.msg
 
 
 # One task id, one charge
@@ -380,6 +383,16 @@ def test_f34_a_retry_called_plainly_raises_and_releases(customer: Customer) -> N
     with pytest.raises(jobs.Broken):
         jobs.retries_keeping("user_1", 1, None)
     assert states() == ["released"]
+
+
+def test_f34_a_ledger_that_cannot_be_asked_is_asked_again(
+    remote: Any, settings: Any
+) -> None:
+    customer = fund("user_1")
+    remote.meet("reserve_credits", "unsent", "unsent")
+    assert jobs.waits_for_the_ledger.apply(("user_1",)).state == "SUCCESS"
+    assert states() == ["failed", "failed", "committed"]
+    assert balance(customer) == (75, 0)
 
 
 # Heartbeats
@@ -728,6 +741,16 @@ def test_a_signature_keeps_its_own_options(customer: Customer, sent: list[Any]) 
     assert sent[0]["task_id"] == task_id
     assert sent[0]["kwargs"] == {"used": 3}
     assert sent[0]["headers"].keys() == {"mine", "meterly_reservation"}
+
+
+def test_f37_a_task_that_is_always_eager_can_be_handed_off(
+    any_requests: bool, client: Client, app: Celery
+) -> None:
+    app.conf.task_always_eager = True
+    assert client.post("/").status_code == 202
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    assert balance(alice()) == (75, 0)
 
 
 def test_a_header_that_names_no_reservation_runs_nothing(
