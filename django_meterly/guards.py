@@ -79,6 +79,7 @@ class Guard:
         self._decided = False
         self._concluded = False
         self._message: Message | None = None
+        self._delivered = False
         self._client = get_client()
 
     def __repr__(self) -> str:
@@ -332,8 +333,9 @@ class Guard:
     def _deliver(self) -> None:
         """Send what was handed off, or give the credits back."""
         message = self._message
-        if message is None:
+        if message is None or self._delivered:
             return
+        self._delivered = True
         if self.durable:
             self._send(message)
         else:

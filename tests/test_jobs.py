@@ -201,7 +201,7 @@ def test_a_task_whose_next_run_would_be_ignored_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert check_tasks() == []
-    monkeypatch.setattr(type(jobs.works_alone), "acks_late", True)
+    monkeypatch.setattr(jobs.works_alone._get_current_object(), "acks_late", True)
     [message] = check_tasks()
     assert message.id == "meterly.W008"
     assert "'jobs.works_alone'" in message.msg
@@ -699,6 +699,17 @@ def test_f36_a_transaction_that_rolls_back_takes_the_hand_off_along(
     assert not sent[0]["in_transaction"]
     assert states() == ["reserved"]
     assert balance(customer) == (100, 25)
+
+
+def test_what_was_handed_off_is_sent_once(customer: Customer, sent: list[Any]) -> None:
+    work = guard("user_1", 25)
+    work.reserve()
+    work.hand_off(jobs.handed_off)
+    work.succeed()
+    work.succeed()
+    work.fail()
+    assert len(sent) == 1
+    assert states() == ["reserved"]
 
 
 def test_what_was_handed_off_is_out_of_the_views_hands(
