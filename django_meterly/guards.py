@@ -40,6 +40,11 @@ __all__ = ["Guard", "guard"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+#: The header of a task's message that names the reservation handed off to it.
+HEADER = "meterly_reservation"
+#: What stands there instead of an id, for work that nobody is charged for.
+UNCHARGED = "uncharged"
+
 
 class Guard:
     """One guarded piece of work: what ``guard()`` returns and ``request.meterly`` is.
@@ -75,7 +80,12 @@ class Guard:
         self.work = ""
         self.on_unavailable = on_unavailable or meterly_settings.ON_UNAVAILABLE
         self.enforcement = enforcement or meterly_settings.ENFORCEMENT
+        #: How many seconds the work may take without a beat; ``None`` is ttl_seconds.
+        self.lease: float | None = None
         self.reservation: Reservation | None = None
+        #: The fence of the reservation that is ours. Who writes elsewhere, too, may
+        #: send it along, to have what an outrun copy writes refused.
+        self.fence = 0
         self._balance: Balance | None = None
         self._charge: int | None = amount
         self._settled = False
@@ -84,6 +94,8 @@ class Guard:
         # Why the work would not have been run; only in shadow.
         self._invalid = invalid
         self._uncharged = False
+        self._message: Message | None = None
+        self._delivered = False
 
     @cached_property
     def _client(self) -> MeterlyClient:
@@ -114,6 +126,7 @@ class Guard:
         """
         charge = check_amount(amount, minimum=0)
         self._refuse_if_decided("settle")
+        self._refuse_if_handed_off("settle")
         if charge > self.amount and self.overage == "cap":
             logger.warning(
                 "%s used %d %s, but is charged the %d it reserved (overage is 'cap').",
@@ -132,7 +145,27 @@ class Guard:
         Raises ``MeterlyUsageError`` once the work has ended.
         """
         self._refuse_if_decided("release")
+        self._refuse_if_handed_off("release")
         self._charge = None
+
+    def hand_off(self, task: Any, /, *args: Any, **kwargs: Any) -> str:
+        """Let a ``meterly_task`` finish the work and settle; return the task's id.
+
+        *task* is the task, or a signature of it with options of its own
+        (``task.s().set(queue="gpu")``); *args* and *kwargs* are the task's. The
+        message is sent when this work has succeeded and is committed, and carries
+        the reservation's id. If the work fails, nothing is sent and the credits are
+        released; and if the message cannot be sent, they are released and
+        ``MeterlyUnavailableError`` is raised where the work ends.
+
+        Raises ``TypeError`` for a task that is not guarded, or for arguments it
+        does not take, and ``MeterlyUsageError`` once the work has ended or was
+        handed off.
+        """
+        self._refuse_if_decided("hand_off")
+        self._refuse_if_handed_off("hand_off")
+        self._message = Message(task, args, kwargs)
+        return self._message.task_id
 
     def __enter__(self) -> Guard:
         self.reserve()
@@ -230,7 +263,29 @@ class Guard:
             ttl_seconds=self.ttl_seconds,
             work=self.work,
             on_unavailable=self.on_unavailable,
+            lease=self.lease,
         )
+
+    def adopt(self, row: Reservation) -> None:
+        """Go on under a reservation that was taken up, instead of ``reserve``."""
+        self.reservation = row
+        self.fence = row.fence
+
+    def hand_over(self, lease: float) -> bool:
+        """Let somebody else take the work up, within *lease* seconds.
+
+        Until somebody has, it can still be failed here.
+        """
+        if not journal.hand_over(self._row, fence=self.fence, lease=lease):
+            return False
+        self.fence = self._row.fence
+        return True
+
+    @property
+    def outrun(self) -> bool:
+        """Whether somebody else has taken the work up, and decides."""
+        row = self.reservation
+        return row is not None and self._message is None and row.fence != self.fence
 
     def decide(self) -> None:
         """Record success as part of the transaction that is open, the work's own.
@@ -240,7 +295,7 @@ class Guard:
         a busy account would fail the work with a serialization error.
         """
         self._decided = True
-        if self._uncharged or not self._record_decision():
+        if self._uncharged or not self._record_decision() or self._message is not None:
             return
         using = journal.alias()
         if self._client.transport.joins(using) and _reads_committed(using):
@@ -255,9 +310,14 @@ class Guard:
         try:
             self._conclude(self._record_decision)
         except DatabaseError:
-            if self._charge is not None and not self._client.transport.aliases():
+            if (
+                self._charge is not None
+                and self._message is None
+                and not self._client.transport.aliases()
+            ):
                 journal.commit_unrecorded(self._client, self._row, self._charge)
             raise
+        self._deliver()
 
     def fail(self) -> None:
         """Record failure, then settle, whatever the row says by now.
@@ -266,7 +326,10 @@ class Guard:
         done. Nothing is raised: the work's own exception is the one to see.
         """
         try:
-            self._conclude(lambda: journal.record_failure(self._row))
+            self._conclude(lambda: journal.record_failure(self._row, fence=self.fence))
+            if self._is_handed_over:
+                # The exception came after the COMMIT.
+                self._deliver()
         except Exception:
             logger.exception(
                 "%s could not be released; the sweeper will do it", self.reference
@@ -289,7 +352,14 @@ class Guard:
             self.fail()
 
     def confirm(self) -> None:
-        """Settle what ``decide`` has recorded, now that it is committed."""
+        """Settle what ``decide`` has recorded, now that it is committed.
+
+        Or send what was handed off; raises ``MeterlyUnavailableError`` if it cannot
+        be sent.
+        """
+        if self._message is not None:
+            self._deliver()
+            return
         if self._uncharged:
             return
         try:
@@ -312,10 +382,60 @@ class Guard:
                 "decided. Call it while the work is running."
             )
 
+    def _refuse_if_handed_off(self, verb: str) -> None:
+        if self._message is not None:
+            raise MeterlyUsageError(
+                f"{verb}() came too late: the work was handed off; the task decides."
+            )
+
+    @property
+    def _is_handed_over(self) -> bool:
+        row = self._row
+        return (
+            self._message is not None
+            and row.state == row.State.RESERVED
+            and row.fence == self.fence + 1
+        )
+
+    def _deliver(self) -> None:
+        """Send what was handed off, or give the credits back."""
+        message = self._message
+        if message is None or self._delivered:
+            return
+        self._delivered = True
+        if self.durable:
+            self._send(message)
+        else:
+            transaction.on_commit(
+                lambda: self._send(message), using=journal.alias(), robust=True
+            )
+
+    def _send(self, message: Message) -> None:
+        if self._uncharged:
+            message.send(UNCHARGED)
+            return
+        row = self._row
+        if not self._is_handed_over:
+            # Given up meanwhile, or nobody knows: then the task would run for free.
+            raise MeterlyUnavailableError(
+                f"{self.reference} was not handed off: its reservation is {row.state}."
+            )
+        try:
+            message.send(str(row.pk))
+        except Exception as exc:
+            logger.exception("%s could not be handed off", self.reference)
+            journal.record_failure(row, fence=row.fence)
+            self._settle_now()
+            raise MeterlyUnavailableError(
+                f"The task of {self.reference} could not be sent: {exc}"
+            ) from exc
+
     def _record_decision(self) -> bool:
+        if self._message is not None:
+            return journal.hand_over(self._row, fence=self.fence)
         if self._charge is None:
-            return journal.record_failure(self._row)
-        return journal.record_success(self._row, self._charge)
+            return journal.record_failure(self._row, fence=self.fence)
+        return journal.record_success(self._row, self._charge, fence=self.fence)
 
     def _conclude(self, record: Callable[[], bool]) -> None:
         if self._concluded:
@@ -331,6 +451,8 @@ class Guard:
                 if not record():
                     # The row has another decision, and that one stands.
                     self._row.refresh_from_db(using=using)
+                if self._is_handed_over:
+                    return
                 if self.durable or transport.joins(using):
                     self._settle_now()
                 else:
@@ -350,6 +472,35 @@ class Guard:
 
     def _settle_now(self) -> None:
         journal.settle(self._client, self._row, timeout=journal.SETTLE_TIMEOUT)
+
+
+class Message:
+    """A task that is sent when the work that hands it off is committed.
+
+    Raises ``TypeError`` for a task that is not guarded, or for wrong arguments.
+    """
+
+    def __init__(self, task: Any, args: Any, kwargs: Any) -> None:
+        # A signature has a type, and options of its own.
+        guarded = getattr(task, "type", task)
+        if not getattr(guarded, "meterly_guarded", False):
+            raise TypeError(
+                f"{task!r} is no meterly_task: nobody would settle what is handed off."
+            )
+        if guarded is task:
+            self._signature = task.s(*args, **kwargs)
+        else:
+            self._signature = task.clone(args, kwargs)
+        if guarded.typing:
+            guarded.__header__(*self._signature.args, **self._signature.kwargs)
+        self.task_id = str(self._signature.options.get("task_id") or uuid.uuid4())
+
+    def send(self, reservation_id: str) -> None:
+        """Send it, with the id of the reservation and nothing else of ours."""
+        headers = self._signature.options.get("headers") or {}
+        self._signature.apply_async(
+            task_id=self.task_id, headers={**headers, HEADER: reservation_id}
+        )
 
 
 async def to_the_end(function: Callable[..., T], /, *args: Any) -> T:

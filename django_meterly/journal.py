@@ -20,6 +20,12 @@ A row that runs *on trust* (``ON_UNAVAILABLE``) is ``reserved`` without a
 reservation id. That column is written once: with the hold's id, or with
 ``NO_HOLD`` when the ledger has refused the reserve. Only the hold that stands there
 is committed, and only a row with ``NO_HOLD`` is charged without one.
+
+Who decides is said by the row's *fence*: an even number is somebody's who works
+under it, an odd one means that the work was handed over and that nobody has taken
+it up yet. Handing over and taking up are conditional UPDATEs, too, and so is the
+next attempt of a key, which fences the earlier ones off: of all who ever worked
+on one thing, only the last may decide.
 """
 
 from __future__ import annotations
@@ -44,6 +50,7 @@ from django.db import (
 )
 from django.db.models import Count, F, Q, Sum
 from django.db.models.functions import Coalesce
+from django.utils import timezone
 
 from . import signals
 from .conf import meterly_settings
@@ -152,13 +159,15 @@ def reserve(
     ttl_seconds: int,
     work: str = "",
     on_unavailable: str = "deny",
+    lease: float | None = None,
 ) -> tuple[Reservation, Balance | None]:
     """Write the intent, ask the ledger to hold *amount*, and record its answer.
 
-    Without a *key*, a random one is used. *work* names the view or the task.
-    Returns the row, which is ``reserved``, and the balance after the hold. With a
-    ledger in the journal's own database, row and hold are one transaction. With
-    *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
+    Without a *key*, a random one is used. *work* names the view or the task. *lease*
+    is how many seconds the work may take without a ``beat``; *ttl_seconds* by
+    default. Returns the row, which is ``reserved``, and the balance after the hold.
+    With a ledger in the journal's own database, row and hold are one transaction.
+    With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
     trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
     ``MeterlyInsufficientCreditsError`` (row ``denied``),
     ``MeterlyUnavailableError`` (the work must not run; a hold that may exist is
@@ -167,6 +176,7 @@ def reserve(
     """
     using = alias()
     deadline = meterly_settings.DEADLINE
+    lease = ttl_seconds if lease is None else lease
     # A customer's first reserve is two calls, and they share the one deadline.
     limited = client.within(deadline)
     outage: MeterlyError | None = None
@@ -191,6 +201,8 @@ def reserve(
     with client.transport.unit_of_work(using):
         try:
             with transaction.atomic(using=using):
+                if row.attempt > 1:
+                    _fence_off(using, row)
                 row.save(force_insert=True, using=using)
         except IntegrityError as exc:
             # Somebody else opened this attempt in between: theirs runs, not ours.
@@ -198,10 +210,10 @@ def reserve(
             raise MeterlyDuplicateError(
                 f"The idempotency key {key!r} is in use right now.", in_progress=True
             ) from exc
-        answer = outage or _ask(client, limited, row)
+        answer = outage or _ask(client, limited, row, lease)
     # Outside the block, so that a refusal is recorded and not rolled back.
     if isinstance(answer, OUTAGE):
-        if on_unavailable == "allow" and _trust(row):
+        if on_unavailable == "allow" and _trust(row, lease):
             logger.info("Reservation %s runs on trust: %s", row.pk, answer)
             return row, None
         answer = _give_up(row, answer, lapses=on_unavailable != "allow")
@@ -240,6 +252,23 @@ def _next_attempt(using: str, row: Reservation) -> int:
     return last.attempt + 1
 
 
+def _fence_off(using: str, row: Reservation) -> None:
+    """Let nobody decide an earlier attempt of the key of *row* any more.
+
+    Inside the transaction that opens *row*. Raises ``MeterlyDuplicateError`` when
+    one of them succeeded after all, in the last moment.
+    """
+    earlier = Reservation.objects.using(using).filter(
+        customer=row.customer, key=row.key
+    )
+    # First the UPDATE: it waits for a decision that is being recorded, and one
+    # that comes later finds the fence moved.
+    earlier.filter(state__in=State.free()).update(fence=F("fence") + 2)
+    succeeded = earlier.exclude(state__in=State.free()).first()
+    if succeeded is not None:
+        raise _duplicate(succeeded)
+
+
 def _duplicate(row: Reservation) -> MeterlyDuplicateError:
     in_progress = row.state in (*State.open(), State.RELEASE_PENDING)
     return MeterlyDuplicateError(
@@ -253,7 +282,7 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
 
 
 def _ask(
-    client: MeterlyClient, limited: MeterlyClient, row: Reservation
+    client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
 ) -> Balance | MeterlyError:
     """Send the reserve, by the *limited* client, and record what came of it.
 
@@ -296,7 +325,7 @@ def _ask(
         reservation_id=held.reservation_id,
         # From the moment the intent was written: the hold cannot be older.
         lease_until=F("lease_until")
-        + dt.timedelta(seconds=row.ttl_seconds - meterly_settings.DEADLINE),
+        + dt.timedelta(seconds=lease - meterly_settings.DEADLINE),
     ):
         # The sweeper may have been told that there is no hold, before there was.
         _give_back(client, row, held)
@@ -309,7 +338,7 @@ def _ask(
     return held.balance
 
 
-def _trust(row: Reservation) -> bool:
+def _trust(row: Reservation, lease: float) -> bool:
     """Let the work of *row* run on trust, if ``UNAVAILABLE_CAP`` has room for it.
 
     What the customer has had on trust in this unit, and not paid for yet, counts.
@@ -335,7 +364,7 @@ def _trust(row: Reservation) -> bool:
             row,
             [State.INTENT],
             State.RESERVED,
-            lease_until=from_now(row.ttl_seconds + meterly_settings.LEASE_GRACE),
+            lease_until=from_now(lease + meterly_settings.LEASE_GRACE),
         )
 
     return on_live_connection(using, trust)
@@ -391,32 +420,131 @@ def _unavailable(exc: MeterlyError) -> MeterlyUnavailableError:
     return unavailable
 
 
+# Handing over, and the lease of work that beats
+
+
+def hand_over(
+    row: Reservation, *, fence: int, lease: float | None = None, **fields: Any
+) -> bool:
+    """Let whoever comes for it take the work of *row* up, and decide.
+
+    For *lease* seconds, or for as long as the row had. Afterwards it lapses.
+    """
+    if lease is not None:
+        fields["lease_until"] = from_now(lease)
+    return _move(
+        row, [State.RESERVED], State.RESERVED, fence, fence=fence + 1, **fields
+    )
+
+
+def take_up(client: MeterlyClient, customer: Customer, key: str) -> Reservation | None:
+    """Take up the work of *key* that was handed over, or that was left lying.
+
+    The row's fence is then the caller's. ``None`` when there is nothing to take
+    up: the last attempt is somebody's whose lease is good, or is decided, or was
+    never made, or its hold is gone, and it is given up.
+    """
+    using = alias()
+    row = (
+        Reservation.objects.using(using)
+        .select_related("customer")
+        .filter(customer=customer, key=key)
+        .order_by("-attempt")
+        .first()
+    )
+    if row is None or row.state != State.RESERVED:
+        return None
+    waiting = row.is_waiting
+    free = Reservation.objects.using(using).filter(
+        pk=row.pk, state=State.RESERVED, fence=row.fence
+    )
+    if not waiting:
+        free = free.lapsed()
+    fence = row.fence + (1 if waiting else 2)
+    if not free.update(fence=fence, lease_until=from_now(meterly_settings.LEASE_GRACE)):
+        return None
+    row.fence = fence
+    age = (timezone.now() - row.created_at).total_seconds()
+    # A hold that was handed over a moment ago is there. One that was left lying may
+    # have been charged while the database was down.
+    if (waiting and age < row.ttl_seconds / 2) or extend(client, row, f"{fence}"):
+        return row
+    # It would be paid for by a debit, which may find nothing: rather try again.
+    if _move(
+        row, [State.RESERVED], State.RELEASE_PENDING, fence, lapsed=True, **_decided()
+    ):
+        row.lapsed = True
+        settle(client, row, timeout=SETTLE_TIMEOUT)
+    return None
+
+
+def beat(row: Reservation, *, fence: int) -> bool:
+    """Renew the lease of *row* to ``LEASE_GRACE``; return whether it is still ours."""
+    return _move(
+        row,
+        [State.RESERVED],
+        State.RESERVED,
+        fence,
+        lease_until=from_now(meterly_settings.LEASE_GRACE),
+    )
+
+
+def extend(
+    client: MeterlyClient, row: Reservation, name: str, seconds: int | None = None
+) -> bool:
+    """Let the hold of *row* last for *seconds* from now, where the ledger allows it.
+
+    That is ``ttl_seconds`` again by default. *name* tells this extension from the
+    others. Returns whether there may still be a hold; when the ledger does not know
+    the call, or cannot be asked, there may.
+    """
+    if not row.reservation_id:
+        return True
+    try:
+        client.within(SETTLE_TIMEOUT, attempts=1).extend_reservation(
+            row.reservation_id,
+            row.ttl_seconds if seconds is None else seconds,
+            idempotency_key=row.wire_key(f"extend-{name}"),
+        )
+    except (
+        MeterlyReservationExpiredError,
+        MeterlyReservationReleasedError,
+        MeterlyReservationCommittedError,
+    ):
+        return False
+    except MeterlyError as exc:
+        logger.warning("The hold of reservation %s is not extended: %s", row.pk, exc)
+    return True
+
+
 # Decisions
 
 
-def record_success(row: Reservation, charge: int) -> bool:
+def record_success(row: Reservation, charge: int, *, fence: int | None = None) -> bool:
     """Record that the work succeeded and *charge* credits are owed.
 
     Also after the lease has lapsed, and after the release: work that was done
-    is paid for. Returns whether the row took the decision.
+    is paid for; but not when somebody else has the *fence*. Returns whether the
+    row took the decision.
     """
     return _move(
         row,
         [State.RESERVED, State.RELEASE_PENDING, State.RELEASED],
         State.COMMIT_PENDING,
+        fence,
         charge=charge,
         lapsed=False,
         **_decided(),
     )
 
 
-def record_failure(row: Reservation) -> bool:
+def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
     """Record that the work failed, or is to cost nothing.
 
     Returns whether the row took the decision; if not, the row has another one,
-    which stands.
+    which stands, or somebody else has the *fence*.
     """
-    return _move(row, [State.RESERVED], State.RELEASE_PENDING, **_decided())
+    return _move(row, [State.RESERVED], State.RELEASE_PENDING, fence, **_decided())
 
 
 def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
@@ -454,23 +582,29 @@ def _decided(**fields: Any) -> dict[str, Any]:
     }
 
 
-def _move(row: Reservation, sources: Iterable[str], target: str, **fields: Any) -> bool:
-    """Move *row* from one of *sources* to *target* by one conditional UPDATE."""
+def _move(
+    row: Reservation,
+    sources: Iterable[str],
+    target: str,
+    held: int | None = None,
+    /,
+    **fields: Any,
+) -> bool:
+    """Move *row* from one of *sources* to *target* by one conditional UPDATE.
+
+    With the fence that the caller *held*, only if it is still the row's.
+    """
     if target in State.final():
         fields["settled_at"] = DatabaseNow()
     using = alias()
-    changed = on_live_connection(
-        using,
-        lambda: (
-            Reservation.objects.using(using)
-            .filter(pk=row.pk, state__in=list(sources))
-            .update(state=target, **fields)
-        ),
-    )
+    rows = Reservation.objects.using(using).filter(pk=row.pk, state__in=list(sources))
+    if held is not None:
+        rows = rows.filter(fence=held)
+    changed = on_live_connection(using, lambda: rows.update(state=target, **fields))
     if changed:
         row.state = target
-        if "charge" in fields:
-            row.charge = fields["charge"]
+        for name in fields.keys() & {"charge", "fence"}:
+            setattr(row, name, fields[name])
     return bool(changed)
 
 

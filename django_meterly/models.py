@@ -380,6 +380,11 @@ class Reservation(models.Model):
     def __str__(self) -> str:
         return f"{self.reference} ({self.get_state_display()})"
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the work was handed over, and nobody has taken it up yet."""
+        return self.state == self.State.RESERVED and self.fence % 2 == 1
+
     def wire_key(self, operation: str) -> str:
         """Return the key of this attempt's ``reserve``, ``commit``, ... call.
 

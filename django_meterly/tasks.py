@@ -1,19 +1,269 @@
-"""Celery tasks that settle what crashes and outages left behind.
+"""``meterly_task``, and the Celery tasks that settle what crashes left behind.
 
-``manage.py meterly_settle`` does the same without Celery.
+``manage.py meterly_settle`` does the latter without Celery.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import datetime as dt
+import inspect
+import logging
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 from celery import current_app, shared_task
+from celery.exceptions import Ignore, Retry
+from django.core.checks import CheckMessage, register
+from django.core.checks import Warning as CheckWarning
+
+from .conf import meterly_settings
+from .errors import (
+    MeterlyDuplicateError,
+    MeterlyInsufficientCreditsError,
+    MeterlyUnavailableError,
+    MeterlyUsageError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .guards import Guard
+    from .jobs import Job
+
+logger = logging.getLogger(__name__)
 
 # Settings modules import beat_schedule(): the models are not to be had yet.
 
 #: Runs that may wait in a busy queue; what waits for longer expires. Not 1: in a
 #: queue that lags behind by a whole interval, nothing would ever run.
 MOST_WAITING = 20
+
+#: The guarded job at work in this thread, the innermost if they are nested.
+_current: ContextVar[Job | None] = ContextVar("meterly_job", default=None)
+
+
+def meterly_task(
+    unit: str | None = None,
+    amount: int | Callable[..., Any] = 1,
+    *,
+    customer: Callable[..., Any] | None = None,
+    reference: str | Callable[..., Any] | None = None,
+    overage: str | None = None,
+    on_unavailable: str | None = None,
+    enforcement: str | None = None,
+    ttl_seconds: int | None = None,
+    on_retry: str = "keep",
+    on_duplicate: str = "retry",
+    bind: bool = False,
+    throws: tuple[type[Exception], ...] = (),
+    **options: Any,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Guard a Celery task: reserve credits, run it, then commit or release.
+
+    ::
+
+        @meterly_task("gpu_seconds", 100, customer=owner_of, bind=True)
+        def render_video(self, job_id):
+            ...
+            self.meterly.settle(used)
+
+    *unit*, *amount*, *overage*, *on_unavailable* and *enforcement* are those of
+    ``meterly_guard``. *customer*,
+    *amount* and *reference* may be functions; they get the task's arguments. A task
+    without *customer* can only be handed off (``request.meterly.hand_off``), and then
+    runs under the reservation of the view. *ttl_seconds* is how long credits are held
+    when nobody is heard of; while the task runs, its heartbeat extends the hold.
+    Everything else goes to ``shared_task``.
+
+    While the task runs, its ``meterly`` is the ``Guard``: ``self.meterly`` with *bind*,
+    else ``celery.current_task.meterly``.
+
+    One task id is charged once, however often its message is delivered. *on_retry*
+    says what ``retry()`` and ``autoretry_for`` do with the credits: ``"keep"`` them
+    for the retry, or ``"release"`` them. *on_duplicate* says what a copy does that
+    comes while the task is at work elsewhere: ``"retry"`` looks again after
+    ``LEASE_GRACE``, in case that worker dies; ``"ignore"`` ends it.
+
+    Raises ``ValueError`` and ``TypeError`` for options out of bounds when the task is
+    defined. The task raises what ``guard()`` raises.
+    """
+    # Not above: a settings module may import this one.
+    from .options import GuardOptions
+
+    checked = GuardOptions(
+        unit=unit,
+        amount=amount,
+        customer=customer,
+        reference=reference,
+        overage=overage,
+        on_unavailable=on_unavailable,
+        enforcement=enforcement,
+        ttl_seconds=ttl_seconds,
+    )
+    for name, value, choices in (
+        ("on_retry", on_retry, ("keep", "release")),
+        ("on_duplicate", on_duplicate, ("retry", "ignore")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, not {value!r}.")
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @wraps(function)
+        def run(task: Any, *args: Any, **kwargs: Any) -> Any:
+            job = _job_of(task)
+            if job is None:
+                # By its run(), as unit tests do.
+                return task(*args, **kwargs)
+            if job.guard is None:
+                _begin(task, job, checked, args, kwargs)
+            return (
+                function(task, *args, **kwargs) if bind else function(*args, **kwargs)
+            )
+
+        # By this Celery checks a task's arguments when it is sent.
+        signature = inspect.signature(function)
+        if not bind:
+            first = inspect.Parameter("task", inspect.Parameter.POSITIONAL_ONLY)
+            parameters = [first, *signature.parameters.values()]
+            signature = signature.replace(parameters=parameters)
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        attributes: dict[str, Any] = {
+            # Too few credits are no accident, and need no traceback.
+            "throws": (
+                MeterlyInsufficientCreditsError,
+                MeterlyUnavailableError,
+                *throws,
+            ),
+            "__call__": _call,
+            "retry": _retry,
+            "meterly": property(_guard_of),
+            "meterly_guarded": True,
+            "meterly_on_retry": on_retry,
+            "meterly_on_duplicate": on_duplicate,
+        }
+        return shared_task(**{"bind": True, **attributes, **options})(run)
+
+    return decorate
+
+
+def _job_of(task: Any) -> Job | None:
+    """Return the innermost job of *task* that is at work in this thread."""
+    job = _current.get()
+    while job is not None and job.name != task.name:
+        job = job.outer
+    return job
+
+
+def _guard_of(task: Any) -> Guard:
+    job = _job_of(task)
+    if job is None or job.guard is None:
+        raise MeterlyUsageError(f"{task.name} is not at work: it has no guard now.")
+    return job.guard
+
+
+def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run *task*, and conclude when all that Celery puts around it is done.
+
+    Workers, ``apply`` and plain calls come here. Only out here it is known whether
+    an exception is a retry.
+    """
+    from .guards import HEADER
+    from .jobs import Job
+
+    request, outer = task.request, _job_of(task)
+    direct = request.called_directly or (
+        # A task that calls itself as a function is no second delivery.
+        outer is not None and outer.request_id == request.id
+    )
+    task_id = request.id
+    if request.replaced_task_nesting:
+        # The task that takes a task's place has its id, and may have its name.
+        task_id = f"{task_id}:{request.replaced_task_nesting}"
+    job = Job(
+        task.name,
+        None if direct else task_id,
+        request_id=request.id,
+        reservation_id=None if direct else (request.headers or {}).get(HEADER),
+        outer=_current.get(),
+    )
+    if not direct:
+        # Celery copies the request for a task with a __call__ of its own. The list
+        # of what it has started is made here, so that both have the same.
+        _ = request.children
+    token = _current.set(job)
+    try:
+        result = super(type(task), task).__call__(*args, **kwargs)
+        job.succeed()
+    except BaseException as exc:
+        if not (job.passed_on and isinstance(exc, Retry)):
+            job.fail()
+        raise
+    finally:
+        _current.reset(token)
+    if job.guard is not None and job.guard.outrun:
+        logger.warning(
+            "%s was taken up by another copy meanwhile: this one settles nothing, and "
+            "its result is dropped.",
+            job.guard.reference,
+        )
+        raise Ignore("Another copy of this task has taken it up.")
+    return result
+
+
+def _begin(task: Any, job: Job, options: Any, args: Any, kwargs: Any) -> None:
+    try:
+        job.begin(options, args, kwargs)
+    except MeterlyDuplicateError as exc:
+        # Celery says no more of it than "ignored".
+        request = task.request
+        logger.info("%s[%s] is left alone: %s", task.name, request.id, exc)
+        again = exc.in_progress and task.meterly_on_duplicate == "retry"
+        if again and not request.is_eager:
+            # Not by retry(): it is no failure, and counts for nothing.
+            task.signature_from_request(
+                request,
+                countdown=meterly_settings.LEASE_GRACE,
+                retries=request.retries,
+            ).apply_async()
+        raise Ignore(str(exc)) from exc
+
+
+def _retry(
+    task: Any,
+    args: Any = None,
+    kwargs: Any = None,
+    exc: Any = None,
+    throw: bool = True,
+    eta: dt.datetime | None = None,
+    countdown: float | None = None,
+    max_retries: int | None = None,
+    **options: Any,
+) -> Any:
+    """Hand the credits over, or give them back, and then retry as Celery does.
+
+    Before the message is sent: the retry may start at once, elsewhere.
+    """
+    job = _job_of(task)
+    if job is not None and job.task_id is not None:
+        if task.meterly_on_retry == "keep":
+            if eta is not None:
+                delay = (eta - dt.datetime.now(eta.tzinfo)).total_seconds()
+            else:
+                delay = task.default_retry_delay if countdown is None else countdown
+            job.pass_on(max(delay, 0))
+        else:
+            job.fail()
+    return super(type(task), task).retry(
+        args=args,
+        kwargs=kwargs,
+        exc=exc,
+        throw=throw,
+        eta=eta,
+        countdown=countdown,
+        max_retries=max_retries,
+        **options,
+    )
 
 
 @shared_task(name="django_meterly.tasks.release_stale_reservations", ignore_result=True)
@@ -43,6 +293,24 @@ def settle_reservations(seconds: float = 60.0) -> None:
     client = get_client()
     journal.settle_due(client, seconds=seconds)
     grants.settle_due(client)
+
+
+@register("meterly")
+def check_tasks(**kwargs: Any) -> list[CheckMessage]:
+    """Warn about guarded tasks that are lost when their worker is killed."""
+    return [
+        CheckWarning(
+            f"The task {task.name!r} is acknowledged late, and its copies are ignored.",
+            hint=(
+                "The message of a killed task is delivered again while the dead one's "
+                "lease is still good. Set on_duplicate to 'retry', or acks_late to "
+                "False."
+            ),
+            id="meterly.W008",
+        )
+        for task in current_app.tasks.values()
+        if getattr(task, "meterly_on_duplicate", "") == "ignore" and task.acks_late
+    ]
 
 
 def beat_schedule(

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-#: Seconds an animation's credits are held. In production that is minutes.
-HOLD_SECONDS = 12
+#: Seconds an animation's credits wait for a worker. In production that is minutes.
+HOLD_SECONDS = 60
+#: Seconds after a job's last heartbeat in which its credits are still held.
+LEASE_SECONDS = 6
 #: Seconds that anything may take on a busy machine.
 PATIENCE = 60.0
 POSTERS = [
@@ -74,7 +76,7 @@ class Site:
             "TMPDIR": str(folder),
             # A sweep that is part of the story: seconds instead of minutes.
             "ANIMATION_SECONDS": str(HOLD_SECONDS),
-            "METERLY_LEASE_GRACE": "1",
+            "METERLY_LEASE_GRACE": str(LEASE_SECONDS),
             "SWEEP_EVERY": "1",
         }
 
@@ -369,7 +371,7 @@ class Story:
         )
         self.balance(image_credits=(0, 0), render_seconds=(30, 30))
 
-        self.doing(f"Waiting for the lease to run out ({HOLD_SECONDS + 1} s)")
+        self.doing(f"Waiting for its lease to run out ({LEASE_SECONDS} s)")
         self.wait_until(lambda: self.stage(job)[0] == "lost", "the sweeper")
         self.done("The sweeper released what the dead job held: its credits came back.")
         self.balance(image_credits=(0, 0), render_seconds=(60, 0))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from celery import Celery
 
-app = Celery("tests")
+app = Celery("tests", include=["tests.jobs"])
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
 

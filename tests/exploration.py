@@ -435,8 +435,8 @@ class World:
             actor.note(taken)
             return taken
 
-        def recorded(row: Reservation, charge: int) -> bool:
-            taken = record_success(row, charge)
+        def recorded(row: Reservation, charge: int, **options: Any) -> bool:
+            taken = record_success(row, charge, **options)
             # Whatever it says: nobody told the worker not to deliver.
             self.owed = charge
             return taken

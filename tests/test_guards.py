@@ -587,7 +587,7 @@ class TestLedgerTrouble:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        def down(*args: Any) -> Any:
+        def down(*args: Any, **options: Any) -> Any:
             raise OperationalError("the database is down")
 
         work = guard(user, 25)

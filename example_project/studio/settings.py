@@ -123,5 +123,6 @@ METERLY = {
     **from_env(env),
 }
 
-# The longest an animation may take, in seconds: its credits are held that long.
+# How long, in seconds, the credits of an animation are held for a worker to come.
+# While it is rendered, the job's heartbeat holds them.
 ANIMATION_SECONDS = env.int("ANIMATION_SECONDS", default=120)

@@ -7,13 +7,11 @@ import math
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from celery import shared_task
-from django.conf import settings
 from django.core.files.base import ContentFile
 
-from django_meterly import MeterlyError, guard
+from django_meterly.tasks import meterly_task
 
 from . import drawing
 from .models import FRAMES, Animation
@@ -30,37 +28,28 @@ FRAME_MILLISECONDS = 90
 # A message is acknowledged when it is received, which is Celery's default: a job
 # whose process was killed is lost, and its credits come back. With acks_late and
 # reject_on_worker_lost it would be run again, and one that kills its process would
-# do so for ever. Too few credits are no accident, and need no traceback.
-@shared_task(throws=(MeterlyError,))
-def render_animation(pk: int) -> None:
+# do so for ever.
+@meterly_task("render_seconds", bind=True)
+def render_animation(self: Any, pk: int) -> None:
     """Draw an animation frame by frame, and charge the seconds that took."""
-    animation = Animation.objects.select_related("poster__owner").get(pk=pk)
-    with guard(
-        animation.poster.owner,
-        RENDER_SECONDS,
-        "render_seconds",
-        reference=animation.reference,
-        # A message that is delivered twice is worked on, and paid, once.
-        idempotency_key=animation.reference,
-        ttl_seconds=settings.ANIMATION_SECONDS,
-    ) as work:
-        started = time.monotonic()
-        frames = []
-        for number in range(FRAMES):
-            if animation.dies_half_way and number == FRAMES // 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            frames.append(
-                drawing.draw(
-                    animation.poster.title,
-                    animation.poster.style,
-                    FRAME_SIZE,
-                    phase=number / FRAMES,
-                )
+    animation = Animation.objects.select_related("poster").get(pk=pk)
+    started = time.monotonic()
+    frames = []
+    for number in range(FRAMES):
+        if animation.dies_half_way and number == FRAMES // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        frames.append(
+            drawing.draw(
+                animation.poster.title,
+                animation.poster.style,
+                FRAME_SIZE,
+                phase=number / FRAMES,
             )
-            animation.frames_done = number + 1
-            animation.save(update_fields=["frames_done"])
-        animation.image.save(f"{animation.reference}.png", _moving(frames))
-        work.settle(math.ceil(time.monotonic() - started))
+        )
+        animation.frames_done = number + 1
+        animation.save(update_fields=["frames_done"])
+    animation.image.save(f"{animation.reference}.png", _moving(frames))
+    self.meterly.settle(math.ceil(time.monotonic() - started))
 
 
 def _moving(frames: list[Image]) -> ContentFile[bytes]:

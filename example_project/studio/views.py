@@ -4,6 +4,7 @@ import io
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from django.conf import settings
 from django.contrib.auth.decorators import login_required
 from django.core.files.base import ContentFile
 from django.http import FileResponse, Http404, HttpResponse
@@ -135,15 +136,20 @@ def poster_file(request: HttpRequest, pk: int, name: str) -> FileResponse:
 
 
 @require_POST
-@login_required
+@meterly_guard(
+    "render_seconds",
+    RENDER_SECONDS,
+    reference=lambda request, pk: _reference("animation"),
+    ttl_seconds=settings.ANIMATION_SECONDS,
+)
 def animate(request: HttpRequest, pk: int) -> HttpResponse:
-    """Order an animated version. The job reserves its credits when it starts."""
+    """Order an animated version: reserve for it, answer at once, and let a job work."""
     poster = get_object_or_404(Poster, pk=pk, owner=request.user)
     animation = poster.animations.create(
-        reference=_reference("animation"),
+        reference=request.meterly.reference,
         dies_half_way="dies_half_way" in request.POST,
     )
-    render_animation.delay_on_commit(animation.pk)
+    request.meterly.hand_off(render_animation, animation.pk)
     return redirect(animation)
 
 

@@ -1,0 +1,238 @@
+"""A job under its guard: taking it up, its heartbeat, and who may settle it.
+
+What of it is Celery's is in ``tasks``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from django.db import DatabaseError, connections
+
+from . import journal
+from .client import get_client
+from .conf import meterly_settings
+from .errors import MeterlyUsageError
+from .guards import UNCHARGED, guard
+from .models import MAX_CALLER_KEY_LENGTH, Customer, Reservation
+from .transports.base import MAX_TTL_SECONDS
+
+if TYPE_CHECKING:
+    from .guards import Guard
+    from .options import GuardOptions
+
+logger = logging.getLogger(__name__)
+
+
+class Job:
+    """One run of a guarded task.
+
+    *name* and *task_id* are what its key is made of; a task that was called as a
+    plain function has no id, and every call is for itself. *reservation_id* names
+    the reservation that was handed off to it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        task_id: str | None,
+        *,
+        request_id: str | None = None,
+        reservation_id: str | None = None,
+        outer: Job | None = None,
+    ) -> None:
+        self.name = name
+        self.task_id = task_id
+        self.request_id = request_id
+        self.outer = outer
+        self.guard: Guard | None = None
+        self.passed_on = False
+        self._reservation_id = reservation_id
+        self._heart: Heart | None = None
+
+    @property
+    def key(self) -> str | None:
+        """The idempotency key: one task id, one charge."""
+        if self.task_id is None:
+            return None
+        key = f"task:{self.name}:{self.task_id}"
+        if len(key) <= MAX_CALLER_KEY_LENGTH and key.isascii() and key.isprintable():
+            return key.replace(" ", "_")
+        return f"task:{hashlib.sha256(key.encode()).hexdigest()}"
+
+    def begin(self, options: GuardOptions, args: Any, kwargs: Any) -> None:
+        """Take up what was handed over or left lying, or else reserve.
+
+        Raises ``MeterlyDuplicateError`` when another copy of this job is at work or
+        has been, and what ``journal.reserve`` raises.
+        """
+        if self._reservation_id == UNCHARGED:
+            # Nobody is charged for what handed it off: not for this, either.
+            self.guard = guard(None, 1, options.unit or UNCHARGED, enforcement="off")
+            self.guard.reserve()
+            return
+        customer, work = self._guard(options, args, kwargs)
+        # Whoever beats needs no longer lease than that of a beat.
+        work.lease = 0
+        self.guard = work
+        row = None
+        key = None if work.enforcement == "off" else work.idempotency_key
+        if customer is not None and key is not None:
+            client = get_client()
+            journal.refuse_open_transaction(client)
+            row = journal.take_up(client, customer, key)
+        if row is None:
+            work.reserve()
+        else:
+            work.adopt(row)
+        if work.reservation is not None:
+            self._heart = Heart(work.reservation, work.fence)
+            self._heart.start()
+
+    def _guard(
+        self, options: GuardOptions, args: Any, kwargs: Any
+    ) -> tuple[Customer | None, Guard]:
+        if self._reservation_id is not None:
+            return self._guard_handed_off(options, self._reservation_id)
+        payer = options.customer(*args, **kwargs) if options.customer else None
+        enforcement = options.enforcement or meterly_settings.ENFORCEMENT
+        if payer is None and enforcement == "enforce":
+            raise MeterlyUsageError(
+                f"Nobody is known to pay for {self.name}: give it customer=, a "
+                "function of its arguments, or let a view hand it off."
+            )
+
+        def value(option: Any) -> Any:
+            return option(*args, **kwargs) if callable(option) else option
+
+        customer = None if payer is None else Customer.objects.resolve(payer)
+        work = guard(
+            customer,
+            value(options.amount),
+            options.unit,
+            reference=value(options.reference)
+            or f"{self.name}:{self.task_id or uuid.uuid4()}",
+            idempotency_key=self.key,
+            ttl_seconds=options.ttl_seconds,
+            overage=options.overage,
+            on_unavailable=options.on_unavailable,
+            enforcement=enforcement,
+        )
+        work.work = self.name
+        return customer, work
+
+    def _guard_handed_off(
+        self, options: GuardOptions, reservation_id: str
+    ) -> tuple[Customer, Guard]:
+        """Return a guard like the one that has handed this job off."""
+        row = (
+            Reservation.objects.using(journal.alias())
+            .select_related("customer")
+            .filter(pk=reservation_id)
+            .first()
+        )
+        if row is None:
+            raise MeterlyUsageError(
+                f"{self.name} was handed off with the reservation {reservation_id}, "
+                "which is not in the journal."
+            )
+        work = guard(
+            row.customer,
+            row.amount,
+            row.unit,
+            reference=row.reference,
+            idempotency_key=row.key,
+            ttl_seconds=row.ttl_seconds,
+            overage=options.overage,
+            on_unavailable=options.on_unavailable,
+            enforcement=options.enforcement,
+        )
+        work.work = row.work
+        return row.customer, work
+
+    def pass_on(self, delay: float) -> None:
+        """Keep the credits for the job's own retry, *delay* seconds from now."""
+        work = self.guard
+        if work is None or work.reservation is None or self.passed_on:
+            return
+        self._stop()
+        held = int(delay) + 1 + work.ttl_seconds
+        if held > MAX_TTL_SECONDS:
+            # No hold lasts that long: the retry reserves anew.
+            work.fail()
+            return
+        self.passed_on = work.hand_over(held + meterly_settings.LEASE_GRACE)
+        if self.passed_on and delay:
+            journal.extend(get_client(), work.reservation, f"{work.fence}", held)
+
+    def succeed(self) -> None:
+        """Settle, unless the job has been passed on."""
+        self._stop()
+        if self.guard is not None and not self.passed_on:
+            self.guard.succeed()
+
+    def fail(self) -> None:
+        """Release; of a job that was passed on only if nobody has taken it up."""
+        self._stop()
+        if self.guard is not None:
+            self.guard.abandon()
+
+    def _stop(self) -> None:
+        if self._heart is not None:
+            self._heart.stop()
+
+
+class Heart(threading.Thread):
+    """Renews the lease of a running job, and its hold, until it is stopped.
+
+    It ends by itself when the row is no longer the job's, and after the longest
+    time that a hold may last. The first beat is a third of ``LEASE_GRACE`` away: a
+    short job has none, and no query for it.
+    """
+
+    def __init__(self, row: Reservation, fence: int) -> None:
+        super().__init__(name=f"meterly-heart-{row.pk}", daemon=True)
+        self._row = row
+        self._fence = fence
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        row = self._row
+        begun = extended = time.monotonic()
+        extensions = 0
+        # The hold is extended when half of it is over, at the next beat.
+        interval = min(meterly_settings.LEASE_GRACE, row.ttl_seconds) / 3
+        try:
+            while not self._stopped.wait(interval):
+                now = time.monotonic()
+                if now - begun > MAX_TTL_SECONDS or not self._beat():
+                    return
+                if now - extended > row.ttl_seconds / 2 - interval:
+                    extended = now
+                    extensions += 1
+                    name = f"{self._fence}.{extensions}"
+                    journal.extend(get_client(), row, name)
+        except Exception:
+            logger.exception("The heart of reservation %s has stopped", row.pk)
+        finally:
+            # This thread's own.
+            connections.close_all()
+
+    def _beat(self) -> bool:
+        try:
+            return journal.beat(self._row, fence=self._fence)
+        except DatabaseError:
+            # There are two more beats in a lease.
+            logger.warning("A heartbeat of reservation %s failed", self._row.pk)
+            return True
+
+    def stop(self) -> None:
+        """End it, and wait for the beat that is under way; but not for long."""
+        self._stopped.set()
+        if self.is_alive():
+            self.join(journal.SETTLE_TIMEOUT)

@@ -1,0 +1,778 @@
+"""Guarded tasks without a worker: plain calls, eager ones, hand-offs, fences."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from celery import Celery, _state, chord, group
+from django.contrib.auth.models import User
+from django.db import transaction
+from django.http import HttpResponse
+from django.test import Client, override_settings
+from django.urls import path
+from django.utils import timezone
+from kombu.exceptions import OperationalError
+
+from django_meterly import (
+    MeterlyDuplicateError,
+    MeterlyInsufficientCreditsError,
+    MeterlyUnavailableError,
+    MeterlyUsageError,
+    get_client,
+    guard,
+    journal,
+    meterly_guard,
+)
+from django_meterly.jobs import Heart
+from django_meterly.ledger.models import Hold
+from django_meterly.models import Reservation
+from django_meterly.tasks import check_tasks, meterly_task
+from tests import jobs
+from tests.books import balance, fund, let_lapse, movements, states, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from django.http import HttpRequest
+
+    from django_meterly.models import Customer
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def customer(any_ledger: Any) -> Customer:
+    return fund("user_1")
+
+
+# Shared tasks stay with every app that there ever was: one for all tests.
+APP = Celery("tests-of-jobs", broker="memory://", set_as_current=False)
+
+
+@pytest.fixture(autouse=True)
+def app() -> Iterator[Celery]:
+    """The current app; its messages stay in this process's memory."""
+    before = _state.get_current_app()
+    APP.set_current()
+    yield APP
+    APP.conf.update(task_always_eager=False, task_eager_propagates=False)
+    before.set_current()
+
+
+def call(task: Any, *args: Any, **kwargs: Any) -> Any:
+    return task(*args, **kwargs)
+
+
+def apply(task: Any, *args: Any, **kwargs: Any) -> Any:
+    return task.apply(args, kwargs, throw=True).get()
+
+
+@pytest.fixture(params=["called", "applied", "always_eager"])
+def run(request: pytest.FixtureRequest, app: Celery) -> Any:
+    """The ways to run a task without a worker."""
+    if request.param == "called":
+        return call
+    if request.param == "applied":
+        return apply
+    app.conf.task_always_eager = True
+    app.conf.task_eager_propagates = True
+    return lambda task, *args, **kwargs: task.delay(*args, **kwargs).get()
+
+
+# What a task costs
+
+
+def test_f37_a_task_that_succeeds_is_charged(run: Any, customer: Customer) -> None:
+    assert run(jobs.plain, "user_1") == "done for user_1"
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    assert balance(customer) == (75, 0)
+    verify()
+
+
+def test_f37_a_task_that_fails_is_free(run: Any, customer: Customer) -> None:
+    with pytest.raises(jobs.Broken):
+        run(jobs.fails, "user_1")
+    assert states() == ["released"]
+    assert balance(customer) == (100, 0)
+
+
+def test_f37_a_task_is_charged_what_it_settles(run: Any, customer: Customer) -> None:
+    run(jobs.plain, "user_1", used=7)
+    assert balance(customer) == (93, 0)
+
+
+def test_f37_a_task_that_nobody_can_pay_for_does_not_run(
+    run: Any, customer: Customer
+) -> None:
+    with pytest.raises(MeterlyInsufficientCreditsError):
+        run(jobs.priced, "user_1", 101)
+    assert states() == ["denied"]
+    assert balance(customer) == (100, 0)
+
+
+def test_f37_each_call_is_charged(run: Any, customer: Customer) -> None:
+    run(jobs.plain, "user_1")
+    run(jobs.plain, "user_1")
+    assert balance(customer) == (50, 0)
+
+
+def test_the_options_get_the_tasks_arguments(customer: Customer) -> None:
+    assert jobs.priced.apply(("user_1", 30)).get() == "order-30"
+    row = Reservation.objects.get()
+    assert (row.amount, row.reference, row.unit) == (30, "order-30", "image_credits")
+
+
+def test_a_task_is_refused_within_a_transaction(customer: Customer) -> None:
+    with transaction.atomic(), pytest.raises(MeterlyUsageError, match="transaction"):
+        jobs.plain("user_1")
+    assert states() == []
+
+
+def test_a_task_in_a_task_is_a_reservation_of_its_own(customer: Customer) -> None:
+    assert jobs.nested.apply(("user_1",)).get() == 2
+    assert balance(customer) == (97, 0)
+    assert states() == ["committed", "committed"]
+
+
+def test_the_body_alone_is_guarded_too(customer: Customer) -> None:
+    jobs.plain.run("user_1")
+    assert balance(customer) == (75, 0)
+
+
+def test_a_rejected_task_is_free(customer: Customer) -> None:
+    jobs.rejects.apply(("user_1",))
+    assert states() == ["released"]
+    assert balance(customer) == (100, 0)
+
+
+def test_groups_chains_and_chords_are_charged_by_the_task(
+    app: Celery, customer: Customer
+) -> None:
+    app.conf.task_always_eager = True
+    group(jobs.plain.si("user_1", 1), jobs.plain.si("user_1", 2)).delay().get()
+    (jobs.plain.si("user_1", 3) | jobs.plain.si("user_1", 4)).delay().get()
+    chord([jobs.plain.si("user_1", 5)], jobs.plain.si("user_1", 6)).delay().get()
+    assert balance(customer) == (100 - 21, 0)
+    assert states() == ["committed"] * 6
+    assert Reservation.objects.values("key").distinct().count() == 6
+
+
+def test_arguments_that_a_task_does_not_take_are_refused_when_it_is_sent() -> None:
+    with pytest.raises(TypeError):
+        jobs.plain.delay()
+    with pytest.raises(TypeError):
+        jobs.priced.delay("user_1", 1, 2)
+
+
+def test_a_task_without_a_customer_can_only_be_handed_off(customer: Customer) -> None:
+    with pytest.raises(MeterlyUsageError, match="customer="):
+        jobs.handed_off()
+    assert states() == []
+
+
+def test_a_task_that_is_not_at_work_has_no_guard() -> None:
+    with pytest.raises(MeterlyUsageError, match="not at work"):
+        _ = jobs.plain.meterly
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amount": 0},
+        {"amount": True},
+        {"unit": "no unit"},
+        {"ttl_seconds": 0},
+        {"overage": "perhaps"},
+        {"on_retry": "commit"},
+        {"on_duplicate": "run"},
+    ],
+)
+def test_options_out_of_bounds_are_refused_at_once(options: Any) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        meterly_task(**options)
+
+
+def test_a_task_whose_next_run_would_be_ignored_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert check_tasks() == []
+    monkeypatch.setattr(jobs.works_alone._get_current_object(), "acks_late", True)
+    [message] = check_tasks()
+    assert message.id == "meterly.W008"
+    assert "'jobs.works_alone'" in message.msg
+
+
+# One task id, one charge
+
+
+def test_f32_a_task_that_was_charged_does_not_run_again(
+    customer: Customer, tmp_path: Any
+) -> None:
+    arguments = ("user_1", 0, str(tmp_path))
+    first = jobs.retries_keeping.apply(arguments, task_id="one")
+    again = jobs.retries_keeping.apply(arguments, task_id="one")
+    assert (first.state, again.state) == ("SUCCESS", "IGNORED")
+    assert (tmp_path / "notes").read_text().count("began") == 1
+    assert states() == ["committed"]
+    assert balance(customer) == (75, 0)
+
+
+def test_f32_a_task_whose_attempt_was_released_runs_under_the_next(
+    customer: Customer,
+) -> None:
+    jobs.fails.apply(("user_1",), task_id="one")
+    jobs.fails.apply(("user_1",), task_id="one")
+    assert states() == ["released", "released"]
+    assert list(
+        Reservation.objects.order_by("attempt").values_list("attempt", flat=True)
+    ) == [1, 2]
+    assert movements() == ["reserved", "released"] * 2
+
+
+def test_f32_a_task_whose_worker_died_goes_on_under_the_same_hold(
+    customer: Customer,
+) -> None:
+    left = guard("user_1", 25, idempotency_key="task:jobs.plain:one")
+    left.reserve()
+    let_lapse()
+    assert jobs.plain.apply(("user_1",), task_id="one").state == "SUCCESS"
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    # The copy that was taken for dead has nothing to say any more.
+    left.succeed()
+    assert left.outrun
+    assert states() == ["committed"]
+    assert balance(customer) == (75, 0)
+    verify()
+
+
+def test_f33_a_copy_leaves_a_task_alone_that_is_at_work(customer: Customer) -> None:
+    guard("user_1", 25, idempotency_key="task:jobs.plain:one").reserve()
+    assert jobs.plain.apply(("user_1",), task_id="one").state == "IGNORED"
+    assert states() == ["reserved"]
+
+
+@pytest.mark.parametrize("ends", ["first", "last"])
+def test_f33_of_two_attempts_of_a_key_only_the_later_one_settles(
+    ends: str, customer: Customer
+) -> None:
+    early = guard("user_1", 25, idempotency_key="k")
+    early.reserve()
+    let_lapse()
+    journal.sweep(get_client())
+    assert states() == ["released"]
+    late = guard("user_1", 25, idempotency_key="k")
+    late.reserve()
+    for work in (early, late) if ends == "first" else (late, early):
+        work.succeed()
+    assert sorted(states()) == ["committed", "released"]
+    assert (early.outrun, late.outrun) == (True, False)
+    assert balance(customer) == (75, 0)
+    verify()
+
+
+def test_f04_work_that_outlives_its_lease_is_charged_if_nobody_has_tried_again(
+    customer: Customer,
+) -> None:
+    work = guard("user_1", 25, idempotency_key="k")
+    work.reserve()
+    let_lapse()
+    journal.sweep(get_client())
+    work.succeed()
+    assert states() == ["committed"]
+    with pytest.raises(MeterlyDuplicateError):
+        guard("user_1", 25, idempotency_key="k").reserve()
+    assert balance(customer) == (75, 0)
+
+
+def test_f33_an_attempt_that_succeeds_while_the_next_is_opened_is_the_only_one(
+    customer: Customer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = guard("user_1", 25, idempotency_key="k")
+    early.reserve()
+    let_lapse()
+    journal.sweep(get_client())
+    next_attempt = journal._next_attempt
+
+    def after_it_was_numbered(*args: Any) -> int:
+        number = next_attempt(*args)
+        early.succeed()
+        return number
+
+    monkeypatch.setattr(journal, "_next_attempt", after_it_was_numbered)
+    with pytest.raises(MeterlyDuplicateError):
+        guard("user_1", 25, idempotency_key="k").reserve()
+    assert states() == ["committed"]
+    assert balance(customer) == (75, 0)
+
+
+def test_f33_only_one_of_two_takes_up_what_was_handed_over(customer: Customer) -> None:
+    work = guard("user_1", 25, idempotency_key="k")
+    work.reserve()
+    assert work.hand_over(60)
+    client = get_client()
+    taken = [journal.take_up(client, customer, "k") for _ in range(2)]
+    assert taken[0] is not None
+    assert taken[0].fence == 2
+    assert taken[1] is None
+    work.fail()
+    assert states() == ["reserved"]
+
+
+def test_a_task_does_not_go_on_under_a_hold_that_is_gone(customer: Customer) -> None:
+    work = guard("user_1", 25, idempotency_key="task:jobs.plain:one", ttl_seconds=60)
+    work.reserve()
+    past = timezone.now() - dt.timedelta(minutes=5)
+    Hold.objects.update(expires_at=past)
+    let_lapse()
+    assert jobs.plain.apply(("user_1",), task_id="one").state == "SUCCESS"
+    assert states() == ["released", "committed"]
+    assert balance(customer) == (75, 0)
+    verify()
+
+
+# Retries
+
+
+@pytest.mark.parametrize(
+    "task", [jobs.retries_keeping, jobs.autoretries], ids=["retry", "autoretry"]
+)
+def test_f34_a_retry_keeps_the_hold(task: Any, customer: Customer) -> None:
+    assert task.apply(("user_1", 2, None)).state == "SUCCESS"
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    assert balance(customer) == (75, 0)
+
+
+def test_f34_a_retry_releases_the_hold_if_it_is_told_to(customer: Customer) -> None:
+    assert jobs.retries_releasing.apply(("user_1", 1, None)).get() == 1
+    assert states() == ["released", "committed"]
+    assert movements() == ["reserved", "released", "reserved", "committed"]
+    assert balance(customer) == (75, 0)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [jobs.retries_keeping, jobs.retries_releasing, jobs.autoretries],
+    ids=["keeping", "releasing", "autoretry"],
+)
+def test_f34_the_final_failure_releases(task: Any, customer: Customer) -> None:
+    result = task.apply(("user_1", 9, None))
+    assert result.state == "FAILURE"
+    assert isinstance(result.result, jobs.Broken)
+    assert set(states()) == {"released"}
+    assert balance(customer) == (100, 0)
+    verify()
+
+
+def test_f34_a_task_that_is_replaced_by_itself_does_not_collide(
+    customer: Customer, tmp_path: Any
+) -> None:
+    result = jobs.replaces.apply(("user_1", 2, str(tmp_path)))
+    assert result.get() == "replaced"
+    assert (tmp_path / "notes").read_text().count("began") == 3
+    verify()
+
+
+def test_f34_a_retry_called_plainly_raises_and_releases(customer: Customer) -> None:
+    with pytest.raises(jobs.Broken):
+        jobs.retries_keeping("user_1", 1, None)
+    assert states() == ["released"]
+
+
+def test_f34_a_ledger_that_cannot_be_asked_is_asked_again(
+    remote: Any, settings: Any
+) -> None:
+    customer = fund("user_1")
+    remote.meet("reserve_credits", "unsent", "unsent")
+    assert jobs.waits_for_the_ledger.apply(("user_1",)).state == "SUCCESS"
+    assert states() == ["failed", "failed", "committed"]
+    assert balance(customer) == (75, 0)
+
+
+# Heartbeats
+
+
+def beats(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    said: list[bool] = []
+    beat = journal.beat
+
+    def noted(*args: Any, **kwargs: Any) -> bool:
+        said.append(beat(*args, **kwargs))
+        return said[-1]
+
+    monkeypatch.setattr(journal, "beat", noted)
+    return said
+
+
+def hearts() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, Heart)]
+
+
+def wait_until(condition: Any) -> None:
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def test_a_long_job_keeps_its_lease_and_its_hold(
+    customer: Customer, settings: Any
+) -> None:
+    settings.METERLY = {**settings.METERLY, "LEASE_GRACE": 1.0}
+    seen = set()
+
+    def look() -> None:
+        journal.sweep(get_client())
+        live = Hold.objects.live().filter(expires_at__gt=timezone.now())
+        seen.add((*states(), live.count()))
+
+    jobs.long("user_1", 4, look)
+    assert seen == {("reserved", 1)}
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    assert hearts() == []
+
+
+def test_a_short_job_has_no_heartbeat(
+    customer: Customer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = beats(monkeypatch)
+    jobs.plain("user_1")
+    assert said == []
+    assert hearts() == []
+
+
+def test_a_heart_stops_when_the_work_is_somebody_elses(
+    customer: Customer, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.METERLY = {**settings.METERLY, "LEASE_GRACE": 0.3}
+    said = beats(monkeypatch)
+    work = guard("user_1", 25)
+    work.reserve()
+    assert work.reservation is not None
+    heart = Heart(work.reservation, work.fence)
+    heart.start()
+    wait_until(lambda: len(said) >= 2)
+    assert work.hand_over(60)
+    wait_until(lambda: not heart.is_alive())
+    assert said[-1] is False
+
+
+def test_a_beat_is_worth_lease_grace(customer: Customer, settings: Any) -> None:
+    work = guard("user_1", 25, ttl_seconds=3600)
+    work.reserve()
+    assert work.reservation is not None
+    assert journal.beat(work.reservation, fence=work.fence)
+    lease = Reservation.objects.get().lease_until
+    assert lease is not None
+    left = (lease - timezone.now()).total_seconds()
+    assert 50 < left <= 60
+
+
+# Hand-off
+
+
+@meterly_guard(amount=25)
+def order(request: HttpRequest) -> HttpResponse:
+    task_id = request.meterly.hand_off(jobs.handed_off, used=request.GET.get("used"))  # type: ignore[attr-defined]
+    if "raise" in request.GET:
+        raise jobs.Broken
+    return HttpResponse(task_id, status=int(request.GET.get("status", "202")))
+
+
+@pytest.fixture
+def client(any_ledger: Any) -> Iterator[Client]:
+    user = User.objects.create_user("alice")
+    fund(user)
+    client = Client(raise_request_exception=False)
+    client.force_login(user)
+    with override_settings(ROOT_URLCONF=__name__):
+        yield client
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch, app: Celery) -> list[dict[str, Any]]:
+    """What is sent, whether a transaction is open then, and what is in the row."""
+    found: list[dict[str, Any]] = []
+
+    def send_task(name: str, args: Any, kwargs: Any, **options: Any) -> None:
+        found.append(
+            {
+                "name": name,
+                "kwargs": kwargs,
+                "states": states(),
+                "in_transaction": transaction.get_connection().in_atomic_block,
+                **options,
+            }
+        )
+
+    monkeypatch.setattr(app, "send_task", send_task)
+    return found
+
+
+def deliver(message: dict[str, Any]) -> Any:
+    """Run a task as a worker does that gets *message*."""
+    return jobs.handed_off.apply(
+        (),
+        message["kwargs"],
+        task_id=message["task_id"],
+        headers=message["headers"],
+    )
+
+
+def alice() -> Customer:
+    return Reservation.objects.latest("created_at").customer
+
+
+def test_f36_a_view_reserves_and_its_task_settles(
+    any_requests: bool, client: Client, sent: list[Any]
+) -> None:
+    response = client.post("/?used=7")
+    assert response.status_code == 202
+    [message] = sent
+    row = Reservation.objects.get()
+    assert message["states"] == ["reserved"]
+    assert not message["in_transaction"]
+    assert response.content.decode() == message["task_id"]
+    # Ids, and nothing else, travel.
+    assert message["headers"] == {"meterly_reservation": str(row.pk)}
+    assert (row.state, row.fence) == ("reserved", 1)
+    assert balance(row.customer) == (100, 25)
+
+    message["kwargs"]["used"] = 7
+    assert deliver(message).state == "SUCCESS"
+    assert states() == ["committed"]
+    assert balance(row.customer) == (93, 0)
+    assert deliver(message).state == "IGNORED"
+    assert balance(row.customer) == (93, 0)
+    verify()
+
+
+@pytest.mark.parametrize("query", ["?raise", "?status=422"])
+def test_f36_a_view_that_fails_sends_nothing_and_releases(
+    query: str, any_requests: bool, client: Client, sent: list[Any]
+) -> None:
+    client.post(f"/{query}")
+    assert sent == []
+    assert states() == ["released"]
+    assert balance(alice()) == (100, 0)
+
+
+def test_f36_a_commit_that_fails_sends_nothing_and_releases(
+    atomic_requests: None,
+    client: Client,
+    sent: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connection = transaction.get_connection()
+    commit = type(connection)._commit
+
+    def fail(self: Any) -> None:
+        if Reservation.objects.filter(fence=1).exists():
+            self.rollback()
+            raise transaction.TransactionManagementError("no")
+        commit(self)
+
+    monkeypatch.setattr(type(connection), "_commit", fail)
+    client.post("/")
+    monkeypatch.undo()
+    assert sent == []
+    assert states() == ["released"]
+
+
+def test_f14_a_receiver_that_raises_after_the_commit_does_not_stop_the_task(
+    atomic_requests: None, client: Client, sent: list[Any]
+) -> None:
+    # Another app's on_commit raises: the row says that the work was handed off.
+    hand_off = order.__wrapped__  # type: ignore[attr-defined]
+
+    @meterly_guard(amount=25)
+    def unlucky(request: HttpRequest) -> HttpResponse:
+        def unlucky_receiver() -> None:
+            raise jobs.Broken
+
+        transaction.on_commit(unlucky_receiver)
+        return hand_off(request)  # type: ignore[no-any-return]
+
+    urls = type("urls", (), {"urlpatterns": [path("", unlucky)]})
+    with override_settings(ROOT_URLCONF=urls):
+        assert client.post("/").status_code == 500
+    assert len(sent) == 1
+    assert states() == ["reserved"]
+
+
+def test_f36_a_broker_that_is_down_releases_at_once_and_says_so(
+    any_requests: bool,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    app: Celery,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def down(*args: Any, **options: Any) -> None:
+        raise OperationalError("connection refused")
+
+    monkeypatch.setattr(app, "send_task", down)
+    response = client.post("/")
+    assert response.status_code >= 500
+    assert "could not be handed off" in caplog.text
+    assert states() == ["released"]
+    assert balance(alice()) == (100, 0)
+
+
+def test_f36_a_task_that_is_never_delivered_is_released(
+    client: Client, sent: list[Any]
+) -> None:
+    client.post("/")
+    let_lapse()
+    journal.sweep(get_client())
+    assert states() == ["released"]
+    assert balance(alice()) == (100, 0)
+
+
+def test_f36_a_task_that_comes_too_late_reserves_anew(
+    client: Client, sent: list[Any]
+) -> None:
+    client.post("/")
+    let_lapse()
+    journal.sweep(get_client())
+    assert deliver(sent[0]).state == "SUCCESS"
+    assert states() == ["released", "committed"]
+    first, second = Reservation.objects.order_by("attempt")
+    assert (first.key, 2) == (second.key, second.attempt)
+    assert balance(alice()) == (75, 0)
+
+
+def test_f36_a_task_that_comes_too_late_for_the_credits_does_not_run(
+    client: Client, sent: list[Any], tmp_path: Any
+) -> None:
+    client.post("/")
+    let_lapse()
+    journal.sweep(get_client())
+    guard(alice(), 90).reserve()
+    sent[0]["kwargs"]["folder"] = str(tmp_path)
+    result = deliver(sent[0])
+    assert isinstance(result.result, MeterlyInsufficientCreditsError)
+    assert not (tmp_path / "notes").exists()
+
+
+def test_f36_a_handed_off_task_that_fails_is_free(
+    client: Client, sent: list[Any]
+) -> None:
+    client.post("/")
+    sent[0]["kwargs"]["used"] = "none"
+    assert deliver(sent[0]).state == "FAILURE"
+    assert states() == ["released"]
+    assert balance(alice()) == (100, 0)
+
+
+def test_f36_a_view_that_outlives_its_reservation_hands_nothing_off(
+    customer: Customer, sent: list[Any]
+) -> None:
+    work = guard("user_1", 25)
+    work.reserve()
+    work.hand_off(jobs.handed_off)
+    let_lapse()
+    journal.sweep(get_client())
+    with pytest.raises(MeterlyUnavailableError):
+        work.succeed()
+    assert sent == []
+
+
+def test_f36_a_transaction_that_rolls_back_takes_the_hand_off_along(
+    joined: None, sent: list[Any]
+) -> None:
+    customer = fund("user_1")
+    with transaction.atomic():
+        with guard("user_1", 25, durable=False) as work:
+            work.hand_off(jobs.handed_off)
+        transaction.set_rollback(True)
+    assert (sent, states()) == ([], [])
+    with transaction.atomic(), guard("user_1", 25, durable=False) as work:
+        work.hand_off(jobs.handed_off)
+    assert len(sent) == 1
+    assert not sent[0]["in_transaction"]
+    assert states() == ["reserved"]
+    assert balance(customer) == (100, 25)
+
+
+def test_what_was_handed_off_is_sent_once(customer: Customer, sent: list[Any]) -> None:
+    work = guard("user_1", 25)
+    work.reserve()
+    work.hand_off(jobs.handed_off)
+    work.succeed()
+    work.succeed()
+    work.fail()
+    assert len(sent) == 1
+    assert states() == ["reserved"]
+
+
+def test_what_was_handed_off_is_out_of_the_views_hands(
+    customer: Customer, sent: list[Any]
+) -> None:
+    with guard("user_1", 25) as work:
+        work.hand_off(jobs.handed_off)
+        for verb in (
+            work.release,
+            lambda: work.settle(1),
+            lambda: work.hand_off(jobs.handed_off),
+        ):
+            with pytest.raises(MeterlyUsageError, match="handed off"):
+                verb()
+    with pytest.raises(MeterlyUsageError, match="ended"):
+        work.hand_off(jobs.handed_off)
+    assert len(sent) == 1
+
+
+def test_only_a_guarded_task_and_its_arguments_can_be_handed_off(
+    customer: Customer, app: Celery
+) -> None:
+    unguarded = app.tasks["celery.backend_cleanup"]
+    work = guard("user_1", 25)
+    work.reserve()
+    for task in (unguarded, unguarded.s(), group(jobs.handed_off.s()), print):
+        with pytest.raises(TypeError, match="no meterly_task"):
+            work.hand_off(task)
+    with pytest.raises(TypeError):
+        work.hand_off(jobs.handed_off, 1, 2, 3)
+    work.fail()
+    assert states() == ["released"]
+
+
+def test_a_signature_keeps_its_own_options(customer: Customer, sent: list[Any]) -> None:
+    signature = jobs.handed_off.s(used=3).set(queue="gpu", headers={"mine": 1})
+    with guard("user_1", 25) as work:
+        task_id = work.hand_off(signature)
+    assert sent[0]["queue"] == "gpu"
+    assert sent[0]["task_id"] == task_id
+    assert sent[0]["kwargs"] == {"used": 3}
+    assert sent[0]["headers"].keys() == {"mine", "meterly_reservation"}
+
+
+def test_f37_a_task_that_is_always_eager_can_be_handed_off(
+    any_requests: bool, client: Client, app: Celery
+) -> None:
+    app.conf.task_always_eager = True
+    assert client.post("/").status_code == 202
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    assert balance(alice()) == (75, 0)
+
+
+def test_a_header_that_names_no_reservation_runs_nothing(
+    customer: Customer, tmp_path: Any
+) -> None:
+    result = jobs.handed_off.apply(
+        (str(tmp_path),),
+        headers={"meterly_reservation": "00000000-0000-0000-0000-000000000000"},
+    )
+    assert isinstance(result.result, MeterlyUsageError)
+    assert not (tmp_path / "notes").exists()
+
+
+urlpatterns = [path("", order)]

@@ -1,0 +1,518 @@
+"""Guarded tasks in real workers on real brokers, killed, stopped and repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import uuid
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+from celery import Celery, _state
+from django.utils import timezone
+
+from django_meterly import (
+    MeterlyUnavailableError,
+    get_client,
+    guard,
+    journal,
+)
+from django_meterly.models import Reservation
+from tests import brokers, jobs
+from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.children import (
+    broker_options,
+    dying_transport,
+    environment,
+    kill_group,
+    started,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from django_meterly.models import Customer
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+#: Seconds after which Redis takes a message for lost that nobody acknowledged.
+VISIBILITY_TIMEOUT = 3
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return a function that starts a broker on first use, or skips."""
+    with ExitStack() as stack:
+        urls: dict[str, str] = {}
+
+        def url(name: str) -> str:
+            if name not in urls:
+                if not brokers.installed(f"{name}-server"):
+                    pytest.skip(f"{name}-server is not installed")
+                if name == "redis":
+                    pytest.importorskip("redis")
+                start = {"redis": brokers.redis, "rabbitmq": brokers.rabbitmq}[name]
+                folder = tmp_path_factory.mktemp(name)
+                urls[name] = stack.enter_context(start(folder))
+            return urls[name]
+
+        yield url
+
+
+# One app for all tests: shared tasks stay with every app that there ever was.
+APP = Celery("tests-of-workers", set_as_current=False)
+
+
+class Site:
+    """The workers of one test, on a queue of their own."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self.log = folder / "log"
+        self.notes = folder / "notes"
+        self._stack = stack
+        # Leases of two seconds, and no patience with decided rows.
+        self._env = environment(LEASE_GRACE=2, RESERVATION_TTL=60, DEADLINE=2)
+        self._queue = f"tests-{uuid.uuid4()}"
+
+    def connect(self, url: str) -> None:
+        """Let tests and workers use the broker at *url*."""
+        options: dict[str, Any] = {}
+        if url == "filesystem://":
+            options = broker_options(str(self.folder / "broker"))
+            (self.folder / "broker").mkdir()
+        elif url.startswith("redis:"):
+            options = {"visibility_timeout": VISIBILITY_TIMEOUT}
+        self._env |= {
+            "CHILD_BROKER": str(self.folder / "broker"),
+            "CHILD_BROKER_URL": url,
+            "CHILD_BROKER_OPTIONS": json.dumps(options),
+            "CHILD_QUEUE": self._queue,
+        }
+        APP.conf.update(
+            broker_url=url,
+            broker_transport="tests.broker.Transport" if "file" in url else None,
+            broker_transport_options=options,
+            task_default_queue=self._queue,
+        )
+        APP.set_current()
+        self._stack.callback(self._disconnect)
+
+    @staticmethod
+    def _disconnect() -> None:
+        APP.close()
+        APP.__dict__.pop("amqp", None)
+
+    def worker(self, concurrency: int = 1, **env: str) -> subprocess.Popen[str]:
+        name = f"w{uuid.uuid4().hex}"
+        command = ["-A", "tests.celery_app", "worker", "--pool=prefork"]
+        command += [f"--concurrency={concurrency}", f"--hostname={name}@%h"]
+        command += ["--without-gossip", "--without-mingle", "--loglevel=INFO"]
+        return self._stack.enter_context(
+            started("celery", *command, env={**self._env, **env}, log=self.log)
+        )
+
+    def send(self, task: Any, *args: Any, **options: Any) -> str:
+        options.setdefault("task_id", str(uuid.uuid4()))
+        task.apply_async(("user_1", *args), **options)
+        return str(options["task_id"])
+
+    def work(self, task: Any, *steps: str, **options: Any) -> str:
+        return self.send(task, str(self.folder), *steps, **options)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def noted(self, what: str) -> list[str]:
+        if not self.notes.exists():
+            return []
+        lines = self.notes.read_text().splitlines()
+        return [line for line in lines if line.startswith(what)]
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        wait_until(condition, self.log)
+
+    def wait_for_run(self, number: int = 1) -> int:
+        """Wait until that run has begun; return its process id."""
+        self.wait_until(lambda: len(self.noted("began")) >= number)
+        return int(self.noted("began")[number - 1].split()[1])
+
+    def go(self, run: int = 1) -> None:
+        (self.folder / f"go-{run}").touch()
+
+    def wait_for(self, *expected: str) -> None:
+        """Wait until the journal's rows are in these states."""
+        self.wait_until(lambda: states() == list(expected))
+
+    def sweep_until(self, *expected: str) -> None:
+        def swept() -> bool:
+            journal.sweep(get_client())
+            return states() == list(expected)
+
+        self.wait_until(swept)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    before = _state.get_current_app()
+    with ExitStack() as stack:
+        yield Site(tmp_path, stack)
+    before.set_current()
+
+
+@pytest.fixture
+def customer(joined: None) -> Customer:
+    return fund("user_1")
+
+
+@pytest.fixture(params=["filesystem", "redis", "rabbitmq"])
+def any_broker(request: pytest.FixtureRequest, site: Site, servers: Any) -> str:
+    name = str(request.param)
+    site.connect("filesystem://" if name == "filesystem" else servers(name))
+    return name
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def broker(request: pytest.FixtureRequest, site: Site, servers: Any) -> str:
+    site.connect(servers(request.param))
+    return str(request.param)
+
+
+@pytest.fixture
+def redis(site: Site, servers: Any) -> None:
+    site.connect(servers("redis"))
+
+
+def assert_charged_once(customer: Customer, runs: int, site: Site) -> None:
+    """Check that all is over, and paid for once, however many *runs* there were."""
+    let_lapse()
+    journal.sweep(get_client())
+    assert states().count("committed") == 1
+    assert set(states()) <= {"committed", "released"}
+    assert movements().count("committed") == 1
+    assert balance(customer) == (75, 0)
+    assert len(site.noted("began")) == runs
+    verify()
+
+
+# Killed
+
+
+def test_f31_the_credits_of_a_killed_child_come_back(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    site.work(jobs.works_early, "hang")
+    os.kill(site.wait_for_run(), signal.SIGKILL)
+    assert states() == ["reserved"]
+    begun = time.monotonic()
+    site.sweep_until("released")
+    # After its lease, not after its hold.
+    assert time.monotonic() - begun < 30
+    assert balance(customer) == (100, 0)
+    assert movements() == ["reserved", "released"]
+    verify()
+
+
+def test_f31_a_killed_worker_is_no_charge_and_its_task_is_done_by_the_next(
+    broker: str, site: Site, customer: Customer
+) -> None:
+    worker = site.worker()
+    site.work(jobs.works, "hang", "finish")
+    site.wait_for_run()
+    kill_group(worker)
+    site.sweep_until("released")
+    assert balance(customer) == (100, 0)
+
+    site.worker()
+    site.wait_for("released", "committed")
+    assert_charged_once(customer, 2, site)
+
+
+def test_f32_the_next_run_of_a_killed_child_goes_on_under_the_same_hold(
+    broker: str, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    site.work(jobs.works, "die", "finish")
+    # Nobody sweeps: the copy looks again until the lease has run out.
+    site.wait_for("committed")
+    assert movements() == ["reserved", "committed"]
+    assert_charged_once(customer, 2, site)
+
+
+# Stopped
+
+
+def test_f31_a_warm_shutdown_lets_the_task_finish(
+    broker: str, site: Site, customer: Customer
+) -> None:
+    worker = site.worker()
+    site.work(jobs.works, "wait")
+    site.wait_for_run()
+    os.kill(worker.pid, signal.SIGTERM)
+    site.wait_until(lambda: "Warm shutdown" in site.said())
+    site.go()
+    worker.wait(30)
+    assert states() == ["committed"]
+    assert_charged_once(customer, 1, site)
+
+
+def test_f31_a_cold_shutdown_is_no_charge_and_the_next_worker_does_the_task(
+    broker: str, site: Site, customer: Customer
+) -> None:
+    worker = site.worker()
+    site.work(jobs.works, "hang", "finish")
+    site.wait_for_run()
+    os.kill(worker.pid, signal.SIGQUIT)
+    worker.wait(30)
+    site.worker()
+    site.wait_until(lambda: "committed" in states())
+    assert_charged_once(customer, 2, site)
+
+
+# Delivered twice
+
+
+def test_f33_a_visibility_timeout_runs_no_second_copy(
+    redis: None, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    site.work(jobs.works, "wait")
+    site.wait_for_run()
+    time.sleep(VISIBILITY_TIMEOUT)
+    # A worker that starts looks for such messages at once; it finds the lease alive.
+    site.worker()
+    site.wait_until(lambda: "is in use right now" in site.said())
+    site.go()
+    site.wait_for("committed")
+    # And the copy that looks again finds it done.
+    site.wait_until(lambda: "was used already" in site.said())
+    assert_charged_once(customer, 1, site)
+
+
+def test_f33_a_copy_that_is_told_to_ignores_what_is_at_work(
+    redis: None, site: Site, customer: Customer
+) -> None:
+    site.worker(concurrency=2)
+    task_id = site.work(jobs.works_alone, "wait")
+    site.wait_for_run()
+    site.work(jobs.works_alone, "wait", task_id=task_id)
+    site.wait_until(lambda: "is in use right now" in site.said())
+    received = site.said().count("received")
+    time.sleep(3)
+    assert site.said().count("received") == received
+    site.go()
+    site.wait_for("committed")
+    assert_charged_once(customer, 1, site)
+
+
+def test_f33_a_lost_connection_runs_no_second_copy(
+    site: Site, servers: Any, customer: Customer
+) -> None:
+    url = servers("rabbitmq")
+    wire = brokers.Wire(urlsplit(url).port or 0)
+    try:
+        site.connect(f"amqp://guest:guest@127.0.0.1:{wire.port}//")
+        site.worker(concurrency=2)
+        site.work(jobs.works, "wait")
+        site.wait_for_run()
+        wire.cut()
+        # RabbitMQ delivers what was not acknowledged to the new connection.
+        site.wait_until(lambda: "is in use right now" in site.said())
+        site.go()
+        site.wait_for("committed")
+        assert_charged_once(customer, 1, site)
+    finally:
+        wire.close()
+
+
+def test_f33_a_copy_that_was_taken_for_dead_settles_nothing(
+    redis: None, site: Site, customer: Customer
+) -> None:
+    site.worker(concurrency=2)
+    task_id = site.work(jobs.works, "wait", "finish")
+    child = site.wait_for_run()
+    os.kill(child, signal.SIGSTOP)
+    site.sweep_until("released")
+    site.work(jobs.works, "wait", "finish", task_id=task_id)
+    site.wait_for("released", "committed")
+
+    os.kill(child, signal.SIGCONT)
+    site.go()
+    site.wait_until(lambda: "was taken up by another copy" in site.said())
+    assert site.noted("done 1")
+    assert_charged_once(customer, 2, site)
+
+
+def test_f32_a_task_that_was_done_is_not_done_again(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    task_id = site.work(jobs.works, "finish")
+    site.wait_for("committed")
+    site.work(jobs.works, "finish", task_id=task_id)
+    site.wait_until(lambda: "was used already" in site.said())
+    assert_charged_once(customer, 1, site)
+
+
+# Retried and replaced
+
+
+@pytest.mark.parametrize(
+    ("task", "settled"),
+    [
+        (jobs.retries_keeping, ["committed"]),
+        (jobs.autoretries, ["committed"]),
+        (jobs.retries_releasing, ["released", "released", "committed"]),
+    ],
+    ids=["retry", "autoretry", "releasing"],
+)
+def test_f34_a_retried_task_is_charged_once(
+    task: Any, settled: list[str], broker: str, site: Site, customer: Customer
+) -> None:
+    site.worker(concurrency=2)
+    site.send(task, 2, str(site.folder))
+    site.wait_for(*settled)
+    assert_charged_once(customer, 3, site)
+
+
+@pytest.mark.parametrize("task", [jobs.retries_keeping, jobs.autoretries])
+def test_f34_the_final_failure_of_a_retried_task_releases(
+    task: Any, redis: None, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    site.send(task, 9, str(site.folder))
+    site.wait_for("released")
+    assert balance(customer) == (100, 0)
+    assert movements() == ["reserved", "released"]
+    verify()
+
+
+def test_f34_a_task_that_replaces_itself_is_charged_for_the_last(
+    redis: None, site: Site, customer: Customer
+) -> None:
+    site.worker(concurrency=2)
+    site.send(jobs.replaces, 2, str(site.folder))
+    site.wait_until(lambda: sorted(states()) == ["committed", "released", "released"])
+    assert_charged_once(customer, 3, site)
+
+
+# Time limits
+
+
+def test_f35_a_soft_time_limit_releases(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    site.work(jobs.works_early, "hang", soft_time_limit=1)
+    site.wait_for("released")
+    assert movements() == ["reserved", "released"]
+    assert balance(customer) == (100, 0)
+
+
+def test_f35_a_hard_time_limit_is_one_settlement(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    site.work(jobs.works, "hang", time_limit=1)
+    # The parent says so while the child may still be at it.
+    site.wait_until(lambda: "Hard time limit" in site.said())
+    site.sweep_until("released")
+    assert movements() == ["reserved", "released"]
+    assert balance(customer) == (100, 0)
+    verify()
+
+
+def test_f35_a_soft_time_limit_within_the_commit_of_a_task_loses_no_success(
+    redis: None, site: Site, customer: Customer, settings: Any
+) -> None:
+    transport = dying_transport(settings.METERLY["TRANSPORT"])
+    worker = site.worker(
+        HANG_AT="after:commit_reservation",
+        CHILD_METERLY=json.dumps({**settings.METERLY, "TRANSPORT": transport}),
+    )
+    site.send(jobs.plain, soft_time_limit=3)
+    site.wait_until(lambda: "SoftTimeLimitExceeded" in site.said())
+    assert states() == ["commit_pending"]
+    kill_group(worker)
+    let_lapse()
+    journal.sweep(get_client())
+    assert states() == ["committed"]
+    assert movements() == ["reserved", "committed"]
+    assert balance(customer) == (75, 0)
+
+
+# Handed off
+
+
+def test_f36_a_handed_off_task_settles_what_was_reserved_for_it(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    with guard("user_1", 25) as work:
+        task_id = work.hand_off(jobs.handed_off, str(site.folder), used=7)
+    site.wait_for("committed")
+    assert task_id in site.said()
+    assert movements() == ["reserved", "committed"]
+    assert balance(customer) == (93, 0)
+    # Neither a key nor a secret in what the worker got.
+    assert Reservation.objects.get().key not in site.said()
+
+
+def test_f34_a_handed_off_task_is_retried_under_the_same_reservation(
+    broker: str, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    with guard("user_1", 25) as work:
+        work.hand_off(jobs.handed_off_retries, str(site.folder))
+    site.wait_for("committed")
+    assert len(site.noted("began")) == 2
+    assert movements() == ["reserved", "committed"]
+    assert balance(customer) == (93, 0)
+
+
+def test_f36_a_handed_off_task_that_expires_or_is_revoked_is_released(
+    broker: str, site: Site, customer: Customer
+) -> None:
+    late = jobs.handed_off.s(str(site.folder))
+    with guard("user_1", 25) as work:
+        work.hand_off(late.clone().set(expires=0.1))
+    with guard("user_1", 25) as work:
+        revoked = work.hand_off(late.clone().set(countdown=20))
+    time.sleep(0.2)
+    site.worker()
+    # The other one the worker drops itself, or RabbitMQ does before.
+    site.wait_until(lambda: f"[{revoked}] received" in site.said())
+    APP.control.revoke(revoked)
+    discarded = f"Discarding revoked task: jobs.handed_off[{revoked}]"
+    site.wait_until(lambda: discarded in site.said())
+    assert states() == ["reserved", "reserved"]
+    Reservation.objects.update(lease_until=timezone.now())
+    site.sweep_until("released", "released")
+    assert site.noted("began") == []
+    assert balance(customer) == (100, 0)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "amqp"])
+def test_f36_a_broker_that_cannot_be_reached_releases_at_once(
+    scheme: str, site: Site, customer: Customer, free_port: int
+) -> None:
+    if scheme == "redis":
+        pytest.importorskip("redis")
+    site.connect(f"{scheme}://127.0.0.1:{free_port}/")
+    begun = time.monotonic()
+    with (
+        pytest.raises(MeterlyUnavailableError, match="could not be sent"),
+        guard("user_1", 25) as work,
+    ):
+        work.hand_off(jobs.handed_off)
+    assert time.monotonic() - begun < 10
+    assert states() == ["released"]
+    assert balance(customer) == (100, 0)
