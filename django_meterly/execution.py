@@ -67,7 +67,7 @@ def _begin(
     except responses.RENDERED as exc:
         return responses.render(request, exc)
     request.meterly = work  # type: ignore[attr-defined]
-    return Work(work, options)
+    return Work(work, options, head=request.method == "HEAD")
 
 
 def _guard_sync(view: View, begin: Callable[..., Any]) -> View:
@@ -114,9 +114,13 @@ def _guard_async(view: View, begin: Callable[..., Any]) -> View:
 class Work:
     """A view at work under its guard."""
 
-    def __init__(self, guard: Guard, options: GuardOptions) -> None:
+    def __init__(
+        self, guard: Guard, options: GuardOptions, *, head: bool = False
+    ) -> None:
         self.guard = guard
         self.options = options
+        # Servers read the whole stream that answers a HEAD, and drop it.
+        self._head = head
         self._sending = False
 
     def run(self, call: View, aliases: list[str]) -> Any:
@@ -209,6 +213,8 @@ class Work:
             self.guard.abandon()
 
     def _send(self, chunks: Iterable[Any]) -> Iterator[Any]:
+        if self._head:
+            return
         self._sending = True
         try:
             yield from chunks
@@ -221,6 +227,8 @@ class Work:
         self.guard.succeed()
 
     async def _asend(self, chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        if self._head:
+            return
         self._sending = True
         try:
             async for chunk in chunks:
