@@ -55,9 +55,7 @@ def shared(
 
 
 @pytest.fixture
-def site(
-    request: pytest.FixtureRequest, shared: Any, cookie: str
-) -> Iterator[Site]:
+def site(request: pytest.FixtureRequest, shared: Any, cookie: str) -> Iterator[Site]:
     """The server that ``served`` names, for the customer's requests."""
     site: Site = shared(request.param)
     site.cookie = cookie

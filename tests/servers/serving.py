@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import re
-import signal
 import socket
 import struct
 from contextlib import contextmanager
@@ -84,8 +83,7 @@ class Site:
         wait_until(self._find_port, log)
 
     def _find_port(self) -> bool:
-        said = self.log.read_text()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", said)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.said())
         self.port = int(found[1]) if found else 0
         return bool(found)
 
@@ -122,6 +120,9 @@ class Site:
 
     def wait_until(self, condition: Any) -> None:
         wait_until(condition, self.log)
+
+    def said(self) -> str:
+        return self.log.read_text()
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)

@@ -122,9 +122,9 @@ def late(request: HttpRequest) -> HttpResponseBase:
 
 
 def _streaming(view: Any, policy: str) -> Any:
-    guarded = meterly_guard(
-        "image_credits", 25, on_disconnect=policy, methods=["GET"]
-    )(view)
+    guarded = meterly_guard("image_credits", 25, on_disconnect=policy, methods=["GET"])(
+        view
+    )
     return path(f"{view.__name__}/{policy}/", guarded)
 
 
