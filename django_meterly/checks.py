@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from inspect import isclass
 from typing import TYPE_CHECKING, Any
 
+from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connections, router
+from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
 from .conf import CHOICES, DEFAULTS, check_choice, meterly_settings, suggestion
+from .execution import handlers, is_guarded
+from .middleware import MeterlyMiddleware, key_for, named_patterns
+from .options import GuardOptions
 from .transports.base import (
     check_ttl,
     check_unit,
@@ -175,3 +181,156 @@ def check_databases(**kwargs: Any) -> list[CheckMessage]:
         for alias, options in connections.settings.items()
         if options["ENGINE"].endswith("sqlite3") and options["ATOMIC_REQUESTS"]
     ]
+
+
+@register("meterly")
+def check_guarded_views(**kwargs: Any) -> list[CheckMessage]:
+    """Check the options in ``GUARDED_VIEWS``, and that the middleware reads them."""
+    try:
+        views = meterly_settings.GUARDED_VIEWS
+    except ImproperlyConfigured:
+        return []
+    if not isinstance(views, dict):
+        return [
+            Error(
+                f"METERLY['GUARDED_VIEWS'] must be a dict, not {views!r}.",
+                hint="Its keys are URL names or namespaces, its values options.",
+                id="meterly.E009",
+            )
+        ]
+    found: list[CheckMessage] = []
+    for name, options in views.items():
+        try:
+            GuardOptions.of(options, f"METERLY['GUARDED_VIEWS'][{name!r}]")
+        except (TypeError, ValueError, ImportError) as exc:
+            found.append(Error(str(exc), id="meterly.E009"))
+    if views and not any(
+        isclass(each) and issubclass(each, MeterlyMiddleware) for each in _middleware()
+    ):
+        found.append(
+            Error(
+                "METERLY['GUARDED_VIEWS'] guards nothing without MeterlyMiddleware.",
+                hint="Add 'django_meterly.middleware.MeterlyMiddleware' to MIDDLEWARE.",
+                id="meterly.E010",
+            )
+        )
+    return found
+
+
+def _middleware() -> Iterator[Any]:
+    for path in settings.MIDDLEWARE:
+        try:
+            yield import_string(path)
+        except ImportError:
+            # Django says so, and more loudly.
+            continue
+
+
+@register("meterly", Tags.urls)
+def check_urls(**kwargs: Any) -> list[CheckMessage]:
+    """Check the guards of the views in ``ROOT_URLCONF``."""
+    try:
+        views = meterly_settings.GUARDED_VIEWS
+    except ImproperlyConfigured:
+        return []
+    if not getattr(settings, "ROOT_URLCONF", None) or not isinstance(views, dict):
+        return []
+    found: list[CheckMessage] = []
+    names = []
+    for name, pattern in named_patterns(get_resolver()):
+        names.append(name)
+        found += _check_guards(name, pattern.callback, key_for(name) == name)
+    used = {key_for(name) for name in names}
+    # A namespace whose every view is named by itself is there all the same.
+    spaces = {f"{name.rpartition(':')[0]}:" for name in names if ":" in name}
+    for key in views:
+        if key not in used and key not in spaces:
+            known = {*names, *spaces, *_outer(spaces)} - {""}
+            found.append(
+                CheckWarning(
+                    f"METERLY['GUARDED_VIEWS'] names {key!r}, which matches no URL.",
+                    hint=(
+                        suggestion(str(key), known).strip()
+                        or "A name needs its namespace, 'posters:render', and a "
+                        "namespace its colon, 'posters:'."
+                    ),
+                    id="meterly.W002",
+                )
+            )
+    return found
+
+
+def _outer(spaces: set[str]) -> set[str]:
+    return {
+        ":".join(parts[:count]) + ":"
+        for parts in (space.rstrip(":").split(":") for space in spaces)
+        for count in range(1, len(parts))
+    }
+
+
+def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
+    where = name or getattr(view, "__qualname__", repr(view))
+    cls = getattr(view, "cls", None) or getattr(view, "view_class", None)
+    if getattr(getattr(cls, "dispatch", None), "meterly_guarded", False):
+        yield Error(
+            f"The view {where!r} has meterly_guard on dispatch(), which it refuses.",
+            hint=(
+                "Let the class inherit from MeterlyGuardMixin and set guard_options, "
+                "or put the guard around as_view() or on the handlers."
+            ),
+            id="meterly.E011",
+        )
+        return
+    early = [
+        alias
+        for alias, database in connections.settings.items()
+        if database["ATOMIC_REQUESTS"]
+        and alias not in getattr(view, "_non_atomic_requests", ())
+    ]
+    if early and is_guarded(view):
+        yield Error(
+            f"The view {where!r} has a guard on a handler, which ATOMIC_REQUESTS (on "
+            f"the database {early[0]!r}) makes it refuse.",
+            hint="Put MeterlyGuardMixin first among the bases of its class.",
+            id="meterly.E012",
+        )
+    methods = _methods(view)
+    options = getattr(view, "meterly_options", None)
+    if named and not is_guarded(view):
+        try:
+            options = GuardOptions.of(meterly_settings.GUARDED_VIEWS[name], name)
+        except (TypeError, ValueError, ImportError):
+            return
+    guards = [(where, options, methods)] if options and methods else []
+    for method, handler in handlers(view).items():
+        options = getattr(handler, "meterly_options", None)
+        if options and not (method == "head" and "get" in handlers(view)):
+            guards.append((f"{where}, {method}()", options, {method.upper()}))
+    for guarded, options, answers in guards:
+        if not any(options.costs(method) for method in answers):
+            listed = ", ".join(sorted(answers))
+            yield CheckWarning(
+                f"The guard of {guarded!r} never charges: only {listed} is answered, "
+                "and costs nothing.",
+                hint='Name the methods that cost something: methods=["GET"].',
+                id="meterly.W003",
+            )
+
+
+def _methods(view: Any) -> set[str] | None:
+    """Return the HTTP methods that *view* answers, or ``None`` if it answers any."""
+    if found := handlers(view):
+        return {method.upper() for method in found} - {"OPTIONS"}
+    allowed: set[str] | None = None
+    while view is not None:
+        # require_http_methods() and its kin leave no other trace.
+        for name, cell in zip(
+            getattr(getattr(view, "__code__", None), "co_freevars", ()),
+            getattr(view, "__closure__", None) or (),
+            strict=False,
+        ):
+            if name == "request_method_list":
+                methods = {str(method).upper() for method in cell.cell_contents}
+                allowed = methods if allowed is None else allowed & methods
+        view = getattr(view, "__wrapped__", None)
+    return allowed

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "EXTERNAL_ID": "django_meterly.resolvers.external_id",
     "OVERAGE": "charge",
     "ON_DISCONNECT": "release",
+    "GUARDED_VIEWS": {},
     "TOP_UP_URL": None,
     "LEASE_GRACE": 60.0,
     "MAX_SETTLE_ATTEMPTS": 20,
@@ -67,8 +68,9 @@ def check_choice(name: str, value: str) -> None:
 
 def suggestion(name: str, known: Any) -> str:
     """Return ``" Did you mean 'X'?"`` for a name that is close to a *known* one."""
-    close = difflib.get_close_matches(name.upper(), list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    spelled = {str(each).upper(): each for each in known}
+    close = difflib.get_close_matches(name.upper(), list(spelled), n=1)
+    return f" Did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 class MeterlySettings:

@@ -69,4 +69,10 @@ def meterly_guard(
         overage=overage,
         on_disconnect=on_disconnect,
     )
-    return lambda view: guard_view(view, lambda request: options)
+
+    def decorator(view: View) -> View:
+        guarded: Any = guard_view(view, lambda request: options)
+        guarded.meterly_options = options
+        return guarded  # type: ignore[no-any-return]
+
+    return decorator

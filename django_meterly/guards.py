@@ -58,6 +58,8 @@ class Guard:
         self.ttl_seconds = ttl_seconds
         self.durable = durable
         self.overage = overage or meterly_settings.OVERAGE
+        #: The name of the view or the task that this is for.
+        self.work = ""
         self.reservation: Reservation | None = None
         self._balance: Balance | None = None
         self._charge: int | None = amount
@@ -161,6 +163,7 @@ class Guard:
             reference=self.reference,
             key=self.idempotency_key,
             ttl_seconds=self.ttl_seconds,
+            work=self.work,
         )
 
     def decide(self) -> None:
@@ -332,6 +335,7 @@ def guard(
     An exception from the block releases the credits and goes on. Entering
     raises ``MeterlyInsufficientCreditsError``, ``MeterlyUnavailableError`` when
     the ledger cannot be asked, ``MeterlyDuplicateError`` when the key was used,
+    ``MeterlyIdempotencyMismatchError`` when it was for another unit or amount,
     and ``MeterlyUsageError`` inside an open transaction. With *durable* false
     the reservation lives and dies with that transaction instead. Arguments out
     of bounds are a ``ValueError`` before anything is written or sent.

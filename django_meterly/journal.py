@@ -45,6 +45,7 @@ from .errors import (
     MeterlyDuplicateError,
     MeterlyError,
     MeterlyIdempotencyInProgressError,
+    MeterlyIdempotencyMismatchError,
     MeterlyInsufficientCreditsError,
     MeterlyNotFoundError,
     MeterlyReservationCommittedError,
@@ -120,7 +121,9 @@ _IN_TRANSACTION = (
     "rollback would take the reservation's record with it. Move guard() outside the "
     "atomic() block, or pass durable=False to let the reservation live and die with "
     "the transaction. Put meterly_guard around as_view(), above every decorator that "
-    "opens a transaction, and have the decorators above it use functools.wraps."
+    "opens a transaction, and have the decorators above it use functools.wraps. If it "
+    "guards a handler of a class-based view, put MeterlyGuardMixin first among the "
+    "bases of the class: it keeps ATOMIC_REQUESTS from opening the transaction early."
 )
 
 
@@ -133,15 +136,17 @@ def reserve(
     reference: str,
     key: str | None,
     ttl_seconds: int,
+    work: str = "",
 ) -> tuple[Reservation, Balance]:
     """Write the intent, ask the ledger to hold *amount*, and record its answer.
 
-    Without a *key*, a random one is used. Returns the row, which is
-    ``reserved``, and the balance after the hold. With a ledger in the journal's
-    own database, row and hold are one transaction. Raises
+    Without a *key*, a random one is used. *work* names the view or the task.
+    Returns the row, which is ``reserved``, and the balance after the hold. With a
+    ledger in the journal's own database, row and hold are one transaction. Raises
     ``MeterlyInsufficientCreditsError`` (row ``denied``),
     ``MeterlyUnavailableError`` (the work must not run; a hold that may exist is
-    released by the sweeper) and ``MeterlyDuplicateError`` when *key* was used.
+    released by the sweeper), ``MeterlyDuplicateError`` when *key* was used, and
+    ``MeterlyIdempotencyMismatchError`` when it was used for something else.
     """
     using = alias()
     deadline = meterly_settings.DEADLINE
@@ -156,17 +161,20 @@ def reserve(
         unit=unit,
         amount=amount,
         reference=reference,
+        work=work,
         key=key or str(uuid.uuid4()),
-        attempt=_next_attempt(using, customer, key) if key else 1,
         ttl_seconds=ttl_seconds,
         lease_until=from_now(deadline + meterly_settings.LEASE_GRACE),
     )
+    if key:
+        row.attempt = _next_attempt(using, row)
     with client.transport.unit_of_work(using):
         try:
             with transaction.atomic(using=using):
                 row.save(force_insert=True, using=using)
         except IntegrityError as exc:
             # Somebody else opened this attempt in between: theirs runs, not ours.
+            _next_attempt(using, row)
             raise MeterlyDuplicateError(
                 f"The idempotency key {key!r} is in use right now.", in_progress=True
             ) from exc
@@ -177,15 +185,31 @@ def reserve(
     return row, answer
 
 
-def _next_attempt(using: str, customer: Customer, key: str) -> int:
+def _next_attempt(using: str, row: Reservation) -> int:
+    """Return the number of the attempt that *row* would be; its key may be tried.
+
+    Raises ``MeterlyDuplicateError`` and ``MeterlyIdempotencyMismatchError``.
+    """
     last = (
         Reservation.objects.using(using)
-        .filter(customer=customer, key=key)
+        .filter(customer=row.customer, key=row.key)
         .order_by("-attempt")
         .first()
     )
     if last is None:
         return 1
+    given_up = (*State.free(), State.RELEASE_PENDING)
+    # Nothing came of an attempt that was given up: the next may cost another amount.
+    if (
+        last.work != row.work
+        or last.unit != row.unit
+        or (last.amount != row.amount and last.state not in given_up)
+    ):
+        raise MeterlyIdempotencyMismatchError(
+            f"The idempotency key {row.key!r} was used for something else before: "
+            f"{last.amount} {last.unit} for {last.work or 'guard()'!r}, and not "
+            f"{row.amount} {row.unit} for {row.work or 'guard()'!r}."
+        )
     if last.state not in State.free():
         raise _duplicate(last)
     return last.attempt + 1
@@ -198,6 +222,7 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
         + ("is in use right now" if in_progress else "was used already")
         + f" (reservation {row.state}).",
         state=row.state,
+        reference=row.reference,
         in_progress=in_progress,
     )
 

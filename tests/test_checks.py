@@ -8,8 +8,10 @@ from django.core.checks import run_checks
 from django.core.management import call_command
 from django.db import OperationalError, connection
 from django.test import override_settings
+from django.urls import clear_url_caches
 
 from django_meterly import checks
+from tests import guarded_urls
 
 HTTP = {"TRANSPORT": "django_meterly.transports.HttpTransport"}
 
@@ -114,3 +116,96 @@ def test_a_customer_model_changed_later_is_refused(settings: Any) -> None:
     assert message.id == "meterly.E008"
     assert "auth_user" in str(message.msg)
     assert Group._meta.db_table not in str(message.msg)
+
+
+MIDDLEWARE = ["django_meterly.middleware.MeterlyMiddleware"]
+COSTS = {"unit": "image_credits", "amount": 25}
+
+
+@pytest.fixture
+def guard_views(settings: Any) -> Any:
+    settings.MIDDLEWARE = [*settings.MIDDLEWARE, *MIDDLEWARE]
+    settings.ROOT_URLCONF = "tests.guarded_urls"
+
+    def guard_views(views: Any) -> list[Any]:
+        settings.METERLY = {**settings.METERLY, "GUARDED_VIEWS": views}
+        return [
+            message
+            for message in run_checks(tags=["meterly"])
+            if "never-" not in message.msg
+        ]
+
+    return guard_views
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("posters:rendr", "Did you mean 'posters:render'?"),
+        ("poster:", "Did you mean 'posters:'?"),
+        ("posters", "Did you mean 'posters:'?"),
+        ("xyz", "A name needs its namespace, 'posters:render', and a namespace its "),
+    ],
+)
+def test_a_guarded_view_that_matches_no_url_is_warned_of(
+    guard_views: Any, name: str, hint: str
+) -> None:
+    (message,) = guard_views({name: COSTS})
+    assert message.id == "meterly.W002"
+    assert message.hint.startswith(hint)
+
+
+def test_guarded_views_that_match_are_fine(guard_views: Any) -> None:
+    assert guard_views({"posters:render": COSTS, "posters:": COSTS}) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"amuont": 5}, {"amount": 0}, [], {"amount": "no.such.function"}]
+)
+def test_bad_options_of_guarded_views_are_found(guard_views: Any, options: Any) -> None:
+    (message,) = guard_views({"posters:render": options})
+    assert message.id == "meterly.E009"
+    assert "METERLY['GUARDED_VIEWS']['posters:render']" in message.msg
+
+
+def test_guarded_views_are_a_dict(guard_views: Any) -> None:
+    assert [message.id for message in guard_views(["posters:"])] == ["meterly.E009"]
+
+
+def test_guarded_views_need_the_middleware(guard_views: Any, settings: Any) -> None:
+    settings.MIDDLEWARE = ["no.such.Middleware", *settings.MIDDLEWARE[:-1]]
+    (message,) = guard_views({"posters:": COSTS})
+    assert message.id == "meterly.E010"
+
+
+@pytest.mark.urls("tests.guarded_urls")
+def test_guards_that_never_charge_are_warned_of() -> None:
+    messages = run_checks(tags=["meterly"])
+    assert {message.id for message in messages} == {"meterly.W003"}
+    assert [message.msg.split("'")[1] for message in messages] == [
+        f"never-{number}" if number != 4 else "never-4, get()" for number in range(1, 8)
+    ]
+
+
+def test_a_guarded_view_that_only_reads_is_warned_of(guard_views: Any) -> None:
+    (message,) = guard_views({"plain": COSTS})
+    assert message.id == "meterly.W003"
+    assert guard_views({"plain": {**COSTS, "methods": ["GET"]}}) == []
+
+
+@pytest.mark.urls("tests.guarded_urls")
+def test_f25_a_guard_on_dispatch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded_urls, "urlpatterns", guarded_urls.dispatch)
+    clear_url_caches()
+    assert ids() == ["meterly.E011"]
+
+
+@pytest.mark.urls("tests.guarded_urls")
+def test_f25_a_handler_without_the_mixin_is_found_under_atomic_requests(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(guarded_urls, "urlpatterns", guarded_urls.handler)
+    clear_url_caches()
+    assert ids() == []
+    request.getfixturevalue("atomic_requests")
+    assert "meterly.E012" in ids()

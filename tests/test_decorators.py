@@ -11,7 +11,6 @@ from django.db import IntegrityError, OperationalError, connections, transaction
 from django.http import HttpResponse
 from django.template.response import TemplateResponse
 from django.test import RequestFactory
-from django.utils.decorators import method_decorator
 from django.views import View
 
 from django_meterly import guard, meterly_guard
@@ -530,7 +529,7 @@ def test_class_based_views_are_named_after_their_class(
     request = RequestFactory().post("/")
     request.user = user
     response = meterly_guard("image_credits", 25)(Page.as_view())(request)
-    assert b".Page:" in response.content
+    assert response.content.startswith(b"Page:")
 
 
 def test_what_cannot_be_guarded_is_refused_at_once() -> None:
@@ -567,20 +566,6 @@ def test_f24_a_hidden_coroutine_is_never_charged(user: User, customer: Any) -> N
     with pytest.raises(TypeError, match="coroutine"):
         view(request)
     assert balance(customer) == (100, 0)
-
-
-def test_f25_a_method_is_refused_with_the_remedy(user: User) -> None:
-    class Page(View):
-        @meterly_guard("image_credits", 25)
-        def post(self, request: Any) -> HttpResponse:
-            return HttpResponse()
-
-    request = RequestFactory().post("/")
-    request.user = user
-    with pytest.raises(TypeError, match=r"as_view\(\)"):
-        Page.as_view()(request)
-    assert method_decorator
-    assert states() == []
 
 
 def test_class_based_views_are_guarded_around_as_view(
