@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from inspect import isclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +10,16 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError, connections, router
+from django.db import DatabaseError, OperationalError, connections, router
 from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
 from .conf import CHOICES, DEFAULTS, check_choice, meterly_settings, suggestion
-from .execution import handlers, is_guarded
+from .execution import class_of, handlers, is_guarded
 from .middleware import MeterlyMiddleware, key_for, named_patterns
 from .options import GuardOptions
 from .transports.base import (
+    check_amount,
     check_ttl,
     check_unit,
     key_problem,
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 HTTP_TRANSPORT = "django_meterly.transports.HttpTransport"
 LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
 LEDGER_APP = "django_meterly.ledger"
+#: Seconds a row may be overdue before it is worth a warning.
+OVERDUE = 3600
+#: The longest hold: its work has to find its row when it ends.
+SHORTEST_RETENTION = 86400
 
 
 @register("meterly")
@@ -71,18 +77,42 @@ def _check_values() -> Iterator[CheckMessage]:
                 check(value, f"METERLY[{name!r}]")
             except ValueError as exc:
                 yield Error(str(exc), id="meterly.E003")
+    if meterly_settings.JOURNAL_RETENTION < SHORTEST_RETENTION:
+        yield Error(
+            "METERLY['JOURNAL_RETENTION'] must be a day at least, not "
+            f"{meterly_settings.JOURNAL_RETENTION} seconds.",
+            hint="Work that ends late has to find its reservation still there.",
+            id="meterly.E003",
+        )
     for name in CHOICES:
         try:
             check_choice(name, getattr(meterly_settings, name))
         except ValueError as exc:
             yield Error(f"METERLY: {exc}", id="meterly.E003")
-    for name in ("MAX_ATTEMPTS", "MAX_SETTLE_ATTEMPTS"):
+    for name, least in (
+        ("MAX_ATTEMPTS", 1),
+        ("MAX_SETTLE_ATTEMPTS", 1),
+        ("UNAVAILABLE_CAP", 0),
+    ):
         value = getattr(meterly_settings, name)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or value < least:
             yield Error(
-                f"METERLY[{name!r}] must be a whole number from 1, not {value!r}.",
+                f"METERLY[{name!r}] must be a whole number from {least}, "
+                f"not {value!r}.",
                 id="meterly.E003",
             )
+    if problem := _low_balance_problem(meterly_settings.LOW_BALANCE):
+        yield Error(f"METERLY['LOW_BALANCE'] {problem}", id="meterly.E003")
+    if (
+        meterly_settings.ON_UNAVAILABLE == "allow"
+        and meterly_settings.UNAVAILABLE_CAP == 0
+    ):
+        yield CheckWarning(
+            "METERLY['ON_UNAVAILABLE'] is 'allow', but UNAVAILABLE_CAP is 0: nothing "
+            "is allowed.",
+            hint="Set UNAVAILABLE_CAP to the credits a customer may have on trust.",
+            id="meterly.W005",
+        )
     for name in ("TRANSPORT", "SIGNER", "CUSTOMER_RESOLVER", "EXTERNAL_ID"):
         path = getattr(meterly_settings, name)
         if name == "SIGNER" and path is None:
@@ -97,6 +127,18 @@ def _check_values() -> Iterator[CheckMessage]:
             )
 
 
+def _low_balance_problem(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"must be a dict of units and thresholds, not {value!r}."
+    for unit, threshold in value.items():
+        try:
+            check_unit(unit)
+            check_amount(threshold, f"the threshold of {unit!r}")
+        except ValueError as exc:
+            return f"maps units to credits: {exc}"
+    return ""
+
+
 def _check_transport() -> Iterator[CheckMessage]:
     transport = meterly_settings.TRANSPORT
     if transport == LEDGER_TRANSPORT and LEDGER_APP not in _app_modules():
@@ -105,7 +147,7 @@ def _check_transport() -> Iterator[CheckMessage]:
             hint=f"Add {LEDGER_APP!r} to INSTALLED_APPS and run migrate.",
             id="meterly.E005",
         )
-    if transport != HTTP_TRANSPORT:
+    if transport != HTTP_TRANSPORT or meterly_settings.ENFORCEMENT == "off":
         return
     if problem := key_problem(meterly_settings.API_KEY or ""):
         yield Error(
@@ -120,6 +162,24 @@ def _check_transport() -> Iterator[CheckMessage]:
         str(meterly_settings.BASE_URL), bool(meterly_settings.ALLOW_INSECURE_HTTP)
     ):
         yield Error(f"METERLY['BASE_URL']: {problem}", id="meterly.E007")
+
+
+@register("meterly", deploy=True)
+def check_enforcement(**kwargs: Any) -> list[CheckMessage]:
+    """Warn when guarded views run for nothing."""
+    try:
+        enforcement = meterly_settings.ENFORCEMENT
+    except ImproperlyConfigured:
+        return []  # check_settings reports it.
+    if enforcement == "enforce":
+        return []
+    return [
+        CheckWarning(
+            f"METERLY['ENFORCEMENT'] is {enforcement!r}: work runs without credits.",
+            hint="Set it to 'enforce' where credits are to be paid.",
+            id="meterly.W006",
+        )
+    ]
 
 
 @register("meterly", Tags.database)
@@ -270,8 +330,7 @@ def _outer(spaces: set[str]) -> set[str]:
 
 def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
     where = name or getattr(view, "__qualname__", repr(view))
-    cls = getattr(view, "cls", None) or getattr(view, "view_class", None)
-    if getattr(getattr(cls, "dispatch", None), "meterly_guarded", False):
+    if getattr(getattr(class_of(view), "dispatch", None), "meterly_guarded", False):
         yield Error(
             f"The view {where!r} has meterly_guard on dispatch(), which it refuses.",
             hint=(
@@ -334,3 +393,61 @@ def _methods(view: Any) -> set[str] | None:
                 allowed = methods if allowed is None else allowed & methods
         view = getattr(view, "__wrapped__", None)
     return allowed
+
+
+@register("meterly", Tags.database)
+def check_sweeping(
+    databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Warn about rows that a sweeper would have settled long ago."""
+    from . import journal
+    from .models import Reservation
+
+    using = journal.alias()
+    if using not in (databases or ()):
+        return []
+    connection = connections[using]
+    try:
+        with connection.cursor() as cursor:
+            tables = connection.introspection.table_names(cursor)
+        if Reservation._meta.db_table not in tables:
+            return []
+        overdue = journal.backlog(OVERDUE)
+    except (ImproperlyConfigured, DatabaseError):
+        # A database out of reach, or before its migrations: not for this check.
+        return []
+    if overdue.oldest_due_seconds is None:
+        return []
+    return [
+        CheckWarning(
+            f"Nothing seems to sweep: {overdue.lapsed + overdue.due} reservations in "
+            f"the database {using!r} have been overdue for more than an hour, the "
+            f"oldest for {overdue.oldest_due_seconds / 3600:.1f} hours.",
+            hint=(
+                "Run manage.py meterly_settle from cron, or Celery beat with "
+                "django_meterly.tasks.beat_schedule(). If one of them runs, the "
+                "ledger is out of reach: see its log."
+            ),
+            id="meterly.W010",
+        )
+    ]
+
+
+@register("meterly")
+def check_beat(**kwargs: Any) -> list[CheckMessage]:
+    """Warn about a beat that runs some of our tasks, and not the others."""
+    if "celery" not in sys.modules:
+        return []
+    from .tasks import missing_from_beat
+
+    return [
+        CheckWarning(
+            f"Celery's beat_schedule lacks the task {name!r}.",
+            hint=(
+                "Take all of django_meterly.tasks.beat_schedule(): the one gives up "
+                "what crashed work left behind, the other asks again for grants."
+            ),
+            id="meterly.W011",
+        )
+        for name in missing_from_beat()
+    ]

@@ -36,6 +36,11 @@ DEFAULTS: dict[str, Any] = {
     "OVERAGE": "charge",
     "ON_DISCONNECT": "release",
     "GUARDED_VIEWS": {},
+    "ENFORCEMENT": "enforce",
+    "ON_UNAVAILABLE": "deny",
+    "UNAVAILABLE_CAP": 0,
+    "LOW_BALANCE": {},
+    "LOW_BALANCE_COOLDOWN": 86400.0,
     "TOP_UP_URL": None,
     "LEASE_GRACE": 60.0,
     "MAX_SETTLE_ATTEMPTS": 20,
@@ -46,6 +51,8 @@ DEFAULTS: dict[str, Any] = {
 CHOICES = {
     "OVERAGE": ("charge", "cap"),
     "ON_DISCONNECT": ("release", "commit", "settled"),
+    "ENFORCEMENT": ("enforce", "shadow", "off"),
+    "ON_UNAVAILABLE": ("deny", "allow"),
 }
 
 #: Durations: a number of seconds or a ``timedelta``; read as seconds.
@@ -54,6 +61,7 @@ DURATIONS = {
     "READ_TIMEOUT",
     "DEADLINE",
     "RESERVATION_TTL",
+    "LOW_BALANCE_COOLDOWN",
     "LEASE_GRACE",
     "JOURNAL_RETENTION",
 }
@@ -140,13 +148,15 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
                 f"{suggestion(name, DEFAULTS)}"
             )
         default = DEFAULTS[name]
-        cast = str if default is None else type(default)
+        cast: Any = str if default is None else type(default)
         cast = Secret if name == "API_KEY" else cast
+        # unit=number;unit=number
+        cast = {"value": int} if cast is dict else cast
         try:
             values[name] = env.get_value(variable, cast=cast)
-        except ValueError as exc:
+        except (IndexError, ValueError) as exc:
             raise ImproperlyConfigured(
-                f"The environment variable {variable} must be a {cast.__name__}, "
-                f"not {env.ENVIRON[variable]!r}."
+                f"The environment variable {variable} must be a "
+                f"{type(default).__name__}, not {env.ENVIRON[variable]!r}."
             ) from exc
     return values

@@ -53,7 +53,7 @@ def guard_class(view: View, options_for: OptionsFor | None) -> View:
     ``ATOMIC_REQUESTS``: the handler's guard does. *options_for* guards whichever
     handler a request selects.
     """
-    if getattr(_class_of(view).dispatch, "meterly_guarded", False):
+    if getattr(class_of(view).dispatch, "meterly_guarded", False):
         raise TypeError(_NOT_ON_DISPATCH)
     guard = None if options_for is None else _ViewGuard(_name(view), options_for)
     return _guard_handlers(view, guard)
@@ -80,10 +80,13 @@ def install_guards(instance: DjangoView, request: Any) -> None:
 
 def handlers(view: Any) -> dict[str, Any]:
     """Return the handlers of a class-based *view*, by HTTP method in lower case."""
-    cls = _class_of(view)
+    cls = class_of(view)
+    if cls is None:
+        return {}
+    # A view set's as_view() was told which of its methods answer what.
     names = getattr(view, "actions", None)
     if names is None:
-        names = {method: method for method in getattr(cls, "http_method_names", ())}
+        names = {method: method for method in cls.http_method_names}
     found = {
         method: getattr(cls, name)
         for method, name in names.items()
@@ -280,7 +283,9 @@ class _Dispatch:
         return dispatch.aliases if dispatch else []
 
     def begin(self, guard: _ViewGuard, call: _Call) -> Any:
-        self.waiting.remove(guard)
+        if guard in self.waiting:
+            self.waiting.remove(guard)
+        # Else a dispatch() tries its handler again: another piece of work.
         return guard.begin(call)
 
     def conclude(self, response: Any, *, rest: bool) -> None:
@@ -317,7 +322,7 @@ def _guard_handlers(view: View, guard: _ViewGuard | None) -> View:
     )
     guarded: Any
     if rest:
-        _hook_initial(_class_of(view))
+        _hook_initial(class_of(view))
 
     if _is_async(view):
 
@@ -586,10 +591,8 @@ def _refuse(view: View) -> None:
 
 def _name(view: Any) -> str:
     """Return the name of the work, with its module."""
-    # as_view() names all views alike, and a partial has no name of its own.
-    named = _class_of(view) or view
-    while isinstance(named, partial):
-        named = named.func
+    # as_view() names all views alike.
+    named = class_of(view) or _unpartial(view)
     name = getattr(named, "__qualname__", type(named).__qualname__)
     if isclass(named) and not name.endswith(named.__name__):
         # @api_view names its class after the function, by __name__ only.
@@ -599,31 +602,37 @@ def _name(view: Any) -> str:
     return full.decode()[:200]
 
 
-def _class_of(view: Any) -> Any:
-    return getattr(view, "cls", None) or getattr(view, "view_class", None)
+def class_of(view: Any) -> Any:
+    """Return the class that *view* is ``as_view()`` of, or ``None``."""
+    for name in ("cls", "view_class"):
+        cls = getattr(view, name, None)
+        if isclass(cls) and issubclass(cls, DjangoView):
+            return cls
+    return None
 
 
 def _is_rest(view: Any) -> bool:
     """Return whether *view* is one of Django REST framework, which is not imported."""
-    cls = getattr(view, "cls", None)
-    return isclass(cls) and issubclass(cls, DjangoView) and hasattr(cls, "initial")
+    return hasattr(view, "cls") and hasattr(class_of(view), "initial")
 
 
 def _is_bound(view: Any) -> bool:
     """Return whether *view* is a handler bound to its view, below any decorators."""
     while view is not None:
-        inner = view
-        while isinstance(inner, partial):
-            inner = inner.func
-        if isinstance(getattr(inner, "__self__", None), DjangoView):
+        if isinstance(getattr(_unpartial(view), "__self__", None), DjangoView):
             return True
         view = getattr(view, "__wrapped__", None)
     return False
 
 
-def _is_async(view: Any) -> bool:
+def _unpartial(view: Any) -> Any:
     while isinstance(view, partial):
         view = view.func
+    return view
+
+
+def _is_async(view: Any) -> bool:
+    view = _unpartial(view)
     return iscoroutinefunction(view) or iscoroutinefunction(
         getattr(type(view), "__call__", None)  # noqa: B004
     )
@@ -664,7 +673,8 @@ def _unspoiled(aliases: list[str]) -> Iterator[None]:
         yield
     finally:
         for connection in spared:
-            connection.set_rollback(False)
+            if connection.in_atomic_block:
+                connection.set_rollback(False)
 
 
 def _finished(response: HttpResponseBase) -> bool:

@@ -6,7 +6,6 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
-from .errors import MeterlyInvalidKeyError
 from .models import MAX_CALLER_KEY_LENGTH
 from .transports.base import check_key
 
@@ -29,8 +28,8 @@ def requested_key(request: HttpRequest) -> str | None:
 
     The ``Idempotency-Key`` header (draft-ietf-httpapi-idempotency-key-header)
     goes before the form's field. Its value is a quoted string of structured
-    fields, or the bare key. Raises ``MeterlyInvalidKeyError`` for anything but
-    1 to 200 visible ASCII characters.
+    fields, or the bare key: 1 to 200 visible ASCII characters. Anything else comes
+    back as it is, for ``guard()`` to refuse.
     """
     # REST framework's request, seen through: what Django's has parsed is the point.
     request = getattr(request, "_request", request)
@@ -45,8 +44,8 @@ def requested_key(request: HttpRequest) -> str | None:
         return None
     try:
         check_key(key, HEADER, length=MAX_CALLER_KEY_LENGTH)
-    except ValueError as exc:
-        raise MeterlyInvalidKeyError(str(exc)) from None
+    except ValueError:
+        return key
     named = PREFIX + key
     if len(named) <= MAX_CALLER_KEY_LENGTH:
         return named

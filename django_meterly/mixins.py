@@ -8,7 +8,7 @@ from .execution import guard_class, install_guards
 from .options import GuardOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from django.http import HttpRequest
 
@@ -45,7 +45,7 @@ class MeterlyGuardMixin:
                 )
 
     @classmethod
-    def as_view(cls, *args: Any, **initkwargs: Any) -> Callable[..., Any]:
+    def as_view(cls, *args: Any, **initkwargs: Any) -> Any:
         view = super().as_view(*args, **initkwargs)  # type: ignore[misc]
         mapping = initkwargs.get("guard_options", cls.guard_options)
         if mapping is None:
@@ -53,7 +53,7 @@ class MeterlyGuardMixin:
         options = GuardOptions.of(mapping, f"{cls.__qualname__}.guard_options")
         guarded: Any = guard_class(view, lambda request: options)
         guarded.meterly_options = options
-        return guarded  # type: ignore[no-any-return]
+        return guarded
 
     def setup(self, request: HttpRequest, *args: Any, **kwargs: Any) -> None:
         super().setup(request, *args, **kwargs)  # type: ignore[misc]

@@ -46,6 +46,8 @@ class GuardOptions:
     success: Callable[[HttpResponseBase], bool] | None = None
     on_disconnect: str | None = None
     overage: str | None = None
+    on_unavailable: str | None = None
+    enforcement: str | None = None
 
     @classmethod
     def of(cls, mapping: Mapping[str, Any], where: str) -> GuardOptions:
@@ -83,7 +85,7 @@ class GuardOptions:
             check_amount(self.amount)
         if self.ttl_seconds is not None:
             check_ttl(self.ttl_seconds)
-        for name in ("on_disconnect", "overage"):
+        for name in ("on_disconnect", "overage", "on_unavailable", "enforcement"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name))
         if self.methods is None:
@@ -124,7 +126,8 @@ class GuardOptions:
             return _result(option, request, *args, **kwargs)
 
         payer = value(self.customer) if self.customer else payer_of(request)
-        if payer is None:
+        enforcement = self.enforcement or meterly_settings.ENFORCEMENT
+        if payer is None and enforcement == "enforce":
             return None
         guarded = guard(
             payer,
@@ -140,6 +143,8 @@ class GuardOptions:
             ),
             ttl_seconds=self.ttl_seconds,
             overage=self.overage,
+            on_unavailable=self.on_unavailable,
+            enforcement=enforcement,
         )
         guarded.work = name
         return guarded

@@ -75,7 +75,8 @@ class Reader:
         line.settimeout(PATIENCE)
         line.sendall(
             f"POST /kinds/{kind}/?pause={pause} HTTP/1.1\r\n"
-            f"Host: {self.address.netloc}\r\nCookie: {cookies}\r\nX-CSRFToken: {session.cookies['csrftoken']}\r\n"
+            f"Host: {self.address.netloc}\r\nCookie: {cookies}\r\n"
+            f"X-CSRFToken: {session.cookies['csrftoken']}\r\n"
             "Connection: close\r\nContent-Length: 0\r\n\r\n".encode()
         )
         return line

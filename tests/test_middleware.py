@@ -21,7 +21,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from django_meterly import MeterlyUsageError, guard, meterly_guard
-from django_meterly.middleware import MeterlyMiddleware
+from django_meterly.middleware import MeterlyMiddleware, key_for
 from tests.books import balance, fund, states
 
 pytestmark = [
@@ -217,6 +217,25 @@ def test_f30_a_namespace_is_guarded_and_its_twin_is_not(
     ):
         assert payer.post(url, {"trace": str(number)}).status_code == 200
         assert balance(customer) == (left, 0), url
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("a:b:c", "a:b:c"),
+        ("a:b:d", "a:b:"),
+        ("a:b:", "a:b:"),
+        ("a:x:c", "a:"),
+        ("a:c", "a:"),
+        ("c", "c"),
+        ("a", None),
+        ("", None),
+        ("x:c", None),
+    ],
+)
+def test_the_nearest_key_decides(guard_views: Any, name: str, key: str | None) -> None:
+    guard_views("a:", "a:b:", "a:b:c", "c")
+    assert key_for(name) == key
 
 
 def test_f30_a_post_without_a_csrf_token_is_a_403_and_free(

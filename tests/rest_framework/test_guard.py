@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from django.contrib.auth.models import Group, User
 from django.db import connection, transaction
-from django.http import HttpResponse
+from django.http import HttpResponse, StreamingHttpResponse
 from django.test import TestCase
 from django.urls import path
 from django.views.decorators.cache import never_cache
@@ -27,6 +27,7 @@ from rest_framework.views import APIView
 
 from django_meterly import MeterlyUsageError, guard, meterly_guard
 from django_meterly.mixins import MeterlyGuardMixin
+from django_meterly.models import Reservation
 from tests.books import balance, fund, movements, states, verify
 
 pytestmark = [
@@ -47,7 +48,7 @@ def _answer(request: Any) -> Response:
     )
 
 
-class Never(throttling.BaseThrottle):
+class Throttle(throttling.BaseThrottle):
     def allow_request(self, request: Any, view: Any) -> bool:
         return "throttle" not in request.GET
 
@@ -60,7 +61,7 @@ class OnlyNice(permissions.BasePermission):
 class Base(APIView):
     authentication_classes = [TokenAuthentication]
     permission_classes = [permissions.IsAuthenticated, OnlyNice]
-    throttle_classes = [Never]
+    throttle_classes = [Throttle]
 
     def get(self, request: Any) -> Response:
         return Response({"atomic": connection.in_atomic_block})
@@ -93,7 +94,7 @@ class Around(Base):
 class Posters(MeterlyGuardMixin, viewsets.ViewSet):
     authentication_classes = [TokenAuthentication]
     permission_classes = [permissions.IsAuthenticated, OnlyNice]
-    throttle_classes = [Never]
+    throttle_classes = [Throttle]
 
     def list(self, request: Any) -> Response:
         return Response({"atomic": connection.in_atomic_block})
@@ -120,7 +121,7 @@ class Posters(MeterlyGuardMixin, viewsets.ViewSet):
 class AllPosters(viewsets.ViewSet):
     authentication_classes = [TokenAuthentication]
     permission_classes = [permissions.IsAuthenticated, OnlyNice]
-    throttle_classes = [Never]
+    throttle_classes = [Throttle]
 
     def list(self, request: Any) -> Response:
         return Response({"atomic": connection.in_atomic_block})
@@ -146,13 +147,30 @@ def inside(request: Any) -> Response:
     return _answer(request)
 
 
-inside.cls.authentication_classes = [TokenAuthentication]
-
-
 class Open(Around):
     """Everybody may ask, so that it is the guard that refuses."""
 
     permission_classes = []
+
+
+class Reads(Base):
+    def get(self, request: Any) -> Response:
+        assert request.meterly.amount == 3
+        return Response("paid")
+
+
+class ReadsByHandler(MeterlyGuardMixin, Reads):
+    get = meterly_guard("image_credits", 3, methods=["GET"])(Reads.get)
+
+
+class Streams(Base):
+    def post(self, request: Any) -> Any:
+        return StreamingHttpResponse([b"one", b"two"])
+
+
+class Unrenderable(Base):
+    def post(self, request: Any) -> Response:
+        return Response(object())
 
 
 class Evades(Base):
@@ -176,6 +194,7 @@ def block(request: Any) -> Response:
 
 
 guarded = meterly_guard("image_credits", 25)
+reads = meterly_guard("image_credits", 3, methods=["GET"])
 router = SimpleRouter()
 router.register("posters", Posters, basename="posters")
 urlpatterns = [
@@ -192,6 +211,10 @@ urlpatterns = [
     path("evades/", guarded(Evades.as_view())),
     path("breaks/", guarded(Breaks.as_view())),
     path("block/", block),
+    path("streams/", guarded(Streams.as_view())),
+    path("unrenderable/", guarded(Unrenderable.as_view())),
+    path("reads/", reads(Reads.as_view())),
+    path("reads-handler/", ReadsByHandler.as_view()),
     path("twice/", guarded(ByHandler.as_view())),
 ]
 
@@ -230,10 +253,13 @@ def test_f25_the_tokens_user_pays(
     api: APIClient, customer: Any, any_requests: bool, url: str
 ) -> None:
     # Somebody else is logged in, in the browser that sends the token.
-    api.login(username="bob", password="x")
+    bob = User.objects.create_user("bob")
+    api.force_login(bob)
+    bobs = fund(bob)
     response = api.post(url, {}, format="json")
     assert response.json() == {"atomic": any_requests}
     assert balance(customer) == (75, 0)
+    assert balance(bobs) == (100, 0)
     assert movements() == ["reserved", "committed"]
     assert states() == ["committed"]
     verify()
@@ -418,6 +444,73 @@ def test_guard_raises_in_drfs_format_with_the_handler(
     }
     response = api.post("/block/")
     assert (response.status_code, response.json()["available"]) == (402, 3)
+
+
+@pytest.mark.parametrize("url", ["/reads/", "/reads-handler/"])
+def test_f26_reading_costs_when_asked_for(
+    api: APIClient, customer: Any, any_requests: bool, url: str
+) -> None:
+    assert api.get(url).json() == "paid"
+    assert api.head(url).status_code == 200
+    assert api.post(url).status_code == 200
+    assert balance(customer) == (94, 0)
+
+
+def test_f21_a_stream_is_charged_after_its_last_chunk(
+    api: APIClient, customer: Any, any_requests: bool
+) -> None:
+    response = api.post("/streams/")
+    assert balance(customer) == (100, 25)
+    assert b"".join(response) == b"onetwo"
+    assert balance(customer) == (75, 0)
+
+
+@pytest.mark.parametrize("form", ["application/json", "text/html"])
+def test_f20_data_is_charged_when_it_is_rendered(
+    api: APIClient, customer: Any, any_requests: bool, form: str
+) -> None:
+    response = api.post("/around/", {}, format="json", headers={"accept": form})
+    assert response["Content-Type"].startswith(form)
+    assert states() == ["committed"]
+
+
+def test_f20_data_that_cannot_be_rendered_is_released(
+    api: APIClient, customer: Any, any_requests: bool
+) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        api.post("/unrenderable/")
+    assert balance(customer) == (100, 0)
+    assert states() == ["released"]
+
+
+def test_f26_attributes_of_the_views_survive() -> None:
+    view: Any = guarded(AllPosters.as_view({"post": "create"}, detail=True))
+    assert view.cls is AllPosters
+    assert view.actions == {"post": "create"}
+    assert view.initkwargs == {"detail": True}
+    assert view.csrf_exempt
+    assert view.login_required is False
+    assert view._non_atomic_requests == {"default"}
+    by_mixin: Any = ByMixin.as_view()
+    assert by_mixin.cls is by_mixin.view_class is ByMixin
+    assert by_mixin.csrf_exempt
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("/around/", "Around"),
+        ("/function/", "function"),
+        ("/mixin/", "ByMixin"),
+        ("/handler/", "ByHandler.post"),
+        ("/posters/above/", "Posters.above"),
+    ],
+)
+def test_the_work_is_named_after_the_view(
+    api: APIClient, customer: Any, url: str, name: str
+) -> None:
+    api.post(url)
+    assert Reservation.objects.get().reference.startswith(f"{name}:")
 
 
 @pytest.mark.django_db(transaction=False)
