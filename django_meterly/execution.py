@@ -180,7 +180,7 @@ class _ViewGuard:
         request.meterly = work
         if dispatch := _Dispatch.of(request):
             dispatch.begun.append(work)
-        return Work(work, options)
+        return Work(work, options, head=request.method == "HEAD")
 
     def _refuse_nobody(self, call: _Call) -> HttpResponseBase:
         if call.rest:
@@ -413,9 +413,13 @@ def _hook_initial(cls: Any) -> None:
 class Work:
     """A view at work under its guard."""
 
-    def __init__(self, guard: Guard, options: GuardOptions) -> None:
+    def __init__(
+        self, guard: Guard, options: GuardOptions, *, head: bool = False
+    ) -> None:
         self.guard = guard
         self.options = options
+        # Servers read the whole stream that answers a HEAD, and drop it.
+        self._head = head
         self._sending = False
 
     def run(self, call: View, aliases: list[str]) -> Any:
@@ -508,6 +512,8 @@ class Work:
             self.guard.abandon()
 
     def _send(self, chunks: Iterable[Any]) -> Iterator[Any]:
+        if self._head:
+            return
         self._sending = True
         try:
             yield from chunks
@@ -520,6 +526,8 @@ class Work:
         self.guard.succeed()
 
     async def _asend(self, chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        if self._head:
+            return
         self._sending = True
         try:
             async for chunk in chunks:
