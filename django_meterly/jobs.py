@@ -20,7 +20,7 @@ from .conf import meterly_settings
 from .errors import MeterlyUsageError
 from .guards import UNCHARGED, guard
 from .models import MAX_CALLER_KEY_LENGTH, Customer, Reservation
-from .transports.base import MAX_TTL_SECONDS
+from .transports.base import MAX_TTL_SECONDS, check_key
 
 if TYPE_CHECKING:
     from .guards import Guard
@@ -61,9 +61,11 @@ class Job:
         if self.task_id is None:
             return None
         key = f"task:{self.name}:{self.task_id}"
-        if len(key) <= MAX_CALLER_KEY_LENGTH and key.isascii() and key.isprintable():
-            return key.replace(" ", "_")
-        return f"task:{hashlib.sha256(key.encode()).hexdigest()}"
+        try:
+            return check_key(key, length=MAX_CALLER_KEY_LENGTH)
+        except ValueError:
+            # Ids may be anybody's own.
+            return f"task:{hashlib.sha256(key.encode()).hexdigest()}"
 
     def begin(self, options: GuardOptions, args: Any, kwargs: Any) -> None:
         """Take up what was handed over or left lying, or else reserve.
@@ -116,7 +118,7 @@ class Job:
             value(options.amount),
             options.unit,
             reference=value(options.reference)
-            or f"{self.name}:{self.task_id or uuid.uuid4()}",
+            or (self.key or f"{self.name}:{uuid.uuid4()}").removeprefix("task:"),
             idempotency_key=self.key,
             ttl_seconds=options.ttl_seconds,
             overage=options.overage,

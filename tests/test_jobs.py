@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from celery import Celery, _state, chord, group
 from django.contrib.auth.models import User
-from django.db import transaction
+from django.db import connections, transaction
 from django.http import HttpResponse
 from django.test import Client, override_settings
 from django.urls import path
@@ -255,6 +255,34 @@ def test_f33_a_copy_leaves_a_task_alone_that_is_at_work(customer: Customer) -> N
     guard("user_1", 25, idempotency_key="task:jobs.plain:one").reserve()
     assert jobs.plain.apply(("user_1",), task_id="one").state == "IGNORED"
     assert states() == ["reserved"]
+
+
+def test_f33_of_many_copies_at_once_one_runs(customer: Customer, tmp_path: Any) -> None:
+    task = jobs.retries_keeping._get_current_object()
+    at_once = threading.Barrier(6)
+
+    def deliver_copy() -> None:
+        try:
+            at_once.wait()
+            task.apply(("user_1", 0, str(tmp_path)), task_id="one")
+        finally:
+            connections.close_all()
+
+    copies = [threading.Thread(target=deliver_copy) for _ in range(at_once.parties)]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.join()
+    assert (tmp_path / "notes").read_text().count("began") == 1
+    assert states() == ["committed"]
+    assert balance(customer) == (75, 0)
+
+
+@pytest.mark.parametrize("task_id", ["x" * 300, "a b", "größer"])
+def test_any_id_of_a_task_will_do(task_id: str, customer: Customer) -> None:
+    assert jobs.plain.apply(("user_1",), task_id=task_id).state == "SUCCESS"
+    assert jobs.plain.apply(("user_1",), task_id=task_id).state == "IGNORED"
+    assert states() == ["committed"]
 
 
 @pytest.mark.parametrize("ends", ["first", "last"])

@@ -19,8 +19,10 @@ from django_meterly import (
     MeterlyNotSentError,
     MeterlyUnknownOutcomeError,
     get_client,
+    guard,
 )
 from django_meterly.mixins import MeterlyGuardMixin
+from django_meterly.tasks import meterly_task
 from django_meterly.transports import Call, HttpTransport, Transport
 from django_meterly.transports.signing import BearerSigner, HmacSigner
 from django_meterly.types import (
@@ -51,6 +53,20 @@ def making_one() -> None:
     with MeterlyClient("mk_test_x") as meterly:
         assert_type(meterly, MeterlyClient)
     assert_type(meterly.within(2.0, attempts=1), MeterlyClient)
+
+
+@meterly_task("tokens", lambda job: job.size, customer=lambda job: job.owner)
+def job(number: int) -> None: ...
+
+
+meterly_task(amount="25")  # type: ignore[arg-type]
+meterly_task(customer="user_1")  # type: ignore[arg-type]
+
+
+def handing_off() -> None:
+    with guard("user_1", 5, "tokens") as work:
+        assert_type(work.hand_off(job, 42), str)
+        assert_type(work.fence, int)
 
 
 class Signer:
