@@ -4,7 +4,7 @@ DEMO := .venv-demo
 BENCH := .venv-bench
 TOX := $(TOOLS)/bin/tox run
 
-.PHONY: help test matrix lint fuzz openapi messages package demo bench clean
+.PHONY: help test matrix lint fuzz openapi messages package demo kinds bench clean
 
 help:
 	@echo "make test     the test suite, on SQLite and on PostgreSQL (ARGS= for pytest)"
@@ -15,6 +15,7 @@ help:
 	@echo "make messages bring the message catalogues in step with the code"
 	@echo "make package  build the distributions and look inside"
 	@echo "make demo     the example project (ONCE=1: start it, try it, stop it)"
+	@echo "make kinds    every kind of guarded view, under gunicorn and uvicorn"
 	@echo "make bench    the benchmarks (ARGS=--quick: in two minutes)"
 	@echo "make clean    remove what these commands left"
 
@@ -41,6 +42,9 @@ package: $(TOOLS)/.done
 
 demo: $(DEMO)/.done
 	$(DEMO)/bin/python example_project/demo.py $(if $(ONCE),--once)
+
+kinds: $(DEMO)/.done
+	$(DEMO)/bin/python example_project/kinds.py
 
 bench: $(BENCH)/.done
 	$(BENCH)/bin/python -m benchmarks $(ARGS)

@@ -249,16 +249,15 @@ def guards(report: Report, rounds: int, seconds: float, calls: int) -> None:
         f"(goal: at most {IDLE_GOAL:.2f} of each of theirs)",
     )
     found, missing = guards.idle(rounds, calls)
-    ours, *theirs = found
-    for name in found:
-        values = found[name]
+    for name, values in found.items():
         shown = f"{statistics.median(values):7.2f} µs"
-        ratio = statistics.median(
-            a / b for a, b in zip(found[ours], values, strict=True)
-        )
-        if name in theirs:
-            shown += f"   ours is {ratio:.2f} of it   {_goal(ratio <= IDLE_GOAL)}"
-        report.row(name, shown, ratio=ratio, microseconds=values)
+        ratios = {}
+        if name.startswith("django-meterly"):
+            for other in (other for other in found if not other.startswith(name[:14])):
+                pairs = zip(values, found[other], strict=True)
+                ratio = ratios[other] = statistics.median(a / b for a, b in pairs)
+                shown += f"   {ratio:.2f} of {other}, {_goal(ratio <= IDLE_GOAL)}"
+        report.row(name, shown, ratios=ratios, microseconds=values)
     for name, problem in missing.items():
         report.row(name, f"not measured: {problem}", error=problem)
     connections.close_all()

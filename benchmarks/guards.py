@@ -91,8 +91,12 @@ def makers(users: list[User]) -> dict[str, Maker]:
 
 
 def _decorated() -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the view under each decorator, and who cannot be had."""
-    found: dict[str, Any] = {"django-meterly, a free request": meterly_guard()(view)}
+    """Return the view under each decorator, ours first, and who cannot be had."""
+    off = meterly_guard("credits", methods=["GET"], enforcement="off")
+    found: dict[str, Any] = {
+        "django-meterly, a free request": meterly_guard()(view),
+        "django-meterly, ENFORCEMENT off": off(view),
+    }
     missing = {}
     try:
         from waffle.decorators import waffle_flag

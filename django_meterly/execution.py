@@ -212,6 +212,8 @@ def _guard_sync(view: View, begin: Callable[[_Call], Any]) -> View:
             aliases = _Dispatch.hand_over(called.request, view)
         else:
             aliases = _atomic_aliases(exempt | taken_over.exempted)
+        if begun is None and not aliases:
+            return view(*args, **kwargs)
         call = partial(view, *args, **kwargs)
         if begun is None:
             with _atomic(aliases):
