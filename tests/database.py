@@ -106,10 +106,26 @@ def mariadb(folder: Path) -> Iterator[str]:
         )
     try:
         _wait_for(server, port)
+        _load_time_zones(folder / "s.sock")
         yield f"mysql://root@127.0.0.1:{port}/meterly"
     finally:
         server.terminate()
         server.wait()
+
+
+def _load_time_zones(socket_file: Path) -> None:
+    """Tell MariaDB of the zones that Django's date filters convert between."""
+    for zone in ("UTC", "America/Chicago"):
+        tables = subprocess.run(
+            ["mariadb-tzinfo-to-sql", f"/usr/share/zoneinfo/{zone}", zone],
+            check=True,
+            stdout=subprocess.PIPE,
+        ).stdout
+        subprocess.run(
+            ["mariadb", "--no-defaults", f"--socket={socket_file}", "-uroot", "mysql"],
+            check=True,
+            input=tables,
+        )
 
 
 def _system_path() -> str:

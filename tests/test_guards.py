@@ -324,7 +324,10 @@ class TestTransactions:
         writes = [
             query["sql"]
             for query in log
-            if query["sql"].startswith(
+            # MySQL quotes names by another mark.
+            if query["sql"]
+            .replace("`", '"')
+            .startswith(
                 ('INSERT INTO "meterly_reservation"', 'UPDATE "meterly_reservation"')
             )
         ]
