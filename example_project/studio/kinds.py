@@ -88,7 +88,9 @@ class ApiSet(MeterlyGuardMixin, viewsets.ViewSet):
 
 @paid
 def template(request: HttpRequest) -> TemplateResponse:
-    return TemplateResponse(request, "studio/story.html", {"words": _words(request)})
+    return TemplateResponse(
+        request, "studio/story.html", {"words": list(_words(request))}
+    )
 
 
 @paid
