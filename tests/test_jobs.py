@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from celery import Celery, _state, chord, group
 from django.contrib.auth.models import User
@@ -15,6 +17,7 @@ from django.http import HttpResponse
 from django.test import Client, override_settings
 from django.urls import path
 from django.utils import timezone
+from hypothesis import strategies as st
 from kombu.exceptions import OperationalError
 
 from django_meterly import (
@@ -362,6 +365,86 @@ def test_a_task_does_not_go_on_under_a_hold_that_is_gone(customer: Customer) -> 
     assert states() == ["released", "committed"]
     assert balance(customer) == (75, 0)
     verify()
+
+
+class Copy:
+    """One delivery of a message, as far as it has come."""
+
+    def __init__(self, customer: Customer) -> None:
+        self.customer = customer
+        self.work: Any = None
+
+    def start(self) -> None:
+        work = guard(self.customer, 25, idempotency_key="one")
+        row = journal.take_up(get_client(), self.customer, "one")
+        try:
+            if row is None:
+                work.reserve()
+            else:
+                work.adopt(row)
+        except MeterlyDuplicateError:
+            return
+        self.work = work
+
+    def succeed(self) -> None:
+        if self.work:
+            self.work.succeed()
+
+    def fail(self) -> None:
+        if self.work:
+            self.work.fail()
+
+    def retry(self) -> None:
+        if self.work:
+            self.work.hand_over(60)
+
+    def lapse(self) -> None:
+        let_lapse()
+
+    def sweep(self) -> None:
+        journal.sweep(get_client())
+
+
+@hypothesis.settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    said=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sampled_from(["start", "succeed", "fail", "retry", "lapse", "sweep"]),
+        ),
+        min_size=4,
+        max_size=10,
+    )
+)
+def test_f33_whatever_becomes_of_its_copies_a_task_is_charged_once(
+    joined: None, said: list[tuple[int, str]]
+) -> None:
+    customer = fund(f"user-{uuid.uuid4()}")
+    copies = [Copy(customer) for _ in range(3)]
+
+    def rows(state: str) -> list[tuple[int, int]]:
+        found = Reservation.objects.filter(customer=customer, state=state)
+        return list(found.values_list("attempt", "fence"))
+
+    for number, action in said:
+        getattr(copies[number], action)()
+        assert len(rows("committed")) <= 1
+        # Nobody shares a fence with another one.
+        [*held] = rows("reserved")
+        assert len(held) <= 1
+        fences = [(c.work.reservation.attempt, c.work.fence) for c in copies if c.work]
+        assert all(fences.count(one) <= 1 for one in held if not one[1] % 2)
+    let_lapse()
+    journal.sweep(get_client())
+    charged = len(rows("committed"))
+    assert charged + len(rows("released")) == customer.reservation_set.count()
+    assert balance(customer) == (100 - 25 * charged, 0)
 
 
 # Retries
