@@ -403,6 +403,9 @@ def test_f34_a_task_that_replaces_itself_is_charged_for_the_last(
     site.worker(concurrency=2)
     site.send(jobs.replaces, 2, str(site.folder))
     site.wait_until(lambda: sorted(states()) == ["committed", "released", "released"])
+    # They have one id, and do not take each other for copies.
+    assert Reservation.objects.values("key").distinct().count() == 3
+    assert "is left alone" not in site.said()
     assert_charged_once(customer, 3, site)
 
 
