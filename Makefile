@@ -4,7 +4,7 @@ DEMO := .venv-demo
 BENCH := .venv-bench
 TOX := $(TOOLS)/bin/tox run
 
-.PHONY: help test matrix lint fuzz openapi package demo bench clean
+.PHONY: help test matrix lint fuzz openapi messages package demo kinds bench clean
 
 help:
 	@echo "make test     the test suite, on SQLite and on PostgreSQL (ARGS= for pytest)"
@@ -12,8 +12,10 @@ help:
 	@echo "make lint     formatting, static rules and types"
 	@echo "make fuzz     property-based tests of the REST API along its OpenAPI document"
 	@echo "make openapi  write that document anew from the code"
+	@echo "make messages bring the message catalogues in step with the code"
 	@echo "make package  build the distributions and look inside"
 	@echo "make demo     the example project (ONCE=1: start it, try it, stop it)"
+	@echo "make kinds    every kind of guarded view, under gunicorn and uvicorn"
 	@echo "make bench    the benchmarks (ARGS=--quick: in two minutes)"
 	@echo "make clean    remove what these commands left"
 
@@ -32,11 +34,17 @@ fuzz: $(TOOLS)/.done
 openapi: $(TOOLS)/.done
 	$(TOX) -e py --override "testenv.commands=python -m tests.openapi"
 
+messages: $(TOOLS)/.done
+	$(TOX) -e py --override "testenv.commands=python -m tests.translations"
+
 package: $(TOOLS)/.done
 	$(TOX) -e package
 
 demo: $(DEMO)/.done
 	$(DEMO)/bin/python example_project/demo.py $(if $(ONCE),--once)
+
+kinds: $(DEMO)/.done
+	$(DEMO)/bin/python example_project/kinds.py
 
 bench: $(BENCH)/.done
 	$(BENCH)/bin/python -m benchmarks $(ARGS)

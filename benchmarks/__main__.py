@@ -45,8 +45,15 @@ GOALS = {
     "hot account, 8 clients": 0.40,
     "1000 accounts, 8 clients": 0.30,
 }
+GUARD_GOAL = 0.25
+IDLE_GOAL = 0.2
 GROWTH_GOAL = 1.2
 CPU_GOAL = 0.70
+
+
+#: Peers that are no ledgers.
+CLIENTS = ("stripe", "meterbase", "runcycles")
+DECORATORS = ("django-waffle", "django-ratelimit")
 
 
 class Report:
@@ -211,6 +218,51 @@ def ledger(report: Report, peers: dict[str, Any], rounds: int, seconds: float) -
             report.row(name, f"fails: {problem}", error=problem)
 
 
+def guards(report: Report, rounds: int, seconds: float, calls: int) -> None:
+    from django.db import connections
+
+    from . import guards
+
+    users = guards.create_users(1000)
+    connections.close_all()
+    for title, size, makers in (
+        ("guard, hot account, 1 client", 1, guards.makers(users[:1])),
+        ("guard, 1000 accounts, 8 clients", 8, guards.makers(users)),
+    ):
+        report.section(
+            title,
+            f"The whole {title}: share of the floor's rate (goal {GUARD_GOAL:.2f})",
+        )
+        rates, ratios, failed = compare(makers, "floor", size, rounds, seconds)
+        for name in rates:
+            ratio = statistics.median(ratios[name])
+            shown = f"{ratio:5.2f}   {statistics.median(rates[name]):7.0f}/s"
+            if name.startswith("guarded view"):
+                shown += "   " + _goal(ratio >= GUARD_GOAL)
+            report.row(name, shown, ratio=ratio, ratios=ratios[name], rates=rates[name])
+        for name, problem in failed.items():
+            report.row(name, f"fails: {problem}", error=problem)
+
+    report.section(
+        "idle decorator",
+        "What a decorator adds to a view's CPU when nothing is to be done "
+        f"(goal: at most {IDLE_GOAL:.2f} of each of theirs)",
+    )
+    found, missing = guards.idle(rounds, calls)
+    for name, values in found.items():
+        shown = f"{statistics.median(values):7.2f} µs"
+        ratios = {}
+        if name.startswith("django-meterly"):
+            for other in (other for other in found if not other.startswith(name[:14])):
+                pairs = zip(values, found[other], strict=True)
+                ratio = ratios[other] = statistics.median(a / b for a, b in pairs)
+                shown += f"   {ratio:.2f} of {other}, {_goal(ratio <= IDLE_GOAL)}"
+        report.row(name, shown, ratios=ratios, microseconds=values)
+    for name, problem in missing.items():
+        report.row(name, f"not measured: {problem}", error=problem)
+    connections.close_all()
+
+
 def growth(report: Report, sizes: list[int], rounds: int, seconds: float) -> None:
     """Compare the same calls in ledgers of two *sizes*, in databases of their own."""
     from django.core.management import call_command
@@ -300,7 +352,7 @@ def measure(arguments: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "PostgreSQL": server,
         **{name: version(name) for name in packages},
-        **{name: version(name) for name in ("stripe", "meterbase", "runcycles")},
+        **{name: version(name) for name in CLIENTS + DECORATORS},
     }
     print(f"{os.cpu_count()} CPUs, load before the run {load[0]:.1f}; {rounds} rounds")
     print(", ".join(f"{name} {number}" for name, number in about.items()), flush=True)
@@ -321,6 +373,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
     correctness(report, peers, 3 if quick else 10)
     ledger(report, peers, rounds, seconds)
+    guards(report, rounds, seconds, 2000 if quick else 10_000)
     growth(report, [10_000, arguments.entries], rounds, seconds)
     cpu(report, rounds, 200 if quick else 1000)
 

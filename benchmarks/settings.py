@@ -16,7 +16,13 @@ DATABASES["default"]["CONN_MAX_AGE"] = None
 INSTALLED_APPS = [
     "django.contrib.contenttypes",
     "django.contrib.auth",
+    "django_meterly",
     "django_meterly.ledger",
     # The peers that are Django apps, where they could be installed.
-    *(name for name in ("dj_wallet", "ai_tokens") if importlib.util.find_spec(name)),
+    *(
+        name
+        for name in ("dj_wallet", "ai_tokens", "waffle")
+        if importlib.util.find_spec(name)
+    ),
 ]
+METERLY = {"TRANSPORT": "django_meterly.ledger.transport.LedgerTransport"}

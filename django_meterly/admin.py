@@ -8,7 +8,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
-from django.contrib.admin.helpers import AdminForm
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME, AdminForm
+from django.contrib.admin.models import CHANGE, LogEntry
 from django.core.exceptions import PermissionDenied
 from django.db import connections, transaction
 from django.http import HttpResponseRedirect
@@ -18,7 +19,7 @@ from django.utils.http import urlencode
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
-from . import grants
+from . import grants, journal
 from .client import get_client
 from .errors import MeterlyError
 from .forms import CustomerForm, GrantCreditsForm
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from django.utils.functional import _StrPromise
 
     from .client import MeterlyClient
+    from .models import ReservationQuerySet
 
     CustomerModelAdmin = admin.ModelAdmin[Customer]
     ModelAdmin = admin.ModelAdmin[Any]
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 BALANCES_TIMEOUT = 2.0
 #: Customers who can be granted credits at once: each is a call to the ledger.
 MAX_CUSTOMERS = 100
+#: Stuck reservations that are listed before they are tried again.
+MAX_SHOWN = 20
 
 
 @admin.register(Customer)
@@ -374,6 +378,12 @@ STUCK = gettext_lazy(
 
 @admin.register(Reservation)
 class ReservationAdmin(ReadOnlyAdmin):
+    """The journal, to read; stuck reservations can be tried again.
+
+    That needs ``meterly.change_reservation``.
+    """
+
+    actions = ["retry_stuck"]
     list_display = [
         "created_at",
         "customer",
@@ -460,6 +470,67 @@ class ReservationAdmin(ReadOnlyAdmin):
             },
         ),
     ]
+
+    def has_retry_stuck_permission(self, request: HttpRequest) -> bool:
+        # Not has_change_permission(): nobody edits the journal.
+        return request.user.has_perm("meterly.change_reservation")
+
+    @admin.action(
+        description=gettext_lazy("Try again (stuck reservations)"),
+        permissions=["retry_stuck"],
+    )
+    def retry_stuck(
+        self, request: HttpRequest, queryset: ReservationQuerySet
+    ) -> HttpResponse | None:
+        """Let the sweeper try stuck reservations again, after a confirmation."""
+        stuck = queryset.stuck()
+        if request.POST.get("confirmed"):
+            # The ones that were shown, and are stuck still.
+            rows = list(stuck)
+            count = journal.retry_stuck(stuck)
+            LogEntry.objects.log_actions(
+                request.user.pk,  # type: ignore[arg-type]  # logged in, so it has one
+                rows,
+                CHANGE,
+                _("To be tried again."),
+            )
+            self.message_user(
+                request,
+                ngettext(
+                    "%(count)d reservation will be tried again.",
+                    "%(count)d reservations will be tried again.",
+                    count,
+                )
+                % {"count": count},
+                messages.SUCCESS,
+            )
+            return None
+        count = stuck.count()
+        if not count:
+            self.message_user(
+                request,
+                _("None of these is stuck: there is nothing to try again."),
+                messages.WARNING,
+            )
+            return None
+        request.current_app = self.admin_site.name
+        title = _("Try again")
+        return TemplateResponse(
+            request,
+            "admin/meterly/reservation/retry_stuck.html",
+            {
+                **self.admin_site.each_context(request),
+                "title": title,
+                "opts": self.opts,
+                "media": self.media,
+                "count": count,
+                "shown": stuck.select_related("customer")[:MAX_SHOWN],
+                "more": max(0, count - MAX_SHOWN),
+                "checkbox": ACTION_CHECKBOX_NAME,
+                "selected": request.POST.getlist(ACTION_CHECKBOX_NAME),
+                "select_across": request.POST.get("select_across", "0"),
+            },
+        )
 
     @admin.display(description=gettext_lazy("what this means"))
     def meaning(self, reservation: Reservation) -> str:

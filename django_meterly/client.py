@@ -8,7 +8,9 @@ describe.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import threading
 import time
 import uuid
 from copy import deepcopy
@@ -26,10 +28,13 @@ from typing import (
 
 from asgiref.sync import sync_to_async
 
+from . import signals
 from .errors import (
     OUTAGE,
     MeterlyError,
+    MeterlyIdempotencyInProgressError,
     MeterlyInvalidRequestError,
+    MeterlyRateLimitedError,
     MeterlyUnknownOutcomeError,
 )
 from .transports.base import (
@@ -63,6 +68,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MeterlyClient", "get_client"]
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -595,9 +601,13 @@ class MeterlyClient:
         call = Call(operation, arguments, idempotency_key, timeout, self._attempts)
         try:
             data = self.transport.send(call)
-        except MeterlyUnknownOutcomeError as exc:
-            exc.idempotency_key = call.idempotency_key
+        except MeterlyError as exc:
+            _reached(self.transport, exc)
+            if isinstance(exc, MeterlyUnknownOutcomeError):
+                exc.idempotency_key = call.idempotency_key
             raise
+        if not self.transport.reachable:
+            _reached(self.transport)
         try:
             return read(data)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
@@ -723,6 +733,26 @@ class _Held(Generic[T]):
             )
             unknown.idempotency_key, unknown.result = key, self.result
             raise unknown from exc
+
+
+_reachable_lock = threading.Lock()
+
+
+def _reached(transport: Transport, error: MeterlyError | None = None) -> None:
+    """Say once when the ledger does not answer any more, and once when it does."""
+    if isinstance(error, MeterlyIdempotencyInProgressError | MeterlyRateLimitedError):
+        return  # It answers, but not what it was asked.
+    reachable = not isinstance(error, OUTAGE)
+    with _reachable_lock:
+        if transport.reachable == reachable:
+            return
+        transport.reachable = reachable
+    if reachable:
+        logger.info("The ledger answers again.")
+        signals.ledger_reachable.send_robust(sender=type(transport))
+    else:
+        logger.warning("The ledger cannot be reached: %s", error)
+        signals.ledger_unreachable.send_robust(sender=type(transport), error=error)
 
 
 def _customer(value: object) -> str:

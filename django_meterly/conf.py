@@ -35,6 +35,12 @@ DEFAULTS: dict[str, Any] = {
     "EXTERNAL_ID": "django_meterly.resolvers.external_id",
     "OVERAGE": "charge",
     "ON_DISCONNECT": "release",
+    "GUARDED_VIEWS": {},
+    "ENFORCEMENT": "enforce",
+    "ON_UNAVAILABLE": "deny",
+    "UNAVAILABLE_CAP": 0,
+    "LOW_BALANCE": {},
+    "LOW_BALANCE_COOLDOWN": 86400.0,
     "TOP_UP_URL": None,
     "LEASE_GRACE": 60.0,
     "MAX_SETTLE_ATTEMPTS": 20,
@@ -45,6 +51,8 @@ DEFAULTS: dict[str, Any] = {
 CHOICES = {
     "OVERAGE": ("charge", "cap"),
     "ON_DISCONNECT": ("release", "commit", "settled"),
+    "ENFORCEMENT": ("enforce", "shadow", "off"),
+    "ON_UNAVAILABLE": ("deny", "allow"),
 }
 
 #: Durations: a number of seconds or a ``timedelta``; read as seconds.
@@ -53,6 +61,7 @@ DURATIONS = {
     "READ_TIMEOUT",
     "DEADLINE",
     "RESERVATION_TTL",
+    "LOW_BALANCE_COOLDOWN",
     "LEASE_GRACE",
     "JOURNAL_RETENTION",
 }
@@ -67,8 +76,9 @@ def check_choice(name: str, value: str) -> None:
 
 def suggestion(name: str, known: Any) -> str:
     """Return ``" Did you mean 'X'?"`` for a name that is close to a *known* one."""
-    close = difflib.get_close_matches(name.upper(), list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    spelled = {str(each).upper(): each for each in known}
+    close = difflib.get_close_matches(name.upper(), list(spelled), n=1)
+    return f" Did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 class MeterlySettings:
@@ -138,13 +148,15 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
                 f"{suggestion(name, DEFAULTS)}"
             )
         default = DEFAULTS[name]
-        cast = str if default is None else type(default)
+        cast: Any = str if default is None else type(default)
         cast = Secret if name == "API_KEY" else cast
+        # unit=number;unit=number
+        cast = {"value": int} if cast is dict else cast
         try:
             values[name] = env.get_value(variable, cast=cast)
-        except ValueError as exc:
+        except (IndexError, ValueError) as exc:
             raise ImproperlyConfigured(
-                f"The environment variable {variable} must be a {cast.__name__}, "
-                f"not {env.ENVIRON[variable]!r}."
+                f"The environment variable {variable} must be a "
+                f"{type(default).__name__}, not {env.ENVIRON[variable]!r}."
             ) from exc
     return values

@@ -27,6 +27,8 @@ def meterly_guard(
     success: Callable[[HttpResponseBase], bool] | None = None,
     overage: str | None = None,
     on_disconnect: str | None = None,
+    on_unavailable: str | None = None,
+    enforcement: str | None = None,
 ) -> Callable[[View], View]:
     """Guard a view: reserve credits, run it, then commit or release.
 
@@ -41,8 +43,9 @@ def meterly_guard(
     finds, the logged-in user by default; when there is none, a browser is sent to
     the log-in page and everybody else gets 401. *methods* are the HTTP methods
     that cost something: all but GET, HEAD, OPTIONS and TRACE by default. *success*
-    decides by the response: a status below 400 by default. *overage* and
-    *on_disconnect* stand above the settings of these names.
+    decides by the response: a status below 400 by default. *overage*,
+    *on_disconnect*, *on_unavailable* and *enforcement* stand above the settings of
+    these names.
 
     Too few credits are answered by 402, a ledger that cannot be asked by 503,
     a used idempotency key by 409; the view does not run then. While it runs,
@@ -68,5 +71,13 @@ def meterly_guard(
         success=success,
         overage=overage,
         on_disconnect=on_disconnect,
+        on_unavailable=on_unavailable,
+        enforcement=enforcement,
     )
-    return lambda view: guard_view(view, lambda request: options)
+
+    def decorator(view: View) -> View:
+        guarded: Any = guard_view(view, lambda request: options)
+        guarded.meterly_options = options
+        return guarded  # type: ignore[no-any-return]
+
+    return decorator

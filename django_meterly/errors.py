@@ -266,15 +266,21 @@ class MeterlyUnavailableError(MeterlyError):
 class MeterlyDuplicateError(MeterlyError):
     """The idempotency key was used before, or is in use right now.
 
-    *state* is the reservation's state; *in_progress* tells whether its outcome
-    is still open.
+    *state* is the reservation's state and *reference* its reference, if they are
+    known; *in_progress* tells whether its outcome is still open.
     """
 
     def __init__(
-        self, message: str = "", *, state: str = "", in_progress: bool = False
+        self,
+        message: str = "",
+        *,
+        state: str = "",
+        reference: str = "",
+        in_progress: bool = False,
     ) -> None:
         super().__init__(message or (self.__doc__ or "").partition("\n")[0])
         self.state = state
+        self.reference = reference
         self.in_progress = in_progress
 
 

@@ -12,8 +12,10 @@ from asgiref.sync import iscoroutinefunction
 from django.db import connections, transaction
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
+from django.views import View as DjangoView
 
 from . import journal, responses
+from .errors import MeterlyUsageError
 from .guards import Guard, to_the_end
 
 if TYPE_CHECKING:
@@ -22,67 +24,197 @@ if TYPE_CHECKING:
     from .options import GuardOptions
 
     View = Callable[..., Any]
+    OptionsFor = Callable[[HttpRequest], GuardOptions | None]
 
 
-def guard_view(
-    view: View, options_for: Callable[[HttpRequest], GuardOptions | None]
-) -> View:
+def guard_view(view: View, options_for: OptionsFor) -> View:
     """Return *view*, guarded as *options_for* says at the time of each request.
 
-    ``None`` for a request means that it is not guarded. Raises ``TypeError`` for
-    what cannot be guarded.
+    ``None`` for a request means that it is not guarded. *view* is a view function,
+    what ``as_view()`` returned, or a handler method. A view of Django REST framework
+    is guarded where its handler is called: by then it is known who calls. Raises
+    ``TypeError`` for what cannot be guarded.
     """
     _refuse(view)
-    # as_view() names all views alike, and a partial has no name of its own.
-    named = getattr(view, "view_class", None) or getattr(view, "cls", view)
-    name = getattr(named, "__qualname__", type(view).__qualname__)
-    guarded = (_guard_async if _is_async(view) else _guard_sync)(
-        view, partial(_begin, name, options_for)
+    guard = _ViewGuard(_name(view), options_for)
+    if _is_rest(view):
+        return _guard_handlers(view, guard)
+    guarded: Any = _guard(view, guard.begin)
+    guarded.meterly_costs = _any_costs(
+        guard.costs, getattr(view, "meterly_costs", None)
     )
-    guarded.meterly_guarded = True  # type: ignore[attr-defined]
-    return guarded
+    return guarded  # type: ignore[no-any-return]
 
 
-def _begin(
-    name: str,
-    options_for: Callable[[HttpRequest], GuardOptions | None],
-    request: HttpRequest,
-    args: Any,
-    kwargs: Any,
-) -> Work | HttpResponseBase | None:
-    """Reserve; return what is to be concluded, or the answer that refuses.
+def guard_class(view: View, options_for: OptionsFor | None) -> View:
+    """Return *view*, which ``as_view()`` made of a class with ``MeterlyGuardMixin``.
 
-    A request that costs nothing has neither.
+    For a request that a guarded handler answers, Django opens no transaction under
+    ``ATOMIC_REQUESTS``: the handler's guard does. *options_for* guards whichever
+    handler a request selects.
     """
-    if not isinstance(request, HttpRequest):
-        raise TypeError(_NOT_A_VIEW.format(type(request).__name__))
-    options = options_for(request)
-    if options is None or not options.costs(request.method):
-        return None
-    try:
-        work = options.guard(name, request, *args, **kwargs)
-        if work is None:
-            return responses.login_required(request)
-        work.reserve()
-    except responses.RENDERED as exc:
-        return responses.render(request, exc)
-    request.meterly = work  # type: ignore[attr-defined]
-    return Work(work, options)
+    if getattr(class_of(view).dispatch, "meterly_guarded", False):
+        raise TypeError(_NOT_ON_DISPATCH)
+    guard = None if options_for is None else _ViewGuard(_name(view), options_for)
+    return _guard_handlers(view, guard)
 
 
-def _guard_sync(view: View, begin: Callable[..., Any]) -> View:
+def install_guards(instance: DjangoView, request: Any) -> None:
+    """Guard the handler that *request* selects, on *instance* only.
+
+    For the hook of a view's class that runs once for a request, before its handler:
+    ``setup()`` in Django, ``initial()`` in Django REST framework.
+    """
+    dispatch = _Dispatch.of(getattr(request, "_request", request))
+    if dispatch is None or dispatch.installed:
+        return
+    dispatch.installed = True
+    method = request.method.lower()
+    handler = getattr(instance, method, None)
+    if handler is None:
+        return
+    for guard in reversed(dispatch.waiting):
+        handler = _guard(handler, partial(dispatch.begin, guard))
+    setattr(instance, method, handler)
+
+
+def handlers(view: Any) -> dict[str, Any]:
+    """Return the handlers of a class-based *view*, by HTTP method in lower case."""
+    cls = class_of(view)
+    if cls is None:
+        return {}
+    # A view set's as_view() was told which of its methods answer what.
+    names = getattr(view, "actions", None)
+    if names is None:
+        names = {method: method for method in cls.http_method_names}
+    found = {
+        method: getattr(cls, name)
+        for method, name in names.items()
+        if hasattr(cls, name)
+    }
+    if "get" in found:
+        found.setdefault("head", found["get"])
+    return found
+
+
+def is_guarded(view: Any) -> bool:
+    """Return whether *view*, or a handler of it, has a guard in the code."""
+    return any(
+        getattr(each, "meterly_guarded", False)
+        for each in (view, *handlers(view).values())
+    )
+
+
+class NoGuard:
+    """What ``request.meterly`` is while nothing is guarded: every use says why."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __repr__(self) -> str:
+        return f"<NoGuard: {self._why}>"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            # Of a protocol, copying for one: nobody asked for the guard.
+            raise AttributeError(name)
+        raise MeterlyUsageError(f"There is no request.meterly.{name} here. {self._why}")
+
+
+class _Call:
+    """How a guarded view or handler was called."""
+
+    def __init__(self, view: View, args: tuple[Any, ...], kwargs: Any) -> None:
+        #: Whether a class's ``dispatch()`` called it, in its transaction.
+        self.dispatched = _is_bound(view)
+        if args and isinstance(args[0], DjangoView):
+            self.dispatched, args = True, args[1:]
+        #: What the view got: Django's request, or the one that DRF wraps around it.
+        self.given: Any = args[0] if args else kwargs.get("request")
+        self.request: Any = getattr(self.given, "_request", self.given)
+        if not isinstance(self.request, HttpRequest):
+            raise TypeError(_NOT_A_VIEW.format(type(self.given).__name__))
+        if self.dispatched and getattr(view, "__name__", "") == "dispatch":
+            raise TypeError(_NOT_ON_DISPATCH)
+        self.rest = self.request is not self.given
+        self.dispatched = self.dispatched or self.rest
+        self.args = args[1:]
+        self.kwargs = {key: kwargs[key] for key in kwargs if args or key != "request"}
+
+
+class _ViewGuard:
+    """The guard of one view: its name, and what it is to do for a request."""
+
+    def __init__(self, name: str, options_for: OptionsFor) -> None:
+        self.name = name
+        self.options_for = options_for
+
+    def costs(self, request: HttpRequest) -> bool:
+        options = self.options_for(request)
+        return options is not None and options.costs(request.method)
+
+    def begin(self, call: _Call) -> Work | HttpResponseBase | None:
+        """Reserve; return what is to be concluded, or the answer that refuses.
+
+        A request that costs nothing has neither. DRF has its refusals raised.
+        """
+        request = call.request
+        options = self.options_for(request)
+        if options is None:
+            return None
+        if not options.costs(request.method):
+            if not isinstance(getattr(request, "meterly", None), Guard):
+                request.meterly = NoGuard(_FREE.format(request.method))
+            return None
+        try:
+            work = options.guard(self.name, call.given, *call.args, **call.kwargs)
+            if work is None:
+                return self._refuse_nobody(call)
+            work.reserve()
+        except responses.RENDERED as exc:
+            if call.rest:
+                from .rest_framework.exceptions import counterpart
+
+                raise counterpart(exc) from exc
+            return responses.render(request, exc)
+        request.meterly = work
+        if dispatch := _Dispatch.of(request):
+            dispatch.begun.append(work)
+        return Work(work, options, head=request.method == "HEAD")
+
+    def _refuse_nobody(self, call: _Call) -> HttpResponseBase:
+        if call.rest:
+            from .rest_framework.exceptions import NotAuthenticated
+
+            raise NotAuthenticated
+        return responses.login_required(call.request)
+
+
+def _guard(view: View, begin: Callable[[_Call], Any]) -> View:
+    guarded: Any = (_guard_async if _is_async(view) else _guard_sync)(view, begin)
+    guarded.meterly_guarded = True
+    return guarded  # type: ignore[no-any-return]
+
+
+def _guard_sync(view: View, begin: Callable[[_Call], Any]) -> View:
     # What the view exempts itself from. A copy: ``wraps`` hands the very set on,
     # and ours is about to say something else.
     exempt = set(getattr(view, "_non_atomic_requests", ()))
     taken_over = _TakenOver(connections)
 
     @wraps(view)
-    def _view_wrapper(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-        begun = begin(request, args, kwargs)
+    def _view_wrapper(*args: Any, **kwargs: Any) -> Any:
+        called = _Call(view, args, kwargs)
+        begun = begin(called)
         if isinstance(begun, HttpResponseBase):
             return begun
-        aliases = _atomic_aliases(exempt | taken_over.exempted)
-        call = partial(view, request, *args, **kwargs)
+        if called.dispatched:
+            aliases = _Dispatch.hand_over(called.request, view)
+        else:
+            aliases = _atomic_aliases(exempt | taken_over.exempted)
+        if begun is None and not aliases:
+            return view(*args, **kwargs)
+        call = partial(view, *args, **kwargs)
         if begun is None:
             with _atomic(aliases):
                 return call()
@@ -92,31 +224,204 @@ def _guard_sync(view: View, begin: Callable[..., Any]) -> View:
     return _view_wrapper
 
 
-def _guard_async(view: View, begin: Callable[..., Any]) -> View:
+def _guard_async(view: View, begin: Callable[[_Call], Any]) -> View:
     # Without a takeover: Django refuses async views under ATOMIC_REQUESTS.
 
     @wraps(view)
-    async def _view_wrapper(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+    async def _view_wrapper(*args: Any, **kwargs: Any) -> Any:
+        called = _Call(view, args, kwargs)
         try:
-            begun = await to_the_end(begin, request, args, kwargs)
+            begun = await to_the_end(begin, called)
         except asyncio.CancelledError:
-            if work := getattr(request, "meterly", None):
+            if isinstance(work := getattr(called.request, "meterly", None), Guard):
                 await to_the_end(work.abandon)
             raise
         if isinstance(begun, HttpResponseBase):
             return begun
-        call = partial(view, request, *args, **kwargs)
+        call = partial(view, *args, **kwargs)
         return await (call() if begun is None else begun.arun(call))
 
     return _view_wrapper
 
 
+class _Dispatch:
+    """What a request for a class-based view leaves to the handler it selects."""
+
+    def __init__(self, request: HttpRequest) -> None:
+        self.request = request
+        #: The databases whose transactions the handler's guard is to open.
+        self.aliases: list[str] = []
+        #: The guards around the view that have not begun, the outermost first.
+        self.waiting: list[_ViewGuard] = []
+        self.begun: list[Guard] = []
+        self.installed = False
+
+    @staticmethod
+    def of(request: Any) -> _Dispatch | None:
+        dispatch: _Dispatch | None = request.__dict__.get("_meterly_dispatch")
+        return dispatch
+
+    @classmethod
+    def prepare(
+        cls, request: Any, guard: _ViewGuard | None, aliases: list[str]
+    ) -> _Dispatch:
+        """Leave *guard*, if it costs something, and *aliases* to the handler."""
+        dispatch = cls.of(request) or cls(request)
+        request._meterly_dispatch = dispatch
+        dispatch.aliases += aliases
+        if guard is not None and guard.costs(request):
+            dispatch.waiting.append(guard)
+        return dispatch
+
+    @classmethod
+    def hand_over(cls, request: Any, handler: Any) -> list[str]:
+        """Return the transactions that the guard of *handler* is to open.
+
+        The innermost guard opens them, for those around it do not reserve inside.
+        """
+        if getattr(handler, "meterly_guarded", False):
+            return []
+        dispatch = request.__dict__.pop("_meterly_dispatch", None)
+        return dispatch.aliases if dispatch else []
+
+    def begin(self, guard: _ViewGuard, call: _Call) -> Any:
+        if guard in self.waiting:
+            self.waiting.remove(guard)
+        # Else a dispatch() tries its handler again: another piece of work.
+        return guard.begin(call)
+
+    def conclude(self, response: Any, *, rest: bool) -> None:
+        """Raise ``MeterlyUsageError`` for work that went past its guard.
+
+        A ``dispatch()`` of Django's may answer by itself: with a log-in page, say.
+        """
+        if not self.waiting or (self.installed and not rest):
+            return
+        options = self.waiting[0].options_for(self.request)
+        if (
+            options is not None
+            and isinstance(response, HttpResponseBase)
+            and options.succeeded(response)
+        ):
+            raise MeterlyUsageError(_PAST_THE_GUARD.format(self.waiting[0].name))
+
+    def abandon(self) -> None:
+        for guard in self.begun:
+            guard.abandon()
+
+    def leave(self) -> None:
+        self.request.__dict__.pop("_meterly_dispatch", None)
+
+
+def _guard_handlers(view: View, guard: _ViewGuard | None) -> View:
+    """Return *view*, of a class, with *guard* on the handler a request selects."""
+    exempt = set(getattr(view, "_non_atomic_requests", ()))
+    taken_over = _TakenOver(connections)
+    rest = _is_rest(view)
+    costs = _any_costs(
+        None if guard is None else guard.costs,
+        getattr(view, "meterly_costs", partial(_handler_costs, view)),
+    )
+    guarded: Any
+    if rest:
+        _hook_initial(class_of(view))
+
+    if _is_async(view):
+
+        @wraps(view)
+        async def _view_wrapper(request: Any, *args: Any, **kwargs: Any) -> Any:
+            call = partial(view, request, *args, **kwargs)
+            if not (_Dispatch.of(request) or costs(request)):
+                if guard is not None:
+                    guard.begin(_Call(view, (request, *args), kwargs))
+                return await call()
+            dispatch = _Dispatch.prepare(request, guard, [])
+            try:
+                response = await call()
+                dispatch.conclude(response, rest=rest)
+            except GeneratorExit:
+                raise
+            except BaseException:
+                await to_the_end(dispatch.abandon)
+                raise
+            finally:
+                dispatch.leave()
+            return response
+
+        guarded = _view_wrapper
+
+    else:
+
+        @wraps(view)
+        def _view_wrapper(request: Any, *args: Any, **kwargs: Any) -> Any:
+            aliases = _atomic_aliases(exempt | taken_over.exempted)
+            call = partial(view, request, *args, **kwargs)
+            # One wrapper around is enough to leave the transaction to the handler.
+            if not (_Dispatch.of(request) or costs(request)):
+                if guard is not None:
+                    guard.begin(_Call(view, (request, *args), kwargs))
+                with _atomic(aliases):
+                    return call()
+            dispatch = _Dispatch.prepare(request, guard, aliases)
+            try:
+                with _unspoiled(aliases):
+                    response = call()
+                dispatch.conclude(response, rest=rest)
+            except BaseException:
+                dispatch.abandon()
+                raise
+            finally:
+                dispatch.leave()
+            return response
+
+        guarded = _view_wrapper
+        guarded._non_atomic_requests = taken_over
+
+    guarded.meterly_guarded = guard is not None or is_guarded(view)
+    guarded.meterly_costs = costs
+    return guarded  # type: ignore[no-any-return]
+
+
+def _any_costs(
+    *costs: Callable[[HttpRequest], bool] | None,
+) -> Callable[[HttpRequest], bool]:
+    return lambda request: any(each(request) for each in costs if each is not None)
+
+
+def _handler_costs(view: View, request: HttpRequest) -> bool:
+    handler = handlers(view).get((request.method or "").lower())
+    costs = getattr(handler, "meterly_costs", None)
+    return costs is not None and costs(request)
+
+
+def _hook_initial(cls: Any) -> None:
+    """Let ``initial()`` of a DRF class end with what ``install_guards`` does.
+
+    It acts on requests that a guard has marked, and on no others.
+    """
+    initial = cls.initial
+    if getattr(initial, "meterly_hook", False):
+        return
+
+    @wraps(initial)
+    def initial_and_guards(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        initial(self, request, *args, **kwargs)
+        install_guards(self, request)
+
+    initial_and_guards.meterly_hook = True  # type: ignore[attr-defined]
+    cls.initial = initial_and_guards
+
+
 class Work:
     """A view at work under its guard."""
 
-    def __init__(self, guard: Guard, options: GuardOptions) -> None:
+    def __init__(
+        self, guard: Guard, options: GuardOptions, *, head: bool = False
+    ) -> None:
         self.guard = guard
         self.options = options
+        # Servers read the whole stream that answers a HEAD, and drop it.
+        self._head = head
         self._sending = False
 
     def run(self, call: View, aliases: list[str]) -> Any:
@@ -209,6 +514,8 @@ class Work:
             self.guard.abandon()
 
     def _send(self, chunks: Iterable[Any]) -> Iterator[Any]:
+        if self._head:
+            return
         self._sending = True
         try:
             yield from chunks
@@ -221,6 +528,8 @@ class Work:
         self.guard.succeed()
 
     async def _asend(self, chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        if self._head:
+            return
         self._sending = True
         try:
             async for chunk in chunks:
@@ -251,8 +560,23 @@ class _TakenOver(set[str]):
 
 
 _NOT_A_VIEW = (
-    "meterly_guard got a {} where a view gets its HttpRequest. Put the guard around "
-    "as_view() in the URLconf, or above @api_view, not on a method."
+    "meterly_guard got a {} where a view gets its request. It guards view functions, "
+    "what as_view() returns, and the handlers of class-based views: post() and the "
+    "like, or an @action."
+)
+_NOT_ON_DISPATCH = (
+    "meterly_guard cannot guard dispatch(): it runs before it is known who asks, and "
+    "answers what is free, too. Set guard_options on the class and let it inherit from "
+    "MeterlyGuardMixin, or put the guard around as_view() in the URLconf, or on the "
+    "handler, post() say."
+)
+_PAST_THE_GUARD = (
+    "{} answered without calling the handler that is guarded, so nothing was charged. "
+    "If its class overrides dispatch(), setup() or initial(), call super() there."
+)
+_FREE = (
+    "{0} costs nothing on this view. If it is to cost something, name it: "
+    'meterly_guard(..., methods=["{0}"]).'
 )
 
 
@@ -261,15 +585,56 @@ def _refuse(view: View) -> None:
     if isclass(view):
         raise TypeError(
             f"meterly_guard guards a view function. Guard {view.__name__}.as_view() "
-            "in the URLconf instead of the class."
+            "in the URLconf instead of the class, or use MeterlyGuardMixin."
         )
     if not callable(view):
         raise TypeError(f"meterly_guard guards a view function, not {view!r}.")
 
 
-def _is_async(view: Any) -> bool:
+def _name(view: Any) -> str:
+    """Return the name of the work, with its module."""
+    # as_view() names all views alike.
+    named = class_of(view) or _unpartial(view)
+    name = getattr(named, "__qualname__", type(named).__qualname__)
+    if isclass(named) and not name.endswith(named.__name__):
+        # @api_view names its class after the function, by __name__ only.
+        name = named.__name__
+    # The journal has 255 characters for it, the default reference fewer.
+    full = f"{named.__module__}.{name}".encode("ascii", "backslashreplace")
+    return full.decode()[:200]
+
+
+def class_of(view: Any) -> Any:
+    """Return the class that *view* is ``as_view()`` of, or ``None``."""
+    for name in ("cls", "view_class"):
+        cls = getattr(view, name, None)
+        if isclass(cls) and issubclass(cls, DjangoView):
+            return cls
+    return None
+
+
+def _is_rest(view: Any) -> bool:
+    """Return whether *view* is one of Django REST framework, which is not imported."""
+    return hasattr(view, "cls") and hasattr(class_of(view), "initial")
+
+
+def _is_bound(view: Any) -> bool:
+    """Return whether *view* is a handler bound to its view, below any decorators."""
+    while view is not None:
+        if isinstance(getattr(_unpartial(view), "__self__", None), DjangoView):
+            return True
+        view = getattr(view, "__wrapped__", None)
+    return False
+
+
+def _unpartial(view: Any) -> Any:
     while isinstance(view, partial):
         view = view.func
+    return view
+
+
+def _is_async(view: Any) -> bool:
+    view = _unpartial(view)
     return iscoroutinefunction(view) or iscoroutinefunction(
         getattr(type(view), "__call__", None)  # noqa: B004
     )
@@ -292,6 +657,26 @@ def _atomic(aliases: list[str]) -> Iterator[None]:
         for alias in aliases:
             stack.enter_context(transaction.atomic(using=alias))
         yield
+
+
+@contextmanager
+def _unspoiled(aliases: list[str]) -> Iterator[None]:
+    """Undo DRF's ``set_rollback()`` on a block that is not the request's.
+
+    It asks for it after every error, of whatever block is open on a database with
+    ``ATOMIC_REQUESTS``. While guards open the transactions, that is a test's own.
+    """
+    spared = [
+        connections[alias]
+        for alias in aliases
+        if connections[alias].in_atomic_block and not connections[alias].needs_rollback
+    ]
+    try:
+        yield
+    finally:
+        for connection in spared:
+            if connection.in_atomic_block:
+                connection.set_rollback(False)
 
 
 def _finished(response: HttpResponseBase) -> bool:

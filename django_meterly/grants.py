@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from django.db import IntegrityError, router, transaction
 
+from . import signals
 from .errors import OUTAGE, MeterlyApiError
-from .journal import in_transaction
+from .journal import announce, in_transaction
 from .models import MAX_REASON_LENGTH, Customer, Grant
 from .transports.base import check_amount, check_description, check_text, check_unit
 
@@ -85,7 +86,7 @@ def settle(client: MeterlyClient, row: Grant) -> None:
         )
     except OUTAGE as exc:
         _record(row, State.PENDING, str(exc))
-        logger.warning("Grant %s is still pending: %s", row.pk, exc)
+        logger.info("Grant %s is still pending: %s", row.pk, exc)
     except MeterlyApiError as exc:
         _record(row, State.REFUSED, str(exc))
         logger.warning("Grant %s was refused: %s", row.pk, exc)
@@ -103,6 +104,9 @@ def _record(row: Grant, state: str, error: str) -> None:
     )
     if changed:
         row.state, row.last_error = state, error
+        if state == State.GRANTED:
+            using = router.db_for_write(Grant)
+            announce(signals.credits_granted, Grant, using=using, grant=row)
 
 
 def settle_due(client: MeterlyClient) -> int:

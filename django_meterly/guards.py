@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, connections, transaction
+from django.utils.functional import cached_property
 
-from . import journal
+from . import journal, signals
 from .client import get_client
 from .conf import check_choice, meterly_settings
 from .errors import (
+    MeterlyError,
+    MeterlyInsufficientCreditsError,
     MeterlyInvalidKeyError,
     MeterlyUnavailableError,
     MeterlyUsageError,
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from django.dispatch import Signal
+
+    from .client import MeterlyClient
     from .models import Reservation
     from .types import Balance
 
@@ -36,6 +42,8 @@ T = TypeVar("T")
 
 #: The header of a task's message that names the reservation handed off to it.
 HEADER = "meterly_reservation"
+#: What stands there instead of an id, for work that nobody is charged for.
+UNCHARGED = "uncharged"
 
 
 class Guard:
@@ -56,6 +64,9 @@ class Guard:
         ttl_seconds: int,
         durable: bool = True,
         overage: str | None = None,
+        on_unavailable: str | None = None,
+        enforcement: str | None = None,
+        invalid: MeterlyInvalidKeyError | None = None,
     ) -> None:
         self._payer = customer
         self.amount = amount
@@ -67,6 +78,8 @@ class Guard:
         self.overage = overage or meterly_settings.OVERAGE
         #: The name of the view or the task that this is for.
         self.work = ""
+        self.on_unavailable = on_unavailable or meterly_settings.ON_UNAVAILABLE
+        self.enforcement = enforcement or meterly_settings.ENFORCEMENT
         #: How many seconds the work may take without a beat; ``None`` is ttl_seconds.
         self.lease: float | None = None
         self.reservation: Reservation | None = None
@@ -78,9 +91,16 @@ class Guard:
         self._settled = False
         self._decided = False
         self._concluded = False
+        # Why the work would not have been run; only in shadow.
+        self._invalid = invalid
+        self._uncharged = False
         self._message: Message | None = None
         self._delivered = False
-        self._client = get_client()
+
+    @cached_property
+    def _client(self) -> MeterlyClient:
+        # Not before it is needed: enforcement "off" works without an API key.
+        return get_client()
 
     def __repr__(self) -> str:
         state = self.reservation.state if self.reservation else "not reserved"
@@ -183,21 +203,66 @@ class Guard:
     # What the edges call, in this order: reserve, then one of the others.
 
     def reserve(self) -> None:
-        """Hold the credits. Raises what ``journal.reserve`` raises."""
-        if self.reservation is not None:
+        """Hold the credits, as ``enforcement`` says.
+
+        Raises what ``journal.reserve`` raises; in shadow, ``MeterlyUsageError`` only.
+        """
+        if self.reservation is not None or self._uncharged:
             raise MeterlyUsageError(
                 "A guard guards one piece of work. Call guard() again for the next."
             )
+        if self.enforcement == "off":
+            self._uncharged = True
+            return
         if self.durable:
             journal.refuse_open_transaction(self._client)
+        customer: Customer | None = None
+        try:
+            if self._invalid is not None:
+                raise self._invalid
+            if self._payer is None and self.enforcement == "shadow":
+                raise MeterlyError("Nobody is known to pay for this.")
+            customer = Customer.objects.resolve(self._payer)
+            self._reserve(customer)
+        except MeterlyUsageError:
+            raise
+        except MeterlyError as exc:
+            if self.enforcement == "shadow":
+                self._uncharged = True
+                logger.warning("%s would have been denied: %s", self.reference, exc)
+                self._announce(signals.would_deny, customer, exc)
+                return
+            if isinstance(
+                exc, MeterlyInsufficientCreditsError | MeterlyUnavailableError
+            ):
+                self._announce(signals.credits_denied, customer, exc)
+            raise
+
+    def _announce(
+        self, signal: Signal, customer: Customer | None, error: MeterlyError
+    ) -> None:
+        journal.announce(
+            signal,
+            Guard,
+            using=journal.alias(),
+            customer=customer,
+            unit=self.unit,
+            amount=self.amount,
+            reference=self.reference,
+            error=error,
+        )
+
+    def _reserve(self, customer: Customer) -> None:
         self.reservation, self._balance = journal.reserve(
             self._client,
-            Customer.objects.resolve(self._payer),
+            customer,
             self.amount,
             self.unit,
             reference=self.reference,
             key=self.idempotency_key,
             ttl_seconds=self.ttl_seconds,
+            work=self.work,
+            on_unavailable=self.on_unavailable,
             lease=self.lease,
         )
 
@@ -230,7 +295,7 @@ class Guard:
         a busy account would fail the work with a serialization error.
         """
         self._decided = True
-        if not self._record_decision() or self._message is not None:
+        if self._uncharged or not self._record_decision() or self._message is not None:
             return
         using = journal.alias()
         if self._client.transport.joins(using) and _reads_committed(using):
@@ -295,6 +360,8 @@ class Guard:
         if self._message is not None:
             self._deliver()
             return
+        if self._uncharged:
+            return
         try:
             self._settle_now()
         except Exception:
@@ -344,6 +411,9 @@ class Guard:
             )
 
     def _send(self, message: Message) -> None:
+        if self._uncharged:
+            message.send(UNCHARGED)
+            return
         row = self._row
         if not self._is_handed_over:
             # Given up meanwhile, or nobody knows: then the task would run for free.
@@ -371,6 +441,8 @@ class Guard:
         if self._concluded:
             return
         self._concluded = True
+        if self._uncharged:
+            return
         using = journal.alias()
         transport = self._client.transport
 
@@ -462,6 +534,8 @@ def guard(
     ttl_seconds: int | None = None,
     durable: bool = True,
     overage: str | None = None,
+    on_unavailable: str | None = None,
+    enforcement: str | None = None,
 ) -> Guard:
     """Hold credits while a block of code runs; charge them if it succeeds.
 
@@ -479,11 +553,13 @@ def guard(
     the customer) runs the work once: after a success it is refused, after a
     refusal or a failure it may be tried again. *overage* (``"charge"`` or
     ``"cap"``, default ``OVERAGE``) is what becomes of a ``settle`` above the hold.
-    In ``async`` code it is ``async with``, and the same.
+    In ``async`` code it is ``async with``, and the same. *on_unavailable* and
+    *enforcement* stand above the settings of these names.
 
     An exception from the block releases the credits and goes on. Entering
     raises ``MeterlyInsufficientCreditsError``, ``MeterlyUnavailableError`` when
     the ledger cannot be asked, ``MeterlyDuplicateError`` when the key was used,
+    ``MeterlyIdempotencyMismatchError`` when it was for another unit or amount,
     and ``MeterlyUsageError`` inside an open transaction. With *durable* false
     the reservation lives and dies with that transaction instead. Arguments out
     of bounds are a ``ValueError`` before anything is written or sent.
@@ -494,13 +570,21 @@ def guard(
             'Name a unit: guard(customer, amount, "image_credits"), or set '
             "METERLY['DEFAULT_UNIT']."
         )
-    if overage is not None:
-        check_choice("overage", overage)
+    for name, policy in (
+        ("overage", overage),
+        ("on_unavailable", on_unavailable),
+        ("enforcement", enforcement),
+    ):
+        if policy is not None:
+            check_choice(name, policy)
+    invalid = None
     if idempotency_key is not None:
         try:
             check_key(idempotency_key, length=MAX_CALLER_KEY_LENGTH)
         except ValueError as exc:
-            raise MeterlyInvalidKeyError(str(exc)) from None
+            invalid = MeterlyInvalidKeyError(str(exc))
+            if (enforcement or meterly_settings.ENFORCEMENT) == "enforce":
+                raise invalid from None
     return Guard(
         customer,
         check_amount(amount),
@@ -512,6 +596,9 @@ def guard(
         ),
         durable=durable,
         overage=overage,
+        on_unavailable=on_unavailable,
+        enforcement=enforcement,
+        invalid=invalid,
     )
 
 

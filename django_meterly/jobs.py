@@ -18,7 +18,7 @@ from . import journal
 from .client import get_client
 from .conf import meterly_settings
 from .errors import MeterlyUsageError
-from .guards import guard
+from .guards import UNCHARGED, guard
 from .models import MAX_CALLER_KEY_LENGTH, Customer, Reservation
 from .transports.base import MAX_TTL_SECONDS, check_key
 
@@ -73,15 +73,21 @@ class Job:
         Raises ``MeterlyDuplicateError`` when another copy of this job is at work or
         has been, and what ``journal.reserve`` raises.
         """
-        client = get_client()
-        journal.refuse_open_transaction(client)
+        if self._reservation_id == UNCHARGED:
+            # Nobody is charged for what handed it off: not for this, either.
+            self.guard = guard(None, 1, options.unit or UNCHARGED, enforcement="off")
+            self.guard.reserve()
+            return
         customer, work = self._guard(options, args, kwargs)
         # Whoever beats needs no longer lease than that of a beat.
         work.lease = 0
         self.guard = work
         row = None
-        if work.idempotency_key is not None:
-            row = journal.take_up(client, customer, work.idempotency_key)
+        key = None if work.enforcement == "off" else work.idempotency_key
+        if customer is not None and key is not None:
+            client = get_client()
+            journal.refuse_open_transaction(client)
+            row = journal.take_up(client, customer, key)
         if row is None:
             work.reserve()
         else:
@@ -92,11 +98,12 @@ class Job:
 
     def _guard(
         self, options: GuardOptions, args: Any, kwargs: Any
-    ) -> tuple[Customer, Guard]:
+    ) -> tuple[Customer | None, Guard]:
         if self._reservation_id is not None:
             return self._guard_handed_off(options, self._reservation_id)
         payer = options.customer(*args, **kwargs) if options.customer else None
-        if payer is None:
+        enforcement = options.enforcement or meterly_settings.ENFORCEMENT
+        if payer is None and enforcement == "enforce":
             raise MeterlyUsageError(
                 f"Nobody is known to pay for {self.name}: give it customer=, a "
                 "function of its arguments, or let a view hand it off."
@@ -105,7 +112,7 @@ class Job:
         def value(option: Any) -> Any:
             return option(*args, **kwargs) if callable(option) else option
 
-        customer = Customer.objects.resolve(payer)
+        customer = None if payer is None else Customer.objects.resolve(payer)
         work = guard(
             customer,
             value(options.amount),
@@ -115,6 +122,8 @@ class Job:
             idempotency_key=self.key,
             ttl_seconds=options.ttl_seconds,
             overage=options.overage,
+            on_unavailable=options.on_unavailable,
+            enforcement=enforcement,
         )
         work.work = self.name
         return customer, work
@@ -142,6 +151,8 @@ class Job:
             idempotency_key=row.key,
             ttl_seconds=row.ttl_seconds,
             overage=options.overage,
+            on_unavailable=options.on_unavailable,
+            enforcement=options.enforcement,
         )
         work.work = row.work
         return row.customer, work

@@ -16,6 +16,11 @@ of rows it changed says whether it happened::
                 commit_pending ──► committed
                      └─ hold gone ► one direct debit ► committed | unbilled
 
+A row that runs *on trust* (``ON_UNAVAILABLE``) is ``reserved`` without a
+reservation id. That column is written once: with the hold's id, or with
+``NO_HOLD`` when the ledger has refused the reserve. Only the hold that stands there
+is committed, and only a row with ``NO_HOLD`` is charged without one.
+
 Who decides is said by the row's *fence*: an even number is somebody's who works
 under it, an odd one means that the work was handed over and that nobody has taken
 it up yet. Handing over and taking up are conditional UPDATEs, too, and so is the
@@ -28,10 +33,14 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import random
+import time
 import uuid
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db import (
+    DatabaseError,
     IntegrityError,
     InterfaceError,
     OperationalError,
@@ -39,7 +48,8 @@ from django.db import (
     router,
     transaction,
 )
-from django.db.models import F
+from django.db.models import Count, F, Q, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from . import signals
@@ -51,6 +61,7 @@ from .errors import (
     MeterlyDuplicateError,
     MeterlyError,
     MeterlyIdempotencyInProgressError,
+    MeterlyIdempotencyMismatchError,
     MeterlyInsufficientCreditsError,
     MeterlyNotFoundError,
     MeterlyReservationCommittedError,
@@ -60,7 +71,7 @@ from .errors import (
     MeterlyUnknownOutcomeError,
     MeterlyUsageError,
 )
-from .models import Reservation
+from .models import Customer, LowBalance, Reservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -68,7 +79,7 @@ if TYPE_CHECKING:
     from django.dispatch import Signal
 
     from .client import MeterlyClient
-    from .models import Customer
+    from .models import ReservationQuerySet
     from .types import Balance
     from .types import Reservation as Held
 
@@ -83,8 +94,13 @@ SETTLE_TIMEOUT = 2.0
 BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
 #: How often a debt is tried again.
 UNBILLED_INTERVAL = 6 * 3600.0
-#: Rows the sweeper looks up at a time.
-BATCH = 200
+#: Rows the sweeper takes at a time, and of how many it chooses them.
+BATCH, WINDOW = 200, 2000
+#: Rows in a row that find the ledger out of reach, after which a round ends.
+OUTAGE_AFTER = 3
+#: The ``reservation_id`` of a row that is known to have no hold; ``None`` is one
+#: of which that is not known.
+NO_HOLD = ""
 
 
 def alias() -> str:
@@ -126,7 +142,9 @@ _IN_TRANSACTION = (
     "rollback would take the reservation's record with it. Move guard() outside the "
     "atomic() block, or pass durable=False to let the reservation live and die with "
     "the transaction. Put meterly_guard around as_view(), above every decorator that "
-    "opens a transaction, and have the decorators above it use functools.wraps."
+    "opens a transaction, and have the decorators above it use functools.wraps. If it "
+    "guards a handler of a class-based view, put MeterlyGuardMixin first among the "
+    "bases of the class: it keeps ATOMIC_REQUESTS from opening the transaction early."
 )
 
 
@@ -139,36 +157,47 @@ def reserve(
     reference: str,
     key: str | None,
     ttl_seconds: int,
+    work: str = "",
+    on_unavailable: str = "deny",
     lease: float | None = None,
-) -> tuple[Reservation, Balance]:
+) -> tuple[Reservation, Balance | None]:
     """Write the intent, ask the ledger to hold *amount*, and record its answer.
 
-    Without a *key*, a random one is used. *lease* is how many seconds the work may
-    take without a ``beat``; *ttl_seconds* by default. Returns the row, which is
-    ``reserved``, and the balance after the hold. With a ledger in the journal's
-    own database, row and hold are one transaction. Raises
+    Without a *key*, a random one is used. *work* names the view or the task. *lease*
+    is how many seconds the work may take without a ``beat``; *ttl_seconds* by
+    default. Returns the row, which is ``reserved``, and the balance after the hold.
+    With a ledger in the journal's own database, row and hold are one transaction.
+    With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
+    trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
     ``MeterlyInsufficientCreditsError`` (row ``denied``),
     ``MeterlyUnavailableError`` (the work must not run; a hold that may exist is
-    released by the sweeper) and ``MeterlyDuplicateError`` when *key* was used.
+    released by the sweeper), ``MeterlyDuplicateError`` when *key* was used, and
+    ``MeterlyIdempotencyMismatchError`` when it was used for something else.
     """
     using = alias()
     deadline = meterly_settings.DEADLINE
+    lease = ttl_seconds if lease is None else lease
     # A customer's first reserve is two calls, and they share the one deadline.
     limited = client.within(deadline)
+    outage: MeterlyError | None = None
     try:
         customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
     except OUTAGE as exc:
-        raise _unavailable(exc) from exc
+        if on_unavailable != "allow":
+            raise _unavailable(exc) from exc
+        outage = exc
     row = Reservation(
         customer=customer,
         unit=unit,
         amount=amount,
         reference=reference,
+        work=work,
         key=key or str(uuid.uuid4()),
-        attempt=_next_attempt(using, customer, key) if key else 1,
         ttl_seconds=ttl_seconds,
         lease_until=from_now(deadline + meterly_settings.LEASE_GRACE),
     )
+    if key:
+        row.attempt = _next_attempt(using, row)
     with client.transport.unit_of_work(using):
         try:
             with transaction.atomic(using=using):
@@ -177,25 +206,47 @@ def reserve(
                 row.save(force_insert=True, using=using)
         except IntegrityError as exc:
             # Somebody else opened this attempt in between: theirs runs, not ours.
+            _next_attempt(using, row)
             raise MeterlyDuplicateError(
                 f"The idempotency key {key!r} is in use right now.", in_progress=True
             ) from exc
-        answer = _ask(client, limited, row, ttl_seconds if lease is None else lease)
+        answer = outage or _ask(client, limited, row, lease)
     # Outside the block, so that a refusal is recorded and not rolled back.
+    if isinstance(answer, OUTAGE):
+        if on_unavailable == "allow" and _trust(row, lease):
+            logger.info("Reservation %s runs on trust: %s", row.pk, answer)
+            return row, None
+        answer = _give_up(row, answer, lapses=on_unavailable != "allow")
     if isinstance(answer, MeterlyError):
         raise answer
     return row, answer
 
 
-def _next_attempt(using: str, customer: Customer, key: str) -> int:
+def _next_attempt(using: str, row: Reservation) -> int:
+    """Return the number of the attempt that *row* would be; its key may be tried.
+
+    Raises ``MeterlyDuplicateError`` and ``MeterlyIdempotencyMismatchError``.
+    """
     last = (
         Reservation.objects.using(using)
-        .filter(customer=customer, key=key)
+        .filter(customer=row.customer, key=row.key)
         .order_by("-attempt")
         .first()
     )
     if last is None:
         return 1
+    given_up = (*State.free(), State.RELEASE_PENDING)
+    # Nothing came of an attempt that was given up: the next may cost another amount.
+    if (
+        last.work != row.work
+        or last.unit != row.unit
+        or (last.amount != row.amount and last.state not in given_up)
+    ):
+        raise MeterlyIdempotencyMismatchError(
+            f"The idempotency key {row.key!r} was used for something else before: "
+            f"{last.amount} {last.unit} for {last.work or 'guard()'!r}, and not "
+            f"{row.amount} {row.unit} for {row.work or 'guard()'!r}."
+        )
     if last.state not in State.free():
         raise _duplicate(last)
     return last.attempt + 1
@@ -225,6 +276,7 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
         + ("is in use right now" if in_progress else "was used already")
         + f" (reservation {row.state}).",
         state=row.state,
+        reference=row.reference,
         in_progress=in_progress,
     )
 
@@ -232,16 +284,17 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
 def _ask(
     client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
 ) -> Balance | MeterlyError:
-    """Send the reserve, by the *limited* client, and record what came of it."""
+    """Send the reserve, by the *limited* client, and record what came of it.
+
+    But for an outage, which is returned as it is.
+    """
     try:
         held = _hold(limited, row)
     except MeterlyInsufficientCreditsError as exc:
         _move(row, [State.INTENT], State.DENIED, lease_until=None)
         return exc
-    except (MeterlyUnknownOutcomeError, MeterlyIdempotencyInProgressError) as exc:
-        # There may be a hold. The row keeps its lease; the sweeper sends the
-        # same reserve again to learn the hold's id, and releases it.
-        return _unavailable(exc)
+    except OUTAGE as exc:
+        return exc
     except MeterlyError as exc:
         _move(
             row,
@@ -255,7 +308,7 @@ def _ask(
             # registration that was rolled back: the next use registers again.
             row.customer.forget_registration()
             return _unavailable(exc)
-        return _unavailable(exc) if isinstance(exc, OUTAGE) else exc
+        return exc
     if held.status != "reserved":
         # A key from before the journal was lost or restored: that hold is over.
         over = State.COMMITTED if held.status == "committed" else State.RELEASED
@@ -275,23 +328,78 @@ def _ask(
         + dt.timedelta(seconds=lease - meterly_settings.DEADLINE),
     ):
         # The sweeper may have been told that there is no hold, before there was.
-        try:
-            client.within(SETTLE_TIMEOUT, attempts=1).release_reservation(
-                held.reservation_id, idempotency_key=row.wire_key("release")
-            )
-        except MeterlyError as exc:
-            logger.warning("Reservation %s ends with its time: %s", row.pk, exc)
+        _give_back(client, row, held)
         return MeterlyUnavailableError(
             "The ledger answered after the reservation had been given up."
         )
     row.reservation_id = held.reservation_id
+    _announce(signals.credits_reserved, row)
+    _watch_balance(row, held.balance, row.amount)
     return held.balance
+
+
+def _trust(row: Reservation, lease: float) -> bool:
+    """Let the work of *row* run on trust, if ``UNAVAILABLE_CAP`` has room for it.
+
+    What the customer has had on trust in this unit, and not paid for yet, counts.
+    """
+    using = alias()
+
+    @transaction.atomic(using=using)
+    def trust() -> bool:
+        # Locks the customer on every database: two that see the same room would
+        # both take it.
+        Customer.objects.using(using).filter(pk=row.customer.pk).update(
+            external_id=F("external_id")
+        )
+        owed = (
+            Reservation.objects.using(using)
+            .on_trust()
+            .filter(customer=row.customer, unit=row.unit)
+            .aggregate(sum=Sum(Coalesce("charge", "amount")))["sum"]
+        )
+        if (owed or 0) + row.amount > meterly_settings.UNAVAILABLE_CAP:
+            return False
+        return _move(
+            row,
+            [State.INTENT],
+            State.RESERVED,
+            lease_until=from_now(lease + meterly_settings.LEASE_GRACE),
+        )
+
+    return on_live_connection(using, trust)
+
+
+def _give_up(
+    row: Reservation, exc: MeterlyError, *, lapses: bool
+) -> MeterlyUnavailableError:
+    """Record that the work does not run, for the ledger could not be asked."""
+    if not isinstance(
+        exc, MeterlyUnknownOutcomeError | MeterlyIdempotencyInProgressError
+    ):
+        _move(row, [State.INTENT], State.FAILED, lease_until=None, last_error=str(exc))
+    elif not lapses:
+        # Or it would count as work on trust that has outlived its lease.
+        _move(row, [State.INTENT], State.RELEASE_PENDING, **_decided())
+    # Else there may be a hold. The row keeps its lease; the sweeper sends the
+    # same reserve again to learn the hold's id, and releases it.
+    return _unavailable(exc)
+
+
+def _give_back(client: MeterlyClient, row: Reservation, held: Held) -> None:
+    """Release a hold that the row knows nothing of."""
+    try:
+        client.within(SETTLE_TIMEOUT, attempts=1).release_reservation(
+            held.reservation_id, idempotency_key=row.wire_key("release")
+        )
+    except MeterlyError as exc:
+        logger.warning("Reservation %s ends with its time: %s", row.pk, exc)
 
 
 def _hold(client: MeterlyClient, row: Reservation) -> Held:
     """Send the reserve of *row*: the same key and body whoever sends it."""
     return client.reserve_credits(
-        row.customer.register(client, row.unit),
+        _customer_id(client, row),
         row.amount,
         unit=row.unit,
         reference=row.reference,
@@ -300,8 +408,13 @@ def _hold(client: MeterlyClient, row: Reservation) -> Held:
     )
 
 
+def _customer_id(client: MeterlyClient, row: Reservation) -> str:
+    return row.customer.register(client, meterly_settings.DEFAULT_UNIT or row.unit)
+
+
 def _unavailable(exc: MeterlyError) -> MeterlyUnavailableError:
-    logger.warning("The ledger cannot be asked for credits: %s", exc)
+    # At INFO: the client says at WARNING when an outage begins.
+    logger.info("The ledger cannot be asked for credits: %s", exc)
     unavailable = MeterlyUnavailableError(f"The ledger cannot be asked: {exc}")
     unavailable.__cause__ = exc
     return unavailable
@@ -434,16 +547,25 @@ def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
     return _move(row, [State.RESERVED], State.RELEASE_PENDING, fence, **_decided())
 
 
-def record_lapsed() -> int:
-    """Give up every open row whose lease has run out; return how many."""
-    return (
-        Reservation.objects.using(alias())
-        .lapsed()
-        .update(
+def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
+    """Give up the open rows whose lease has run out; return how many.
+
+    Only those whose lease ended *older_than* seconds ago, and for *seconds* at
+    most; the rest is left to the next call.
+    """
+    return _in_batches(
+        Reservation.objects.using(alias()).lapsed(older_than),
+        lambda rows: rows.update(
+            # Due since then. Before lease_until: MySQL assigns from left to right.
+            next_attempt_at=F("lease_until"),
+            lease_until=None,
             state=State.RELEASE_PENDING,
             lapsed=True,
-            **_decided(next_attempt_at=DatabaseNow()),
-        )
+            decided_at=DatabaseNow(),
+            stuck_at=None,
+            refusals=0,
+        ),
+        seconds,
     )
 
 
@@ -472,6 +594,8 @@ def _move(
 
     With the fence that the caller *held*, only if it is still the row's.
     """
+    if target in State.final():
+        fields["settled_at"] = DatabaseNow()
     using = alias()
     rows = Reservation.objects.using(using).filter(pk=row.pk, state__in=list(sources))
     if held is not None:
@@ -515,6 +639,14 @@ def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> N
     For when the database is down: the row's lease will lapse, and its release
     finds the hold committed. Never the direct debit, which no row would know of.
     """
+    if not row.reservation_id:
+        logger.error(
+            "The success of reservation %s could not be recorded. It ran on trust, "
+            "and will not be charged for its %d.",
+            row.pk,
+            charge,
+        )
+        return
     key = row.wire_key("commit")
     logger.error(
         "The success of reservation %s (hold %s) could not be recorded. It is "
@@ -527,7 +659,7 @@ def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> N
     held = min(charge, row.amount)
     try:
         client.within(SETTLE_TIMEOUT, attempts=1).commit_reservation(
-            str(row.reservation_id),
+            row.reservation_id,
             amount=None if held == row.amount else held,
             idempotency_key=key,
         )
@@ -600,11 +732,12 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
         else:
             owed -= held
     if owed:
-        # What the hold did not cover. Whether the hold was committed or lost is
-        # final at the ledger, so a replay comes to the same amount.
+        # What the hold did not cover. Whether there was one is on record, whether it
+        # was committed or lost is final at the ledger: a replay comes to the same
+        # amount.
         try:
-            client.use_credits(
-                row.customer.register(client, row.unit),
+            movement = client.use_credits(
+                _customer_id(client, row),
                 owed,
                 row.unit,
                 row.reference,
@@ -613,6 +746,7 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
         except MeterlyInsufficientCreditsError as exc:
             _record_debt(row, exc)
             return
+        _watch_balance(row, movement.balance, owed)
     _finish(row, State.COMMITTED)
 
 
@@ -620,19 +754,30 @@ def _find_hold(client: MeterlyClient, row: Reservation) -> bool:
     """Return whether the row has a hold at the ledger, asking by its key if need be.
 
     The reserve whose answer was lost is sent again; a refusal means that it
-    never came to a hold.
+    never came to a hold. What comes of it is recorded once, for good, and before
+    anything is done about it: after a top-up the same reserve would come to a
+    hold, and work that was paid for by a debit would be paid for again.
     """
-    if row.reservation_id:
-        return True
+    if row.reservation_id is not None:
+        return bool(row.reservation_id)
+    held = None
     try:
         held = _hold(client, row)
     except MeterlyInsufficientCreditsError:
-        return False
-    Reservation.objects.using(alias()).filter(pk=row.pk, reservation_id=None).update(
-        reservation_id=held.reservation_id
-    )
-    row.reservation_id = held.reservation_id
-    return True
+        pass
+    found = NO_HOLD if held is None else held.reservation_id
+    using = alias()
+    unknown = Reservation.objects.using(using).filter(pk=row.pk, reservation_id=None)
+    if unknown.update(reservation_id=found):
+        row.reservation_id = found
+        if held is not None and row.state == State.COMMIT_PENDING:
+            _watch_balance(row, held.balance, row.amount)
+    else:
+        # Another settler was faster, and its answer stands.
+        row.refresh_from_db(using=using, fields=["reservation_id"])
+        if held is not None and row.reservation_id == NO_HOLD:
+            _give_back(client, row, held)
+    return bool(row.reservation_id)
 
 
 def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
@@ -641,15 +786,23 @@ def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
     sources = {row.state}
     if outcome == State.COMMITTED and row.state != State.RELEASE_PENDING:
         sources |= {State.COMMIT_PENDING, State.UNBILLED}
-    return _move(
+    finished = _move(
         row,
         sources,
         outcome,
         next_attempt_at=None,
         stuck_at=None,
-        settled_at=DatabaseNow(),
         **fields,
     )
+    if finished and outcome in _OUTCOMES:
+        _announce(_OUTCOMES[outcome], row)
+    return finished
+
+
+_OUTCOMES: dict[str, Signal] = {
+    State.COMMITTED: signals.credits_committed,
+    State.RELEASED: signals.credits_released,
+}
 
 
 def _record_debt(row: Reservation, exc: MeterlyError) -> None:
@@ -666,7 +819,8 @@ def _record_debt(row: Reservation, exc: MeterlyError) -> None:
         _announce(signals.reservation_unbilled, row)
 
 
-def _postpone(row: Reservation, exc: MeterlyError, *, refused: bool) -> None:
+def _postpone(row: Reservation, exc: Exception, *, refused: bool) -> None:
+    row.out_of_reach = not refused
     delay = min(BACKOFF_FIRST * 2 ** min(row.settle_attempts, 20), BACKOFF_MOST)
     refusals = row.refusals + refused
     stuck = refused and refusals >= meterly_settings.MAX_SETTLE_ATTEMPTS
@@ -677,71 +831,166 @@ def _postpone(row: Reservation, exc: MeterlyError, *, refused: bool) -> None:
             next_attempt_at=from_now(delay * random.uniform(0.5, 1.0)),  # noqa: S311
             refusals=F("refusals") + int(refused),
             stuck_at=DatabaseNow() if stuck else None,
-            last_error=str(exc),
+            last_error=str(exc) or repr(exc),
         )
     )
-    logger.warning("Reservation %s is still %s: %s", row.pk, row.state, exc)
+    level = logging.WARNING if refused else logging.INFO
+    logger.log(level, "Reservation %s is still %s: %s", row.pk, row.state, exc)
     if changed and stuck:
         _announce(signals.reservation_stuck, row)
 
 
+def announce(signal: Signal, sender: Any, *, using: str, **facts: Any) -> None:
+    """Send *signal* once the transaction on *using* is committed, if there is one.
+
+    Whatever the receivers do, it hurts nobody.
+    """
+    if signal.has_listeners(sender):
+        transaction.on_commit(
+            lambda: signal.send_robust(sender=sender, **facts),
+            using=using,
+            robust=True,
+        )
+
+
 def _announce(signal: Signal, row: Reservation) -> None:
-    # Once the fact is durable, and whatever the receivers do.
-    transaction.on_commit(
-        lambda: signal.send_robust(sender=Reservation, reservation=row),
-        using=alias(),
-        robust=True,
-    )
+    announce(signal, Reservation, using=alias(), reservation=row)
+
+
+def _watch_balance(row: Reservation, balance: Balance, moved: int) -> None:
+    """Announce that *moved* credits took the balance below ``LOW_BALANCE``."""
+    threshold = meterly_settings.LOW_BALANCE.get(row.unit)
+    available = balance.available
+    if threshold is None or not available < threshold <= available + moved:
+        return
+    using = alias()
+
+    def announce_once() -> None:
+        known, _ = LowBalance.objects.using(using).get_or_create(
+            customer=row.customer, unit=row.unit
+        )
+        cooldown = meterly_settings.LOW_BALANCE_COOLDOWN
+        if (
+            LowBalance.objects.using(using)
+            .filter(
+                Q(announced_at=None) | Q(announced_at__lt=from_now(-cooldown)),
+                pk=known.pk,
+            )
+            .update(announced_at=DatabaseNow())
+        ):
+            announce(
+                signals.low_balance,
+                Customer,
+                using=using,
+                customer=row.customer,
+                unit=row.unit,
+                available=available,
+                threshold=threshold,
+            )
+
+    if signals.low_balance.has_listeners(Customer):
+        # Afterwards: no movement is to wait for this, or to fail with it.
+        transaction.on_commit(announce_once, using=using, robust=True)
 
 
 # The sweeper
 
 
-def settle_due(client: MeterlyClient, *, limit: int | None = None) -> int:
-    """Carry out the decisions that are due; return how many rows were taken up.
+@dataclass
+class Round:
+    """What one round of the sweeper came to.
 
+    *taken* rows were tried, and *settled* of them are final now. After an
+    *outage* it ended early: the ledger could not be reached.
+    """
+
+    taken: int = 0
+    settled: int = 0
+    outage: bool = False
+
+
+def settle_due(
+    client: MeterlyClient,
+    *,
+    limit: int | None = None,
+    older_than: float = 0.0,
+    seconds: float | None = None,
+    on_row: Callable[[int], None] | None = None,
+) -> Round:
+    """Carry out the decisions that are due, one after the other.
+
+    At most *limit* rows, only those that are due for *older_than* seconds, and
+    for *seconds* at most. *on_row* is called with the number of rows tried so far.
     May run in any number of processes at once. A row is claimed by moving its
     next attempt into the future, so a settler that dies delays it, no more.
     """
     using = alias()
-    taken = 0
-    while limit is None or taken < limit:
+    done = Round()
+    until = _until(seconds)
+    unreached = 0
+    while True:
+        rows = Reservation.objects.using(using)
         due = list(
-            Reservation.objects.using(using)
-            .due()
+            rows.due(older_than)
             .order_by("next_attempt_at")
-            .values_list("pk", flat=True)[:BATCH]
+            .values_list("pk", flat=True)[:WINDOW]
         )
-        # Sweepers side by side are not to wait for each other row by row, and a
+        # At random: sweepers side by side are not to go for the same rows, and a
         # row that ends its settler is not to be everybody's first.
-        random.shuffle(due)
-        for pk in due[: None if limit is None else limit - taken]:
-            taken += _sweep_row(client, using, pk)
-        if len(due) < BATCH:
-            break
-    return taken
+        chosen = random.sample(due, min(BATCH, len(due)))
+        batch = list(rows.select_related("customer").filter(pk__in=chosen))
+        random.shuffle(batch)
+        for row in batch:
+            if done.taken == limit or time.monotonic() >= until:
+                return done
+            tried = _sweep_row(client, using, row)
+            if tried is None:
+                continue
+            done.taken += 1
+            done.settled += tried.state in State.final()
+            if on_row is not None:
+                on_row(done.taken)
+            unreached = unreached + 1 if tried.out_of_reach else 0
+            if unreached == OUTAGE_AFTER:
+                # What was not tried stays due, and is as it was when the ledger is
+                # back: one row after the other, for each sweeper.
+                logger.warning("The ledger is out of reach; the sweeper ends its round")
+                done.outage = True
+                return done
+        if len(due) <= BATCH:
+            return done
 
 
-def _sweep_row(client: MeterlyClient, using: str, pk: Any) -> bool:
+def _sweep_row(
+    client: MeterlyClient, using: str, row: Reservation
+) -> Reservation | None:
+    """Try *row*; return it as it is then, or ``None`` if it is somebody else's."""
     try:
         # Claimed inside: with a ledger in the same database all of it is one
         # transaction, which begins with a write.
         with client.transport.unit_of_work(using):
-            row = _claim(using, pk)
-            if row is not None:
-                _settle_claimed(client, row)
-    except Exception:
+            if not _claim(using, row):
+                return None
+            _settle_claimed(client, row)
+    except Exception as exc:
         # Whatever is wrong with one row, it must not stop the others.
-        logger.exception("Reservation %s could not be settled", pk)
-        row = _claim(using, pk)
-    return row is not None
+        logger.exception("Reservation %s could not be settled", row.pk)
+        row = Reservation.objects.using(using).get(pk=row.pk)
+        # The claim may have been rolled back.
+        claimed = _claim(using, row)
+        if isinstance(exc, DatabaseError):
+            row.out_of_reach = True
+            return row if claimed else None
+        _postpone(row, exc, refused=True)
+    return row
 
 
-def _claim(using: str, pk: Any) -> Reservation | None:
+def _claim(using: str, row: Reservation) -> bool:
+    """Take *row* up, unless somebody has done anything with it since it was read."""
     claimed = (
         Reservation.objects.using(using)
         .due()
-        .filter(pk=pk)
+        .filter(pk=row.pk, state=row.state, settle_attempts=row.settle_attempts)
         .update(
             next_attempt_at=from_now(
                 meterly_settings.DEADLINE * 3 + meterly_settings.LEASE_GRACE
@@ -749,22 +998,125 @@ def _claim(using: str, pk: Any) -> Reservation | None:
             settle_attempts=F("settle_attempts") + 1,
         )
     )
-    if not claimed:
-        return None
-    return Reservation.objects.using(using).select_related("customer").get(pk=pk)
+    row.settle_attempts += claimed
+    return bool(claimed)
 
 
 def _settle_claimed(client: MeterlyClient, row: Reservation) -> None:
-    retention = dt.timedelta(seconds=meterly_settings.JOURNAL_RETENTION)
-    decided_at = row.decided_at or row.created_at
-    if row.state == State.UNBILLED and timezone.now() - decided_at > retention:
-        stuck = Reservation.objects.using(alias()).filter(pk=row.pk, state=row.state)
-        if stuck.update(stuck_at=DatabaseNow()):
-            _announce(signals.reservation_stuck, row)
-    else:
-        settle(client, row, timeout=None)
+    settle(client, row, timeout=None)
+    if row.state != State.UNBILLED or row.out_of_reach:
+        return
+    over = from_now(-meterly_settings.JOURNAL_RETENTION)
+    debt = Reservation.objects.using(alias()).filter(
+        Q(decided_at__lt=over) | Q(decided_at=None, created_at__lt=over),
+        pk=row.pk,
+        state=row.state,
+    )
+    if debt.update(stuck_at=DatabaseNow()):
+        _announce(signals.reservation_stuck, row)
 
 
 def sweep(client: MeterlyClient, *, limit: int | None = None) -> tuple[int, int]:
     """Give up lapsed rows, then settle what is due; return both numbers."""
-    return record_lapsed(), settle_due(client, limit=limit)
+    return record_lapsed(), settle_due(client, limit=limit).taken
+
+
+def retry_stuck(rows: ReservationQuerySet) -> int:
+    """Let the stuck ones of *rows* be tried again, from now; return how many."""
+    return (
+        rows.using(alias())
+        .stuck()
+        .filter(state__in=State.pending())
+        .update(stuck_at=None, refusals=0, next_attempt_at=DatabaseNow())
+    )
+
+
+def prune(*, seconds: float | None = None) -> int:
+    """Delete what was settled ``JOURNAL_RETENTION`` ago; return how many rows.
+
+    For *seconds* at most. Nothing that is open, due, owed or stuck is deleted.
+    """
+    return _in_batches(
+        prunable(),
+        lambda rows: rows.delete()[1].get(Reservation._meta.label, 0),
+        seconds,
+    )
+
+
+def prunable() -> ReservationQuerySet:
+    """Return the rows that ``prune`` deletes."""
+    return Reservation.objects.using(alias()).settled(
+        meterly_settings.JOURNAL_RETENTION
+    )
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits for the sweeper, and for people.
+
+    *lapsed* rows are to be given up, *due* ones to be carried out; *by_state*
+    counts both. *oldest_due_seconds* is how long the one that has waited longest
+    has waited, ``None`` if none does. *unbilled* are debts, due or not; *stuck*
+    rows are not tried any more.
+    """
+
+    by_state: dict[str, int]
+    lapsed: int
+    due: int
+    oldest_due_seconds: float | None
+    unbilled: int
+    stuck: int
+
+
+def backlog(older_than: float = 0.0) -> Backlog:
+    """Count what has waited for *older_than* seconds or more; change nothing."""
+    rows = Reservation.objects.using(alias())
+    by_state: dict[str, int] = {}
+    waited = []
+    for waiting, since in (
+        (rows.lapsed(older_than), "lease_until"),
+        (rows.due(older_than), "next_attempt_at"),
+    ):
+        by_state |= dict(
+            waiting.order_by("state").values_list("state").annotate(Count("pk"))
+        )
+        oldest = (
+            waiting.order_by(since).annotate(now=DatabaseNow()).values(since, "now")
+        ).first()
+        if oldest is not None:
+            waited.append((oldest["now"] - oldest[since]).total_seconds())
+    return Backlog(
+        by_state=by_state,
+        lapsed=sum(by_state.get(state, 0) for state in State.open()),
+        due=sum(by_state.get(state, 0) for state in State.pending()),
+        oldest_due_seconds=round(max(waited), 1) if waited else None,
+        unbilled=rows.filter(state=State.UNBILLED).count(),
+        stuck=rows.stuck().count(),
+    )
+
+
+def _in_batches(
+    rows: ReservationQuerySet,
+    change: Callable[[ReservationQuerySet], int],
+    seconds: float | None,
+) -> int:
+    """Apply *change* to *rows*, some at a time; return the sum of what it returns.
+
+    *change* has to leave none of them in the queryset.
+    """
+    skip = connections[rows.db].features.has_select_for_update_skip_locked
+    until = _until(seconds)
+    changed = 0
+    while True:
+        # Two sweepers that lock many rows each can deadlock, unless each leaves
+        # the other's alone.
+        with transaction.atomic(using=rows.db) if skip else nullcontext():
+            some = rows.select_for_update(skip_locked=True) if skip else rows
+            pks = list(some.values_list("pk", flat=True)[:BATCH])
+            changed += change(rows.filter(pk__in=pks))
+        if len(pks) < BATCH or time.monotonic() >= until:
+            return changed
+
+
+def _until(seconds: float | None) -> float:
+    return float("inf") if seconds is None else time.monotonic() + seconds

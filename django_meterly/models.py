@@ -12,7 +12,7 @@ from django.utils.module_loading import import_string
 from django.utils.translation import gettext_lazy as _
 
 from .conf import meterly_settings
-from .db import DatabaseNow, ExactCharField
+from .db import ExactCharField, from_now
 from .errors import MeterlyCustomerExistsError
 from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text
 
@@ -195,18 +195,43 @@ class Grant(models.Model):
 
 
 class ReservationQuerySet(models.QuerySet["Reservation"]):
-    def lapsed(self) -> ReservationQuerySet:
-        """Open rows whose lease has run out by the database's clock."""
+    def lapsed(self, older_than: float = 0.0) -> ReservationQuerySet:
+        """Open rows whose lease ran out *older_than* seconds ago or earlier.
+
+        By the database's clock, as all that follows.
+        """
         return self.filter(
-            state__in=Reservation.State.open(), lease_until__lt=DatabaseNow()
+            state__in=Reservation.State.open(), lease_until__lt=from_now(-older_than)
         )
 
-    def due(self) -> ReservationQuerySet:
-        """Decided rows that are to be carried out now."""
+    def on_trust(self) -> ReservationQuerySet:
+        """Rows whose work runs or ran without a hold, and is not paid for yet.
+
+        Also one whose lease has lapsed, for its work may still succeed, and every
+        debt.
+        """
+        state = Reservation.State
+        running = models.Q(state__in=[state.RESERVED, state.COMMIT_PENDING])
+        lapsed = models.Q(state=state.RELEASE_PENDING, lapsed=True)
+        unheld = models.Q(reservation_id=None) | models.Q(reservation_id="")
+        return self.filter((running | lapsed) & unheld | models.Q(state=state.UNBILLED))
+
+    def due(self, older_than: float = 0.0) -> ReservationQuerySet:
+        """Decided rows that are to be carried out, since *older_than* seconds."""
         return self.filter(
             state__in=Reservation.State.pending(),
             stuck_at=None,
-            next_attempt_at__lte=DatabaseNow(),
+            next_attempt_at__lte=from_now(-older_than),
+        )
+
+    def settled(self, older_than: float = 0.0) -> ReservationQuerySet:
+        """Final rows, since *older_than* seconds: there is nothing left to do."""
+        moment = from_now(-older_than)
+        return self.filter(
+            models.Q(settled_at__lt=moment) | models.Q(settled_at=None),
+            state__in=Reservation.State.final(),
+            # For its index.
+            created_at__lt=moment,
         )
 
     def stuck(self) -> ReservationQuerySet:
@@ -242,6 +267,11 @@ class Reservation(models.Model):
         def pending(cls) -> tuple[Reservation.State, ...]:
             """Decided, and to be carried out at the ledger."""
             return (cls.RELEASE_PENDING, cls.COMMIT_PENDING, cls.UNBILLED)
+
+        @classmethod
+        def final(cls) -> tuple[Reservation.State, ...]:
+            """Nothing is left to be done."""
+            return (cls.DENIED, cls.FAILED, cls.RELEASED, cls.CONFLICT, cls.COMMITTED)
 
         @classmethod
         def free(cls) -> tuple[Reservation.State, ...]:
@@ -298,6 +328,9 @@ class Reservation(models.Model):
     settled_at = models.DateTimeField(_("settled at"), null=True, blank=True)
 
     objects = ReservationQuerySet.as_manager()
+
+    #: Not a column: whether the ledger could not be asked when this row was tried.
+    out_of_reach = False
 
     class Meta:
         verbose_name = _("reservation")

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync
 from django.utils.module_loading import import_string
 
-from .conf import check_choice, meterly_settings
+from .conf import check_choice, meterly_settings, suggestion
 from .guards import guard
+from .keys import requested_key
 from .transports.base import check_amount, check_ttl, check_unit
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
 
     from .guards import Guard
 
+#: Options that are functions: a mapping may name them by their dotted paths.
+FUNCTIONS = ("amount", "customer", "idempotency_key", "success")
 #: Reading is free, unless ``methods`` says otherwise.
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
@@ -43,6 +46,37 @@ class GuardOptions:
     success: Callable[[HttpResponseBase], bool] | None = None
     on_disconnect: str | None = None
     overage: str | None = None
+    on_unavailable: str | None = None
+    enforcement: str | None = None
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, Any], where: str) -> GuardOptions:
+        """Return the options that *mapping* names, as ``meterly_guard`` names them.
+
+        Functions may be dotted paths, for settings cannot import what they are the
+        settings of; ``reference`` is a text or a function. *where* the mapping stands
+        begins the messages of the ``TypeError``, ``ValueError`` or ``ImportError``.
+        """
+        if not hasattr(mapping, "items"):
+            raise TypeError(f"{where} must be a dict of options, not {mapping!r}.")
+        known = [field.name for field in fields(cls)]
+        values = dict(mapping)
+        for name in values:
+            if name not in known:
+                raise TypeError(
+                    f"{where}: there is no option {name!r}."
+                    + (
+                        suggestion(str(name), known)
+                        or f" The options are {', '.join(known)}."
+                    )
+                )
+        try:
+            for name in FUNCTIONS:
+                if isinstance(path := values.get(name), str):
+                    values[name] = import_string(path)
+            return cls(**values)
+        except (TypeError, ValueError, ImportError) as exc:
+            raise type(exc)(f"{where}: {exc}") from exc
 
     def __post_init__(self) -> None:
         if self.unit is not None:
@@ -51,7 +85,7 @@ class GuardOptions:
             check_amount(self.amount)
         if self.ttl_seconds is not None:
             check_ttl(self.ttl_seconds)
-        for name in ("on_disconnect", "overage"):
+        for name in ("on_disconnect", "overage", "on_unavailable", "enforcement"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name))
         if self.methods is None:
@@ -81,8 +115,9 @@ class GuardOptions:
     ) -> Guard | None:
         """Return the guard for *request*, or ``None`` when nobody is known to pay.
 
-        *name* is the view's; *args* and *kwargs* are the view's arguments, for
-        options that are functions, sync or async. Call it from sync code.
+        *name* is the view's, with its module; *args* and *kwargs* are the view's
+        arguments, for options that are functions, sync or async. Call it from sync
+        code.
         """
 
         def value(option: Any) -> Any:
@@ -90,21 +125,34 @@ class GuardOptions:
                 return option
             return _result(option, request, *args, **kwargs)
 
-        if self.customer:
-            payer = value(self.customer)
-        else:
-            payer = _result(import_string(meterly_settings.CUSTOMER_RESOLVER), request)
-        if payer is None:
+        payer = value(self.customer) if self.customer else payer_of(request)
+        enforcement = self.enforcement or meterly_settings.ENFORCEMENT
+        if payer is None and enforcement == "enforce":
             return None
-        return guard(
+        guarded = guard(
             payer,
             value(self.amount),
             self.unit,
-            reference=value(self.reference) or f"{name}:{uuid.uuid4()}",
-            idempotency_key=value(self.idempotency_key),
+            # Customers read it: without the module.
+            reference=value(self.reference)
+            or f"{name.rpartition('.')[2]}:{uuid.uuid4()}",
+            idempotency_key=(
+                value(self.idempotency_key)
+                if self.idempotency_key
+                else requested_key(request)
+            ),
             ttl_seconds=self.ttl_seconds,
             overage=self.overage,
+            on_unavailable=self.on_unavailable,
+            enforcement=enforcement,
         )
+        guarded.work = name
+        return guarded
+
+
+def payer_of(request: Any) -> Any:
+    """Return whom ``CUSTOMER_RESOLVER`` names, or ``None``. Call it from sync code."""
+    return _result(import_string(meterly_settings.CUSTOMER_RESOLVER), request)
 
 
 def _result(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

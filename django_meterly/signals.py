@@ -1,11 +1,47 @@
-"""What has happened, for receivers that want to know; nothing depends on them."""
+"""What has happened, for receivers that want to know; nothing depends on them.
+
+A signal is sent when its fact is durable, after the COMMIT of the transaction it
+was part of, and once, by whoever made it so. A receiver that raises is logged and
+hurts nobody. ``docs/signals.md`` describes them all.
+"""
 
 from __future__ import annotations
 
 from django.dispatch import Signal
+
+#: Credits are held, and the work runs. Sends *reservation*.
+credits_reserved = Signal()
+
+#: Work was charged. Sends *reservation*.
+credits_committed = Signal()
+
+#: A reservation has ended without a charge. Sends *reservation*.
+credits_released = Signal()
+
+#: The work did not run: too few credits, or a ledger that could not be asked.
+#: Sends *customer* (a ``Customer``, or ``None`` if it came to none), *unit*,
+#: *amount*, *reference* and the *error*.
+credits_denied = Signal()
+
+#: The work ran uncharged, and would not have run if ``ENFORCEMENT`` were
+#: ``"enforce"``. Sends the same as ``credits_denied``.
+would_deny = Signal()
+
+#: Credits were granted through this project. Sends *grant*.
+credits_granted = Signal()
+
+#: A movement took the available credits below ``LOW_BALANCE``. Sends *customer*,
+#: *unit*, *available* and *threshold*.
+low_balance = Signal()
 
 #: The ledger refused a recorded decision too often. Sends *reservation*.
 reservation_stuck = Signal()
 
 #: Work was done, but its credits could not be charged: a debt. Sends *reservation*.
 reservation_unbilled = Signal()
+
+#: The ledger does not answer this process any more. Sends the *error*.
+ledger_unreachable = Signal()
+
+#: The ledger answers this process again.
+ledger_reachable = Signal()

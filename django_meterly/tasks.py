@@ -50,6 +50,8 @@ def meterly_task(
     customer: Callable[..., Any] | None = None,
     reference: str | Callable[..., Any] | None = None,
     overage: str | None = None,
+    on_unavailable: str | None = None,
+    enforcement: str | None = None,
     ttl_seconds: int | None = None,
     on_retry: str = "keep",
     on_duplicate: str = "retry",
@@ -66,7 +68,8 @@ def meterly_task(
             ...
             self.meterly.settle(used)
 
-    *unit*, *amount* and *overage* are those of ``meterly_guard``. *customer*,
+    *unit*, *amount*, *overage*, *on_unavailable* and *enforcement* are those of
+    ``meterly_guard``. *customer*,
     *amount* and *reference* may be functions; they get the task's arguments. A task
     without *customer* can only be handed off (``request.meterly.hand_off``), and then
     runs under the reservation of the view. *ttl_seconds* is how long credits are held
@@ -94,6 +97,8 @@ def meterly_task(
         customer=customer,
         reference=reference,
         overage=overage,
+        on_unavailable=on_unavailable,
+        enforcement=enforcement,
         ttl_seconds=ttl_seconds,
     )
     for name, value, choices in (
@@ -262,22 +267,31 @@ def _retry(
 
 
 @shared_task(name="django_meterly.tasks.release_stale_reservations", ignore_result=True)
-def release_stale_reservations() -> None:
-    """Give up the reservations whose lease has run out, and release them."""
+def release_stale_reservations(seconds: float = 60.0) -> None:
+    """Give up the reservations whose lease has run out, and release them.
+
+    Then forget what was settled ``JOURNAL_RETENTION`` ago. Each for *seconds* at
+    most: a long backlog must not take every worker there is.
+    """
     from . import journal
     from .client import get_client
 
-    journal.sweep(get_client())
+    journal.record_lapsed(seconds=seconds)
+    journal.settle_due(get_client(), seconds=seconds)
+    journal.prune(seconds=seconds)
 
 
 @shared_task(name="django_meterly.tasks.settle_reservations", ignore_result=True)
-def settle_reservations() -> None:
-    """Carry out the commits, releases and grants that are still due."""
+def settle_reservations(seconds: float = 60.0) -> None:
+    """Carry out the commits, releases and grants that are due.
+
+    Commits and releases for *seconds* at most.
+    """
     from . import grants, journal
     from .client import get_client
 
     client = get_client()
-    journal.settle_due(client)
+    journal.settle_due(client, seconds=seconds)
     grants.settle_due(client)
 
 
@@ -305,7 +319,8 @@ def beat_schedule(
     """Return the entries for ``CELERY_BEAT_SCHEDULE``; intervals in seconds.
 
     For the settings module. Several beats and several workers at once do no
-    harm: every row is claimed.
+    harm: every row is claimed. A run ends after its interval, so that a backlog
+    keeps two workers busy, and no more.
     """
     # By name, because a task object would load the Celery app, and that the
     # settings, in the middle of which we are.
@@ -313,11 +328,25 @@ def beat_schedule(
         "meterly-release-stale-reservations": {
             "task": "django_meterly.tasks.release_stale_reservations",
             "schedule": release_every,
+            "kwargs": {"seconds": release_every},
             "options": {"expires": MOST_WAITING * release_every},
         },
         "meterly-settle-reservations": {
             "task": "django_meterly.tasks.settle_reservations",
             "schedule": settle_every,
+            "kwargs": {"seconds": settle_every},
             "options": {"expires": MOST_WAITING * settle_every},
         },
     }
+
+
+def missing_from_beat() -> list[str]:
+    """Return which of our tasks the project's beat lacks, if it runs others of them.
+
+    A schedule without any is no mistake by itself: cron may do it.
+    """
+    ours = {entry["task"] for entry in beat_schedule().values()}
+    scheduled = {
+        entry.get("task") for entry in (current_app.conf.beat_schedule or {}).values()
+    }
+    return sorted(ours - scheduled) if ours & scheduled else []

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 #: What only the source distribution holds.
 SOURCE_ONLY = ("tests", "example_project", "docs", "benchmarks")
 #: The kinds of file that setuptools forgets when MANIFEST.in does.
-KINDS = {".html", ".json", ".py", ".sql", ".typed"}
+KINDS = {".html", ".json", ".mo", ".po", ".py", ".sql", ".typed"}
 
 
 def _tree(*folders: str) -> set[str]:

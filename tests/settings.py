@@ -45,6 +45,7 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.sessions",
     "rest_framework",
+    "rest_framework.authtoken",
     "django_meterly",
     "django_meterly.ledger",
 ]

@@ -682,3 +682,102 @@ def test_conflict_at_the_ledger_is_reported_for_each(
     response = page.post(grant_url(*customers), form, follow=True)
     levels = sorted(level for level, _ in messages(response))
     assert levels == ["error", "success"][:count]
+
+
+# Stuck reservations
+
+
+@pytest.fixture
+def stuck(customer: Customer) -> Reservation:
+    now = timezone.now()
+    return reserve(
+        customer,
+        state="commit_pending",
+        charge=5,
+        next_attempt_at=now,
+        stuck_at=now,
+        refusals=20,
+        last_error="<b>no</b>",
+    )
+
+
+def try_again(client: Client, *rows: Reservation, **data: Any) -> Any:
+    return client.post(
+        RESERVATIONS,
+        {"action": "retry_stuck", "_selected_action": [r.pk for r in rows], **data},
+        follow=True,
+    )
+
+
+def test_stuck_reservations_are_tried_again_after_a_confirmation(
+    customer: Customer, stuck: Reservation
+) -> None:
+    user = staff("sam", "view_reservation", "change_reservation")
+    client = browser(user)
+    fine = reserve(customer)
+    asked = try_again(client, stuck, fine)
+    page = asked.content.decode()
+    assert "will be tried again" in page
+    assert "&lt;b&gt;no&lt;/b&gt;" in page
+    assert fine.get_state_display() not in page
+    stuck.refresh_from_db()
+    assert stuck.stuck_at
+
+    hidden = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page))
+    del hidden["_selected_action"], hidden["csrfmiddlewaretoken"]
+    answer = try_again(client, stuck, fine, **hidden)
+    assert messages(answer) == [("success", "1 reservation will be tried again.")]
+    stuck.refresh_from_db()
+    assert (stuck.stuck_at, stuck.refusals) == (None, 0)
+    assert list(Reservation.objects.due()) == [stuck]
+    (entry,) = LogEntry.objects.all()
+    assert (entry.user, entry.object_id) == (user, str(stuck.pk))
+
+
+def test_trying_again_what_is_not_stuck_is_answered_kindly(
+    everything: Client, customer: Customer
+) -> None:
+    answer = try_again(everything, reserve(customer))
+    assert [level for level, _ in messages(answer)] == ["warning"]
+
+
+def test_stuck_reservations_need_a_permission_to_be_tried_again(
+    stuck: Reservation,
+) -> None:
+    client = browser(staff("victor", "view_reservation"))
+    assert "retry_stuck" not in client.get(RESERVATIONS).content.decode()
+    try_again(client, stuck, confirmed="yes")
+    stuck.refresh_from_db()
+    assert stuck.stuck_at
+
+
+def test_every_stuck_reservation_of_a_search_is_tried_again(
+    everything: Client, customer: Customer, stuck: Reservation
+) -> None:
+    for number in range(25):
+        reserve(
+            customer,
+            state="release_pending",
+            reference=f"left-{number}",
+            next_attempt_at=timezone.now(),
+            stuck_at=timezone.now(),
+        )
+    asked = everything.post(
+        f"{RESERVATIONS}?q=left-&stuck=yes",
+        {
+            "action": "retry_stuck",
+            "_selected_action": [Reservation.objects.latest("created_at").pk],
+            "select_across": "1",
+        },
+    )
+    assert (asked.context["count"], asked.context["more"]) == (25, 5)
+    everything.post(
+        f"{RESERVATIONS}?q=left-&stuck=yes",
+        {
+            "action": "retry_stuck",
+            "_selected_action": [Reservation.objects.latest("created_at").pk],
+            "select_across": "1",
+            "confirmed": "yes",
+        },
+    )
+    assert list(Reservation.objects.stuck()) == [stuck]

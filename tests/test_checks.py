@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 import pytest
+from celery import Celery, current_app
 from django.contrib.auth.models import Group
 from django.core.checks import run_checks
 from django.core.management import call_command
 from django.db import OperationalError, connection
 from django.test import override_settings
+from django.urls import clear_url_caches
+from django.utils import timezone
 
 from django_meterly import checks
+from django_meterly.models import Customer, Reservation
+from django_meterly.tasks import beat_schedule
+from tests import guarded_urls
 
 HTTP = {"TRANSPORT": "django_meterly.transports.HttpTransport"}
 
@@ -46,6 +53,16 @@ def test_the_suites_settings_are_fine() -> None:
         ({**HTTP, "API_KEY": "x", "BASE_URL": "http://[::1"}, "meterly.E007"),
         ({**HTTP, "API_KEY": "x y"}, "meterly.E006"),
         ({**HTTP, "API_KEY": "x", "MAX_SETTLE_ATTEMPTS": "20"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "ENFORCEMENT": "maybe"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "ON_UNAVAILABLE": "maybe"}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "UNAVAILABLE_CAP": -1}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "UNAVAILABLE_CAP": 1.5}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE": 5}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE": {"a b": 5}}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE": {"tokens": 0}}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE": {"tokens": "5"}}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "LOW_BALANCE_COOLDOWN": 0}, "meterly.E003"),
+        ({**HTTP, "API_KEY": "x", "ON_UNAVAILABLE": "allow"}, "meterly.W005"),
     ],
 )
 def test_a_mistake_is_found(value: Any, expected: str) -> None:
@@ -64,6 +81,36 @@ def test_a_mistake_is_found(value: Any, expected: str) -> None:
 def test_good_addresses_pass(extra: dict[str, Any]) -> None:
     with override_settings(METERLY={**HTTP, "API_KEY": "x", **extra}):
         assert ids() == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"ON_UNAVAILABLE": "allow", "UNAVAILABLE_CAP": 1},
+        {"LOW_BALANCE": {"tokens": 5}},
+        {"ENFORCEMENT": "shadow"},
+        # Without a key: nobody is asked.
+        {"ENFORCEMENT": "off", "API_KEY": None},
+    ],
+)
+def test_good_policies_pass(extra: dict[str, Any]) -> None:
+    with override_settings(METERLY={**HTTP, "API_KEY": "x", **extra}):
+        assert ids() == []
+
+
+@pytest.mark.parametrize("word", ["shadow", "off"])
+def test_what_runs_for_nothing_is_warned_of_when_deployed(
+    settings: Any, word: str
+) -> None:
+    def deployed() -> list[str]:
+        messages = run_checks(tags=["meterly"], include_deployment_checks=True)
+        return [str(message.id) for message in messages]
+
+    assert deployed() == []
+    settings.METERLY = {**settings.METERLY, "ENFORCEMENT": word}
+    assert deployed() == ["meterly.W006"]
+    settings.METERLY = []
+    assert deployed() == ["meterly.E001"]
 
 
 def test_an_unknown_setting_gets_a_suggestion() -> None:
@@ -114,3 +161,168 @@ def test_a_customer_model_changed_later_is_refused(settings: Any) -> None:
     assert message.id == "meterly.E008"
     assert "auth_user" in str(message.msg)
     assert Group._meta.db_table not in str(message.msg)
+
+
+MIDDLEWARE = ["django_meterly.middleware.MeterlyMiddleware"]
+COSTS = {"unit": "image_credits", "amount": 25}
+
+
+@pytest.fixture
+def guard_views(settings: Any) -> Any:
+    settings.MIDDLEWARE = [*settings.MIDDLEWARE, *MIDDLEWARE]
+    settings.ROOT_URLCONF = "tests.guarded_urls"
+
+    def guard_views(views: Any) -> list[Any]:
+        settings.METERLY = {**settings.METERLY, "GUARDED_VIEWS": views}
+        return [
+            message
+            for message in run_checks(tags=["meterly"])
+            if "never-" not in message.msg
+        ]
+
+    return guard_views
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("posters:rendr", "Did you mean 'posters:render'?"),
+        ("poster:", "Did you mean 'posters:'?"),
+        ("posters", "Did you mean 'posters:'?"),
+        ("xyz", "A name needs its namespace, 'posters:render', and a namespace its "),
+    ],
+)
+def test_a_guarded_view_that_matches_no_url_is_warned_of(
+    guard_views: Any, name: str, hint: str
+) -> None:
+    (message,) = guard_views({name: COSTS})
+    assert message.id == "meterly.W002"
+    assert message.hint.startswith(hint)
+
+
+def test_guarded_views_that_match_are_fine(guard_views: Any) -> None:
+    assert guard_views({"posters:render": COSTS, "posters:": COSTS}) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"amuont": 5}, {"amount": 0}, [], {"amount": "no.such.function"}]
+)
+def test_bad_options_of_guarded_views_are_found(guard_views: Any, options: Any) -> None:
+    (message,) = guard_views({"posters:render": options})
+    assert message.id == "meterly.E009"
+    assert "METERLY['GUARDED_VIEWS']['posters:render']" in message.msg
+
+
+def test_guarded_views_are_a_dict(guard_views: Any) -> None:
+    assert [message.id for message in guard_views(["posters:"])] == ["meterly.E009"]
+
+
+def test_guarded_views_need_the_middleware(guard_views: Any, settings: Any) -> None:
+    settings.MIDDLEWARE = ["no.such.Middleware", *settings.MIDDLEWARE[:-1]]
+    (message,) = guard_views({"posters:": COSTS})
+    assert message.id == "meterly.E010"
+
+
+@pytest.mark.urls("tests.guarded_urls")
+def test_guards_that_never_charge_are_warned_of() -> None:
+    messages = run_checks(tags=["meterly"])
+    assert {message.id for message in messages} == {"meterly.W003"}
+    assert [message.msg.split("'")[1] for message in messages] == [
+        f"never-{number}" if number != 4 else "never-4, get()" for number in range(1, 8)
+    ]
+
+
+def test_a_guarded_view_that_only_reads_is_warned_of(guard_views: Any) -> None:
+    (message,) = guard_views({"plain": COSTS})
+    assert message.id == "meterly.W003"
+    assert guard_views({"plain": {**COSTS, "methods": ["GET"]}}) == []
+
+
+@pytest.mark.urls("tests.guarded_urls")
+def test_f25_a_guard_on_dispatch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded_urls, "urlpatterns", guarded_urls.dispatch)
+    clear_url_caches()
+    assert ids() == ["meterly.E011"]
+
+
+@pytest.mark.urls("tests.guarded_urls")
+def test_f25_a_handler_without_the_mixin_is_found_under_atomic_requests(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(guarded_urls, "urlpatterns", guarded_urls.handler)
+    clear_url_caches()
+    assert ids() == []
+    request.getfixturevalue("atomic_requests")
+    assert "meterly.E012" in ids()
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("state", "since"),
+    [("reserved", "lease_until"), ("commit_pending", "next_attempt_at")],
+)
+def test_rows_that_nobody_sweeps_are_warned_of(state: str, since: str) -> None:
+    row = Reservation.objects.create(
+        customer=Customer.objects.create(external_id="user_1"),
+        unit="image_credits",
+        amount=1,
+        charge=1,
+        reference="left",
+        key="left",
+        ttl_seconds=300,
+        state=state,
+        **{since: timezone.now() - dt.timedelta(minutes=50)},
+    )
+    assert ids(databases=["default"]) == []
+    overdue = {since: timezone.now() - dt.timedelta(hours=5)}
+    Reservation.objects.update(**overdue)
+    assert ids() == []
+    (message,) = checks.check_sweeping(databases=["default"])
+    assert message.id == "meterly.W010"
+    assert "1 reservations" in str(message.msg)
+    assert "5.0 hours" in str(message.msg)
+    # Whoever is stuck waits for people, and not for a sweeper.
+    Reservation.objects.filter(pk=row.pk).update(
+        state="commit_pending", stuck_at=timezone.now(), next_attempt_at=timezone.now()
+    )
+    assert ids(databases=["default"]) == []
+
+
+@pytest.fixture
+def beat() -> Any:
+    """A project's Celery app."""
+    before = current_app._get_current_object()
+    app = Celery("project", set_as_current=False)
+    app.set_current()
+    yield app
+    before.set_current()
+    app.close()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "expected"),
+    [
+        ([], []),
+        (["meterly-settle-reservations"], ["meterly.W011"]),
+        (["meterly-release-stale-reservations"], ["meterly.W011"]),
+        # Perhaps cron does it; if nothing does, W010 finds out.
+        (["meterly-settle-reservations", "meterly-release-stale-reservations"], []),
+    ],
+)
+def test_a_beat_with_some_of_the_tasks_is_warned_of(
+    beat: Celery, left_out: list[str], expected: list[str]
+) -> None:
+    beat.conf.beat_schedule = {
+        "other": {"task": "project.other", "schedule": 5.0},
+        **{
+            name: entry
+            for name, entry in beat_schedule().items()
+            if name not in left_out
+        },
+    }
+    assert ids() == expected
+
+
+def test_a_retention_that_is_shorter_than_work_may_be_is_refused(settings: Any) -> None:
+    settings.METERLY = {**settings.METERLY, "JOURNAL_RETENTION": 3600}
+    assert ids() == ["meterly.E003"]

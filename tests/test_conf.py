@@ -60,6 +60,7 @@ def test_environment_fills_the_settings() -> None:
             METERLY_MAX_SETTLE_ATTEMPTS="3",
             METERLY_ALLOW_INSECURE_HTTP="on",
             METERLY_MAX_ATTEMPTS="5",
+            METERLY_LOW_BALANCE="tokens=50;images=5",
             METERLY_SIGNER="shop.signing.Signer",
             OTHER="x",
         )
@@ -69,6 +70,7 @@ def test_environment_fills_the_settings() -> None:
         "MAX_SETTLE_ATTEMPTS": 3,
         "ALLOW_INSECURE_HTTP": True,
         "MAX_ATTEMPTS": 5,
+        "LOW_BALANCE": {"tokens": 50, "images": 5},
         "SIGNER": "shop.signing.Signer",
     }
 
@@ -78,6 +80,9 @@ def test_environment_is_refused_with_the_remedy() -> None:
         from_env(environment(METERLY_API_KEYY="x"))
     with pytest.raises(ImproperlyConfigured, match="METERLY_DEADLINE must be a float"):
         from_env(environment(METERLY_DEADLINE="soon"))
+    for wrong in ("tokens", "tokens=few"):
+        with pytest.raises(ImproperlyConfigured, match="LOW_BALANCE must be a dict"):
+            from_env(environment(METERLY_LOW_BALANCE=wrong))
 
 
 def test_client_follows_the_settings(settings: Any) -> None:

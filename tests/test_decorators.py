@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +13,9 @@ from django.db import IntegrityError, OperationalError, connections, transaction
 from django.http import HttpResponse
 from django.template.response import TemplateResponse
 from django.test import RequestFactory
-from django.utils.decorators import method_decorator
 from django.views import View
 
-from django_meterly import guard, meterly_guard
+from django_meterly import MeterlyUsageError, guard, meterly_guard
 from django_meterly.models import Reservation
 from tests import views
 from tests.books import balance, fund, let_lapse, movements, states, verify
@@ -530,7 +531,7 @@ def test_class_based_views_are_named_after_their_class(
     request = RequestFactory().post("/")
     request.user = user
     response = meterly_guard("image_credits", 25)(Page.as_view())(request)
-    assert b".Page:" in response.content
+    assert response.content.startswith(b"Page:")
 
 
 def test_what_cannot_be_guarded_is_refused_at_once() -> None:
@@ -569,18 +570,66 @@ def test_f24_a_hidden_coroutine_is_never_charged(user: User, customer: Any) -> N
     assert balance(customer) == (100, 0)
 
 
-def test_f25_a_method_is_refused_with_the_remedy(user: User) -> None:
-    class Page(View):
+class Renderer:
+    csrf_exempt = False
+
+    def __init__(self) -> None:
+        self.csrf_exempt = True
+
+    def __call__(self, request: Any, word: str = "done") -> HttpResponse:
+        return HttpResponse(word)
+
+
+def _worded(word: str, request: Any) -> HttpResponse:
+    return HttpResponse(word)
+
+
+@pytest.mark.parametrize(
+    ("view", "name"),
+    [
+        (partial(_worded, "done"), "_worded"),
+        (partial(partial(_worded), "done"), "_worded"),
+        (Renderer(), "Renderer"),
+        (partial(Renderer(), word="done"), "Renderer"),
+        (Renderer().__call__, "Renderer.__call__"),
+    ],
+)
+def test_f24_every_sync_callable_is_guarded(
+    user: User, customer: Any, any_requests: bool, view: Any, name: str
+) -> None:
+    request = RequestFactory().post("/")
+    request.user = user
+    guarded = meterly_guard("image_credits", 25)(view)
+    assert guarded(request).content == b"done"
+    assert balance(customer) == (75, 0)
+    assert Reservation.objects.get().reference.startswith(f"{name}:")
+    if isinstance(view, Renderer):
+        assert guarded.csrf_exempt  # type: ignore[attr-defined]
+
+
+def test_a_method_of_no_view_is_refused(user: User) -> None:
+    class Page:
         @meterly_guard("image_credits", 25)
         def post(self, request: Any) -> HttpResponse:
             return HttpResponse()
 
-    request = RequestFactory().post("/")
-    request.user = user
-    with pytest.raises(TypeError, match=r"as_view\(\)"):
-        Page.as_view()(request)
-    assert method_decorator
+    with pytest.raises(TypeError, match="got a Page where a view gets its request"):
+        Page().post(RequestFactory().post("/"))
     assert states() == []
+
+
+def test_a_free_request_says_that_it_is_free(user: User) -> None:
+    @meterly_guard("image_credits", 25)
+    def view(request: Any) -> HttpResponse:
+        request.meterly.settle(3)
+        return HttpResponse()
+
+    request = RequestFactory().get("/")
+    request.user = user
+    with pytest.raises(MeterlyUsageError, match=r'methods=\["GET"\]'):
+        view(request)
+    assert "GET costs nothing" in repr(request.meterly)  # type: ignore[attr-defined]
+    copy(request)
 
 
 def test_class_based_views_are_guarded_around_as_view(

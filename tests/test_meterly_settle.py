@@ -64,10 +64,21 @@ def test_a_limit_leaves_the_rest_for_the_next_time(customer: Customer) -> None:
     assert balance(customer) == (1000, 0)
 
 
-@pytest.mark.parametrize("limit", ["0", "-1"])
-def test_a_limit_below_one_is_refused(limit: str) -> None:
-    with pytest.raises(CommandError, match="--limit must be at least 1"):
-        call_command("meterly_settle", f"--limit={limit}")
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--limit=0", "--limit: must be at least 1"),
+        ("--limit=-1", "--limit: must be at least 1"),
+        ("--limit=many", "--limit: must be a whole number, not 'many'"),
+        ("--older-than=-1", "--older-than: must be a number of seconds from 0"),
+        ("--older-than=nan", "--older-than: must be a number of seconds from 0"),
+        ("--older-than=inf", "--older-than: must be a number of seconds from 0"),
+        ("--older-than=soon", "--older-than: must be a number of seconds from 0"),
+    ],
+)
+def test_a_bad_value_is_refused(option: str, complaint: str) -> None:
+    with pytest.raises(CommandError, match=complaint):
+        call_command("meterly_settle", option)
 
 
 def test_an_outage_leaves_the_decisions_for_the_next_time(remote: Any) -> None:

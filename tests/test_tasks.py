@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from django.utils import timezone
 
 from django_meterly import guard, tasks
 from django_meterly.models import Grant, Reservation
+from tests.backlog import leave_behind
 from tests.books import balance, fund, let_lapse, movements, states, verify
 from tests.children import (
     broker_options,
@@ -224,6 +226,33 @@ def test_f39_two_beats_release_a_lapsed_reservation_once(
     assert_restored(customer)
 
 
+def test_f39_two_beats_settle_what_is_due_once(site: Site, customer: Customer) -> None:
+    leave_behind(customer, 20)
+    with guard(customer, 25):
+        pass
+    Reservation.objects.filter(state="committed").update(
+        state="commit_pending", next_attempt_at=timezone.now(), settled_at=None
+    )
+    Grant.objects.create(
+        customer=customer,
+        unit="image_credits",
+        amount=50,
+        reason="r",
+        reference="welcome",
+    )
+    site.beat("one")
+    site.beat("two")
+    site.worker()
+    site.worker()
+    site.wait_until(lambda: balance(customer) == (125, 0))
+    site.wait_until(lambda: sorted(states()) == ["committed"] + ["released"] * 20)
+    already = site.log.read_text().count("succeeded")
+    site.wait_until(lambda: site.log.read_text().count("succeeded") >= already + 4)
+    assert Counter(movements()) == {"reserved": 21, "committed": 1, "released": 20}
+    assert balance(customer) == (125, 0)
+    verify()
+
+
 def test_the_beat_schedule_names_tasks_that_exist() -> None:
     schedule = tasks.beat_schedule(release_every=30, settle_every=5)
     assert {entry["task"] for entry in schedule.values()} == {
@@ -232,5 +261,10 @@ def test_the_beat_schedule_names_tasks_that_exist() -> None:
     }
     assert {entry["task"] for entry in schedule.values()} <= set(current_app.tasks)
     assert [entry["schedule"] for entry in schedule.values()] == [30, 5]
+    # A backlog does not keep more workers than there are tasks.
+    assert [entry["kwargs"] for entry in schedule.values()] == [
+        {"seconds": 30},
+        {"seconds": 5},
+    ]
     # A lagging queue still comes to run them, and a dead one does not fill up.
     assert [entry["options"]["expires"] for entry in schedule.values()] == [600, 100]

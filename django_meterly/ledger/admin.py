@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
+from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
-from django.utils.translation import ngettext
 
 from ..db import DatabaseNow
 from .models import Account, ApiKey, Customer, Entry, Hold, Workspace
@@ -88,7 +88,7 @@ class ApiKeyAdmin(ReadOnlyAdmin):
                 .filter(pk=key.pk)
                 .update(revoked_at=DatabaseNow())
             ):
-                self.log_change(request, key, "Revoked.")
+                self.log_change(request, key, gettext("Revoked."))
                 revoked += 1
         self.message_user(
             request,
@@ -121,18 +121,22 @@ class AccountAdmin(ReadOnlyAdmin):
     list_select_related = ["customer"]
     search_fields = ["customer__external_id__exact", "customer__public_id__exact"]
 
+    @admin.display(description=_("available"))
+    def available(self, account: Account) -> int:
+        return account.available
+
 
 @admin.register(Hold)
 class HoldAdmin(ReadOnlyAdmin):
     list_display = [
-        "public_id",
+        "created_at",
         "account",
         "amount",
         "status",
         "reference",
-        "created_at",
         "expires_at",
         "closed_at",
+        "public_id",
     ]
     list_filter = ["status", "created_at", "account__customer__workspace"]
     list_select_related = ["account__customer"]
@@ -147,7 +151,7 @@ class HoldAdmin(ReadOnlyAdmin):
 @admin.register(Entry)
 class EntryAdmin(ReadOnlyAdmin):
     list_display = [
-        "public_id",
+        "created_at",
         "account",
         "kind",
         "amount",
@@ -156,7 +160,7 @@ class EntryAdmin(ReadOnlyAdmin):
         "balance_after",
         "reserved_after",
         "reference",
-        "created_at",
+        "public_id",
     ]
     list_filter = ["kind", "created_at", "workspace"]
     list_select_related = ["account__customer"]

@@ -18,6 +18,7 @@ Times are the database's.
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 import hashlib
 import json
@@ -59,7 +60,6 @@ from .models import (
 )
 
 if TYPE_CHECKING:
-    import datetime as dt
     from collections.abc import Callable
 
     from ..errors import MeterlyApiError
@@ -147,13 +147,13 @@ def _retried(operation: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(operation)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        connection = connections[write_alias()]
         until = time.monotonic() + _RETRY_SECONDS
         pause = 0.01
         while True:
             try:
                 return operation(*args, **kwargs)
             except DatabaseError as exc:
+                connection = connections[write_alias()]
                 if (
                     not _passes(exc)
                     or time.monotonic() > until
@@ -493,10 +493,13 @@ class _Request:
         )
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
 def _request(
     workspace: int | str, idempotency_key: str, operation: str, **arguments: Any
 ) -> _Request:
-    text = json.dumps([operation, arguments], sort_keys=True, separators=(",", ":"))
+    text = _encode([operation, arguments])
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     return _Request(workspace, idempotency_key, fingerprint)
 
@@ -725,7 +728,7 @@ def use(
             account=AccountBalance(customer_id, row.unit, row.balance, row.reserved),
             reference=reference,
             description=description,
-            created_at=row.created_at,
+            created_at=dt.datetime.fromisoformat(row.created_at),
             replayed=row.code == "replayed",
         )
 
@@ -790,7 +793,7 @@ def reserve(
             amount=amount,
             status=row.status,
             reference=reference,
-            expires_at=row.expires_at,
+            expires_at=dt.datetime.fromisoformat(row.expires_at),
             account=AccountBalance(customer_id, row.unit, row.balance, row.reserved),
             replayed=row.code == "replayed",
         )
@@ -1044,7 +1047,7 @@ def _call_close(
         amount=row.amount,
         status=row.status,
         reference=row.reference,
-        expires_at=row.expires_at,
+        expires_at=dt.datetime.fromisoformat(row.expires_at),
         account=AccountBalance(row.customer_id, row.unit, row.balance, row.reserved),
         replayed=row.code == "replayed",
     )

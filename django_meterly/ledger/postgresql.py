@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from django.db import connections, router
 
 if TYPE_CHECKING:
-    import datetime as dt
-
     from django.db.backends.base.base import BaseDatabaseWrapper
 
 #: For the tests, which run the portable path on PostgreSQL as well.
@@ -24,30 +22,29 @@ class Spent(NamedTuple):
     """What ``meterly_spend_1`` answers; *code* tells which of it is there."""
 
     code: str
-    account_id: int
-    unit: str
-    balance: int
-    reserved: int
-    entry_id: str
-    created_at: dt.datetime
-    hold_id: str
-    status: str
-    expires_at: dt.datetime
+    account_id: int = 0
+    unit: str = ""
+    balance: int = 0
+    reserved: int = 0
+    entry_id: str = ""
+    created_at: str = ""
+    hold_id: str = ""
+    status: str = ""
+    expires_at: str = ""
 
 
 class Closed(NamedTuple):
     """What ``meterly_close_1`` answers; *code* tells which of it is there."""
 
     code: str
-    account_id: int
-    customer_id: str
-    unit: str
-    balance: int
-    reserved: int
-    amount: int
-    reference: str
-    status: str
-    expires_at: dt.datetime
+    customer_id: str = ""
+    unit: str = ""
+    balance: int = 0
+    reserved: int = 0
+    amount: int = 0
+    reference: str = ""
+    status: str = ""
+    expires_at: str = ""
 
 
 def serves(using: str) -> bool:
@@ -57,24 +54,26 @@ def serves(using: str) -> bool:
 
 def spend(using: str, workspace: int | str, *arguments: Any) -> Spent:
     """Use or reserve credits."""
-    return Spent._make(_call(using, "meterly_spend_1", workspace, *arguments))
+    return Spent(*_call(using, _SPEND, workspace, arguments))
 
 
 def close(using: str, workspace: int | str, *arguments: Any) -> Closed:
     """Commit or release a hold."""
-    return Closed._make(_call(using, "meterly_close_1", workspace, *arguments))
+    return Closed(*_call(using, _CLOSE, workspace, arguments))
 
 
-def _call(using: str, function: str, workspace: int | str, *arguments: Any) -> Any:
-    by_name = "(SELECT id FROM meterly_ledger_workspace WHERE name = %s)"
-    first = by_name if isinstance(workspace, str) else "%s"
-    rest = ", %s" * len(arguments)
+_SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)})"
+_CLOSE = f"SELECT meterly_close_1({', '.join(['%s'] * 8)})"
+
+
+def _call(
+    using: str, statement: str, workspace: int | str, arguments: tuple[Any, ...]
+) -> list[Any]:
+    named = (None, workspace) if isinstance(workspace, str) else (workspace, None)
     with connections[using].cursor() as cursor:
-        cursor.execute(
-            f"SELECT * FROM {function}({first}{rest})",  # noqa: S608 (no input)
-            (workspace, *arguments),
-        )
-        return cursor.fetchone()
+        cursor.execute(statement, named + arguments)
+        answer: list[Any] = cursor.fetchone()[0]
+    return answer
 
 
 def create_functions(connection: BaseDatabaseWrapper) -> None:

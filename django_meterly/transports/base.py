@@ -92,6 +92,8 @@ class Transport:
     #: Whether ``async`` code has to call it on the thread that Django keeps for
     #: synchronous code, as whatever uses Django's database connections has to be.
     thread_sensitive = False
+    #: Whether the ledger answered this process the last time; kept by the client.
+    reachable = True
 
     @classmethod
     def from_settings(cls, settings: Any) -> Transport:

@@ -17,6 +17,7 @@ urlpatterns = [
     path("animations/<int:pk>/poster.png", views.animation_file, name="animation-file"),
     path("styles/<str:style>.png", views.style_sample, name="style-sample"),
     path("credits/", views.credits_page, name="credits"),
+    path("kinds/", include("studio.kinds")),
     path(
         "log-in/",
         LoginView.as_view(redirect_authenticated_user=True),

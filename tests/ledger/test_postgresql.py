@@ -107,6 +107,32 @@ def test_a_movement_does_not_lock_the_workspaces_row(workspace, customer):
     assert locker() == before
 
 
+def test_a_row_is_found_by_its_own_key_before_any_analyze(client, spender):
+    # The planner's guess, and a session keeps it: the index of all live holds, or of
+    # all the workspace's customers.
+    for number in range(50):
+        client.create_customer(f"other_{number}", "credits")
+    connection.close()
+
+    def scanned():
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_stat_force_next_flush()")
+            cursor.execute(
+                "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname IN "
+                "('meterly_ledger_hold_due', "
+                "'meterly_ledger_customer_unique_external_id') ORDER BY 1"
+            )
+            return cursor.fetchall()
+
+    before = scanned()
+    for _ in range(10):
+        held = client.reserve_credits(spender, 1)
+        client.commit_reservation(held.reservation_id)
+        held = client.reserve_credits(spender, 1)
+        client.release_reservation(held.reservation_id)
+    assert scanned() == before
+
+
 # Two at once, one of them ahead
 
 

@@ -93,6 +93,33 @@ def test_path_prefix_of_the_base_url_is_kept(serve):
     assert server.requests[0].startswith(b"GET /ledger/v1/customers/c1/balance HTTP")
 
 
+def test_base_url_goes_over_the_wire_in_ascii_and_quoted(serve):
+    server = serve(answer({}))
+    prefix = f"{server.url}/caf\u00e9 x"
+    transport = HttpTransport(KEY, base_url=prefix)
+    transport.send(BALANCE)
+    transport.close()
+    head = b"GET /caf%C3%A9%20x/v1/customers/c1/balance HTTP"
+    assert server.requests[0].startswith(head)
+    assert (
+        HttpTransport(KEY, base_url="https://b\u00fccher.test")._prepared_url
+        == "https://xn--bcher-kva.test"
+    )
+
+
+def test_base_url_that_no_host_can_have_is_refused():
+    with pytest.raises(ValueError, match="label"):
+        HttpTransport(KEY, base_url=f"https://b\u00fc{'c' * 99}.test")
+
+
+def test_closed_transport_opens_again(serve):
+    server = serve(answer({}))
+    server.transport.send(RESERVE)
+    server.transport.close()
+    server.transport.send(RESERVE)
+    assert server.connections == 2
+
+
 def test_connection_is_reused(serve):
     server = serve(answer({}))
     for _ in range(5):

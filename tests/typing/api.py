@@ -8,6 +8,10 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, assert_type
 
+from django.views import View
+from rest_framework.views import APIView
+from rest_framework.viewsets import ViewSet
+
 from django_meterly import (
     MeterlyApiError,
     MeterlyClient,
@@ -17,6 +21,7 @@ from django_meterly import (
     get_client,
     guard,
 )
+from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.tasks import meterly_task
 from django_meterly.transports import Call, HttpTransport, Transport
 from django_meterly.transports.signing import BearerSigner, HmacSigner
@@ -174,3 +179,19 @@ def failing(meterly: MeterlyClient) -> None:
     except MeterlyUnknownOutcomeError as exc:
         assert_type(exc.idempotency_key, str | None)
         assert_type(exc.result, Any)
+
+
+class Page(MeterlyGuardMixin, View):
+    guard_options = {"unit": "tokens", "amount": 5}
+
+
+class Api(MeterlyGuardMixin, APIView):
+    guard_options = {"unit": "tokens", "amount": 5}
+
+
+class Set(MeterlyGuardMixin, ViewSet):
+    guard_options = {"unit": "tokens", "amount": 5}
+
+
+class Bad(MeterlyGuardMixin, View):
+    guard_options = "tokens"  # type: ignore[assignment]

@@ -1,0 +1,62 @@
+"""``MeterlyGuardMixin``: class-based views that run only when they are paid for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .execution import guard_class, install_guards
+from .options import GuardOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from django.http import HttpRequest
+
+
+class MeterlyGuardMixin:
+    """Guard the handlers of a class-based view, of Django or of Django REST framework.
+
+    ::
+
+        class Poster(MeterlyGuardMixin, View):
+            guard_options = {"unit": "image_credits", "amount": 25}
+
+    ``guard_options`` has the names and values of ``meterly_guard``'s arguments, and
+    guards whichever handler a request selects, once ``dispatch()`` calls it: log-in
+    mixins, permissions and throttles come first and cost nothing. Without them, only
+    the handlers guarded by ``@meterly_guard`` cost something. Under
+    ``ATOMIC_REQUESTS`` the guard opens the transaction, around the handler; requests
+    that no guarded handler answers have it around all, as ever.
+
+    ``as_view()`` raises ``TypeError`` and ``ValueError`` for options out of bounds.
+    """
+
+    guard_options: Mapping[str, Any] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if base is MeterlyGuardMixin:
+                return
+            if "as_view" in vars(base) and not issubclass(base, MeterlyGuardMixin):
+                raise TypeError(
+                    f"Name MeterlyGuardMixin before {base.__name__} among the bases of "
+                    f"{cls.__name__}: it would not guard anything."
+                )
+
+    @classmethod
+    def as_view(cls, *args: Any, **initkwargs: Any) -> Any:
+        view = super().as_view(*args, **initkwargs)  # type: ignore[misc]
+        mapping = initkwargs.get("guard_options", cls.guard_options)
+        if mapping is None:
+            return guard_class(view, None)
+        options = GuardOptions.of(mapping, f"{cls.__qualname__}.guard_options")
+        guarded: Any = guard_class(view, lambda request: options)
+        guarded.meterly_options = options
+        return guarded
+
+    def setup(self, request: HttpRequest, *args: Any, **kwargs: Any) -> None:
+        super().setup(request, *args, **kwargs)  # type: ignore[misc]
+        # In Django REST framework initial() comes later, and knows who asks.
+        if not hasattr(self, "initial"):
+            install_guards(self, request)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Django REST framework: errors, a permission, and balances for front ends."""

@@ -1,0 +1,105 @@
+"""The guard's refusals in Django REST framework's own format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rest_framework import status
+from rest_framework.exceptions import APIException, NotAuthenticated
+
+from .. import responses
+
+if TYPE_CHECKING:
+    from rest_framework.response import Response
+
+__all__ = [
+    "Duplicate",
+    "GuardException",
+    "InsufficientCredits",
+    "InvalidKey",
+    "KeyMismatch",
+    "NotAuthenticated",
+    "Unavailable",
+    "counterpart",
+    "exception_handler",
+]
+
+
+class GuardException(APIException):
+    """A refusal. Its *detail* is a dict: ``detail``, ``code``, and what belongs to it.
+
+    Numbers stay numbers, and ``None`` stays ``null``.
+    """
+
+    detail: Any
+    #: Seconds for ``Retry-After``, in DRF's word; ``None`` for no such header.
+    wait: int | None = None
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        self.message = detail
+        self.detail = {"detail": detail, "code": self.default_code, **extra}
+
+    def __str__(self) -> str:
+        return self.message
+
+    def get_codes(self) -> str:
+        return self.default_code
+
+    def get_full_details(self) -> dict[str, Any]:
+        return {**self.detail, "message": self.message}
+
+
+class InsufficientCredits(GuardException):
+    status_code = status.HTTP_402_PAYMENT_REQUIRED
+    default_code = "insufficient_credits"
+
+
+class Unavailable(GuardException):
+    status_code = status.HTTP_503_SERVICE_UNAVAILABLE
+    default_code = "unavailable"
+
+
+class Duplicate(GuardException):
+    status_code = status.HTTP_409_CONFLICT
+    default_code = "duplicate"
+
+
+class InvalidKey(GuardException):
+    status_code = status.HTTP_400_BAD_REQUEST
+    default_code = "invalid_idempotency_key"
+
+
+class KeyMismatch(GuardException):
+    status_code = status.HTTP_422_UNPROCESSABLE_ENTITY
+    default_code = "idempotency_mismatch"
+
+
+def counterpart(exc: Exception) -> GuardException:
+    """Return the DRF exception for what the guard raises and an edge renders.
+
+    Raises ``TypeError`` for any other exception.
+    """
+    problem = responses.problem(exc)
+    answer = _CLASSES[problem.status](problem.detail, **problem.extra)
+    answer.wait = problem.retry_after
+    return answer
+
+
+_CLASSES: dict[int, type[GuardException]] = {
+    cls.status_code: cls
+    for cls in (InsufficientCredits, Unavailable, Duplicate, InvalidKey, KeyMismatch)
+}
+
+
+def exception_handler(exc: Exception, context: dict[str, Any]) -> Response | None:
+    """Render what ``guard()`` raises inside a view, too.
+
+    For ``REST_FRAMEWORK["EXCEPTION_HANDLER"]``, or to be called by your own. A
+    guarded view needs no handler: its refusals are DRF's exceptions already.
+    """
+    if isinstance(exc, responses.RENDERED):
+        exc = counterpart(exc)
+    # It reads the project's settings, which may name what stands in this package.
+    from rest_framework.views import exception_handler as default
+
+    return default(exc, context)

@@ -1,0 +1,48 @@
+"""``HasCredits``: turn callers without credits away early."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from django.utils.translation import gettext_lazy as _
+from rest_framework.permissions import BasePermission
+
+from ..conf import meterly_settings
+from ..errors import OUTAGE, MeterlyUnavailableError
+from ..options import FREE_METHODS
+from .balances import balances_of
+from .exceptions import counterpart
+
+if TYPE_CHECKING:
+    from rest_framework.request import Request
+    from rest_framework.views import APIView
+
+
+class HasCredits(BasePermission):
+    """Let callers in who have credits available: *amount* of *unit*.
+
+    It reads a balance and holds nothing, so it is no guard: two requests at once
+    both pass it with the last credit. Use it to refuse early, by 403, before a guard
+    or a job reserves. Methods that guards charge nothing for pass. Subclass it for
+    another *amount* or *unit* (``DEFAULT_UNIT`` by default).
+
+    A ledger that cannot be asked is a 503.
+    """
+
+    message = _("You have no credits left for this.")
+    code = "insufficient_credits"
+    unit: str | None = None
+    amount = 1
+
+    def has_permission(self, request: Request, view: APIView) -> bool:
+        if request.method in FREE_METHODS:
+            return True
+        unit = self.unit or meterly_settings.DEFAULT_UNIT
+        try:
+            balances = balances_of(request)
+        except OUTAGE as exc:
+            raise counterpart(MeterlyUnavailableError(str(exc))) from exc
+        return any(
+            balance.credit_unit == unit and balance.available >= self.amount
+            for balance in balances or ()
+        )

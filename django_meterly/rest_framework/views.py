@@ -1,0 +1,73 @@
+"""Balances for front ends: what the caller has, and never the key it is read with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rest_framework.exceptions import NotFound
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from ..errors import OUTAGE, MeterlyUnavailableError
+from ..transports.base import check_unit
+from .balances import balances_of
+from .exceptions import NotAuthenticated, counterpart
+
+if TYPE_CHECKING:
+    from rest_framework.request import Request
+
+    from ..types import Balance
+
+
+class BalancesView(APIView):
+    """Answer the caller's own balances, one object for each unit.
+
+    ``{"balances": [{"unit", "available", "reserved", "balance"}, ...]}``. The caller
+    is whoever your authenticators and ``CUSTOMER_RESOLVER`` say; nobody known gets
+    401, a ledger that cannot be asked is a 503.
+    """
+
+    # Project-wide ones may ask for a queryset, or for credits; these are one's own.
+    permission_classes = []
+
+    def get(self, request: Request) -> Response:
+        return _private({"balances": [_json(each) for each in _balances(request)]})
+
+
+class BalanceView(APIView):
+    """Answer the caller's balance in one unit: zeros before the first grant."""
+
+    permission_classes = []
+
+    def get(self, request: Request, unit: str) -> Response:
+        try:
+            check_unit(unit)
+        except ValueError as exc:
+            raise NotFound from exc
+        for balance in _balances(request):
+            if balance.credit_unit == unit:
+                return _private(_json(balance))
+        return _private({"unit": unit, "available": 0, "reserved": 0, "balance": 0})
+
+
+def _balances(request: Request) -> tuple[Balance, ...]:
+    try:
+        balances = balances_of(request)
+    except OUTAGE as exc:
+        raise counterpart(MeterlyUnavailableError(str(exc))) from exc
+    if balances is None:
+        raise NotAuthenticated
+    return balances
+
+
+def _json(balance: Balance) -> dict[str, Any]:
+    return {
+        "unit": balance.credit_unit,
+        "available": balance.available,
+        "reserved": balance.reserved,
+        "balance": balance.balance,
+    }
+
+
+def _private(data: dict[str, Any]) -> Response:
+    return Response(data, headers={"Cache-Control": "no-store"})

@@ -1,0 +1,1 @@
+"""Guarded views under real servers: gunicorn and uvicorn, real sockets, real kills."""

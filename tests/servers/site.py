@@ -1,0 +1,143 @@
+"""What the servers serve: guarded views whose fate the query string decides.
+
+``?hold=NAME`` lets the work wait in the middle, until the test has seen where it
+is and lets it go on. ``?raise=``, ``?template=`` and ``?status=`` are its ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from django.contrib.auth.models import Group
+from django.core.exceptions import PermissionDenied
+from django.db import transaction
+from django.http import Http404, HttpResponse, StreamingHttpResponse
+from django.template.response import TemplateResponse
+from django.urls import include, path
+
+from django_meterly import meterly_guard
+from tests import views
+from tests.dying import pass_by
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from django.http import HttpRequest
+    from django.http.response import HttpResponseBase
+
+KINDS: dict[str, type[BaseException]] = {
+    "boom": views.Boom,
+    "404": Http404,
+    "403": PermissionDenied,
+    "exit": SystemExit,
+    "interrupt": KeyboardInterrupt,
+}
+
+
+def _arrive(request: HttpRequest) -> Path | None:
+    """Tell the test that the work waits, and in which process; return for what."""
+    if not (name := request.GET.get("hold")):
+        return None
+    folder = Path(os.environ["SERVER_FOLDER"])
+    # Seen by the test only when it is whole.
+    (folder / f"{name}.part").write_text(str(os.getpid()))
+    (folder / f"{name}.part").rename(folder / f"{name}.held")
+    return folder / f"{name}.go"
+
+
+def hold(request: HttpRequest) -> None:
+    gate = _arrive(request)
+    while gate and not gate.exists():
+        time.sleep(0.02)
+    if gate:
+        gate.with_suffix(".passed").touch()
+
+
+async def ahold(request: HttpRequest) -> None:
+    gate = _arrive(request)
+    while gate and not gate.exists():
+        await asyncio.sleep(0.02)
+
+
+def _end(request: HttpRequest) -> HttpResponseBase:
+    if kind := request.GET.get("raise"):
+        raise KINDS[kind]
+    if template := request.GET.get("template"):
+        return TemplateResponse(request, f"tests/{template}.html", {"value": 1})
+    return HttpResponse("done", status=int(request.GET.get("status", "200")))
+
+
+@meterly_guard("image_credits", 25)
+def paid(request: HttpRequest) -> HttpResponseBase:
+    Group.objects.create(name=str(uuid.uuid4()))
+    hold(request)
+    transaction.on_commit(lambda: pass_by("commit"))
+    return _end(request)
+
+
+@meterly_guard("image_credits", 25)
+async def apaid(request: HttpRequest) -> HttpResponseBase:
+    await Group.objects.acreate(name=str(uuid.uuid4()))
+    await ahold(request)
+    return _end(request)
+
+
+def _chunks(request: HttpRequest) -> Iterator[bytes]:
+    for number in range(int(request.GET.get("chunks", "3"))):
+        yield b"%d\n" % number
+        if number == 0 and (used := request.GET.get("used")):
+            request.meterly.settle(int(used))  # type: ignore[attr-defined]
+
+
+def stream(request: HttpRequest) -> HttpResponseBase:
+    def chunks() -> Iterator[bytes]:
+        for chunk in _chunks(request):
+            yield chunk
+            time.sleep(float(request.GET.get("pace", "0")))
+        hold(request)
+
+    return StreamingHttpResponse(chunks())
+
+
+async def astream(request: HttpRequest) -> HttpResponseBase:
+    async def chunks() -> AsyncIterator[bytes]:
+        for chunk in _chunks(request):
+            yield chunk
+            await asyncio.sleep(float(request.GET.get("pace", "0")))
+        await ahold(request)
+
+    return StreamingHttpResponse(chunks())
+
+
+@meterly_guard("image_credits", 25)
+def late(request: HttpRequest) -> HttpResponseBase:
+    """Return, after a while, a response of which everything is still to come."""
+    hold(request)
+    return StreamingHttpResponse(_chunks(request))
+
+
+def _streaming(view: Any, policy: str) -> Any:
+    guarded = meterly_guard("image_credits", 25, on_disconnect=policy, methods=["GET"])(
+        view
+    )
+    return path(f"{view.__name__}/{policy}/", guarded)
+
+
+urlpatterns = [
+    path("paid/", paid),
+    path("apaid/", apaid),
+    path("late/", late),
+    *[
+        _streaming(view, policy)
+        for view in (stream, astream)
+        for policy in ("release", "commit", "settled")
+    ],
+    path("breaks_at_commit/", views.breaks_at_commit),
+    path("loses_connection/", views.loses_connection),
+    path("ledger/", include("django_meterly.ledger.urls")),
+]
