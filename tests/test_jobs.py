@@ -736,6 +736,44 @@ def test_f36_a_broker_that_is_down_releases_at_once_and_says_so(
     assert balance(alice()) == (100, 0)
 
 
+def test_f36_the_middleware_answers_503_when_the_broker_is_down(
+    any_requests: bool,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    app: Celery,
+    settings: Any,
+) -> None:
+    def down(*args: Any, **options: Any) -> None:
+        raise OperationalError("connection refused")
+
+    middleware = "django_meterly.middleware.MeterlyMiddleware"
+    settings.MIDDLEWARE = [*settings.MIDDLEWARE, middleware]
+    monkeypatch.setattr(app, "send_task", down)
+    response = client.post("/")
+    assert response.status_code == 503
+    assert "Retry-After" in response.headers
+    assert states() == ["released"]
+
+
+@pytest.mark.parametrize("enforcement", ["off", "shadow"])
+def test_what_nobody_is_charged_for_is_handed_off_all_the_same(
+    enforcement: str, any_requests: bool, client: Client, sent: list[Any], settings: Any
+) -> None:
+    settings.METERLY = {**settings.METERLY, "ENFORCEMENT": enforcement}
+    user = User.objects.get()
+    if enforcement == "shadow":
+        # Shadow charges whoever can pay: leave nothing to pay with.
+        with guard(user, 100):
+            pass
+    before = states()
+    assert client.post("/").status_code == 202
+    [message] = sent
+    message["kwargs"]["used"] = None
+    assert deliver(message).state == "SUCCESS"
+    assert set(states()) - set(before) <= {"denied"}
+    assert states().count("committed") == before.count("committed")
+
+
 def test_f36_a_task_that_is_never_delivered_is_released(
     client: Client, sent: list[Any]
 ) -> None:
