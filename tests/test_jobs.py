@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from celery import Celery, _state, chord, group
 from django.contrib.auth.models import User
@@ -15,6 +17,7 @@ from django.http import HttpResponse
 from django.test import Client, override_settings
 from django.urls import path
 from django.utils import timezone
+from hypothesis import strategies as st
 from kombu.exceptions import OperationalError
 
 from django_meterly import (
@@ -364,6 +367,86 @@ def test_a_task_does_not_go_on_under_a_hold_that_is_gone(customer: Customer) -> 
     verify()
 
 
+class Copy:
+    """One delivery of a message, as far as it has come."""
+
+    def __init__(self, customer: Customer) -> None:
+        self.customer = customer
+        self.work: Any = None
+
+    def start(self) -> None:
+        work = guard(self.customer, 25, idempotency_key="one")
+        row = journal.take_up(get_client(), self.customer, "one")
+        try:
+            if row is None:
+                work.reserve()
+            else:
+                work.adopt(row)
+        except MeterlyDuplicateError:
+            return
+        self.work = work
+
+    def succeed(self) -> None:
+        if self.work:
+            self.work.succeed()
+
+    def fail(self) -> None:
+        if self.work:
+            self.work.fail()
+
+    def retry(self) -> None:
+        if self.work:
+            self.work.hand_over(60)
+
+    def lapse(self) -> None:
+        let_lapse()
+
+    def sweep(self) -> None:
+        journal.sweep(get_client())
+
+
+@hypothesis.settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    said=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sampled_from(["start", "succeed", "fail", "retry", "lapse", "sweep"]),
+        ),
+        min_size=4,
+        max_size=10,
+    )
+)
+def test_f33_whatever_becomes_of_its_copies_a_task_is_charged_once(
+    joined: None, said: list[tuple[int, str]]
+) -> None:
+    customer = fund(f"user-{uuid.uuid4()}")
+    copies = [Copy(customer) for _ in range(3)]
+
+    def rows(state: str) -> list[tuple[int, int]]:
+        found = Reservation.objects.filter(customer=customer, state=state)
+        return list(found.values_list("attempt", "fence"))
+
+    for number, action in said:
+        getattr(copies[number], action)()
+        assert len(rows("committed")) <= 1
+        # Nobody shares a fence with another one.
+        [*held] = rows("reserved")
+        assert len(held) <= 1
+        fences = [(c.work.reservation.attempt, c.work.fence) for c in copies if c.work]
+        assert all(fences.count(one) <= 1 for one in held if not one[1] % 2)
+    let_lapse()
+    journal.sweep(get_client())
+    charged = len(rows("committed"))
+    assert charged + len(rows("released")) == customer.reservation_set.count()
+    assert balance(customer) == (100 - 25 * charged, 0)
+
+
 # Retries
 
 
@@ -651,6 +734,44 @@ def test_f36_a_broker_that_is_down_releases_at_once_and_says_so(
     assert "could not be handed off" in caplog.text
     assert states() == ["released"]
     assert balance(alice()) == (100, 0)
+
+
+def test_f36_the_middleware_answers_503_when_the_broker_is_down(
+    any_requests: bool,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    app: Celery,
+    settings: Any,
+) -> None:
+    def down(*args: Any, **options: Any) -> None:
+        raise OperationalError("connection refused")
+
+    middleware = "django_meterly.middleware.MeterlyMiddleware"
+    settings.MIDDLEWARE = [*settings.MIDDLEWARE, middleware]
+    monkeypatch.setattr(app, "send_task", down)
+    response = client.post("/")
+    assert response.status_code == 503
+    assert "Retry-After" in response.headers
+    assert states() == ["released"]
+
+
+@pytest.mark.parametrize("enforcement", ["off", "shadow"])
+def test_what_nobody_is_charged_for_is_handed_off_all_the_same(
+    enforcement: str, any_requests: bool, client: Client, sent: list[Any], settings: Any
+) -> None:
+    settings.METERLY = {**settings.METERLY, "ENFORCEMENT": enforcement}
+    user = User.objects.get()
+    if enforcement == "shadow":
+        # Shadow charges whoever can pay: leave nothing to pay with.
+        with guard(user, 100):
+            pass
+    before = states()
+    assert client.post("/").status_code == 202
+    [message] = sent
+    message["kwargs"]["used"] = None
+    assert deliver(message).state == "SUCCESS"
+    assert set(states()) - set(before) <= {"denied"}
+    assert states().count("committed") == before.count("committed")
 
 
 def test_f36_a_task_that_is_never_delivered_is_released(
