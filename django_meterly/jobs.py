@@ -17,7 +17,7 @@ from django.db import DatabaseError, connections
 from . import journal
 from .client import get_client
 from .conf import meterly_settings
-from .errors import MeterlyUsageError
+from .errors import MeterlyIdempotencyMismatchError, MeterlyUsageError
 from .guards import UNCHARGED, guard
 from .models import MAX_CALLER_KEY_LENGTH, Customer, Reservation
 from .transports.base import MAX_TTL_SECONDS, check_key
@@ -89,7 +89,13 @@ class Job:
             journal.refuse_open_transaction(client)
             row = journal.take_up(client, customer, key)
         if row is None:
-            work.reserve()
+            try:
+                work.reserve()
+            except MeterlyIdempotencyMismatchError as exc:
+                # The amount is another one by now, but the job is the same.
+                if customer is None or key is None:
+                    raise
+                raise (journal.in_the_way(customer, key) or exc) from exc
         else:
             work.adopt(row)
         if work.reservation is not None:

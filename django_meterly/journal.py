@@ -269,6 +269,13 @@ def _fence_off(using: str, row: Reservation) -> None:
         raise _duplicate(succeeded)
 
 
+def in_the_way(customer: Customer, key: str) -> MeterlyDuplicateError | None:
+    """Return why *key* cannot be tried now; ``None`` if nothing came of it yet."""
+    rows = Reservation.objects.using(alias()).filter(customer=customer, key=key)
+    row = rows.exclude(state__in=State.free()).order_by("-attempt").first()
+    return None if row is None else _duplicate(row)
+
+
 def _duplicate(row: Reservation) -> MeterlyDuplicateError:
     in_progress = row.state in (*State.open(), State.RELEASE_PENDING)
     return MeterlyDuplicateError(

@@ -237,10 +237,26 @@ def test_f32_a_task_whose_attempt_was_released_runs_under_the_next(
     assert movements() == ["reserved", "released"] * 2
 
 
+def left_by_a_worker() -> Any:
+    """Return the guard of a run of ``jobs.plain`` with the id "one"."""
+    left = guard("user_1", 25, idempotency_key="task:jobs.plain:one")
+    left.work = "jobs.plain"
+    return left
+
+
+def test_f32_a_copy_for_which_the_amount_has_changed_is_a_copy(
+    customer: Customer,
+) -> None:
+    first = jobs.priced.apply(("user_1", 30), task_id="one")
+    again = jobs.priced.apply(("user_1", 40), task_id="one")
+    assert (first.state, again.state) == ("SUCCESS", "IGNORED")
+    assert balance(customer) == (70, 0)
+
+
 def test_f32_a_task_whose_worker_died_goes_on_under_the_same_hold(
     customer: Customer,
 ) -> None:
-    left = guard("user_1", 25, idempotency_key="task:jobs.plain:one")
+    left = left_by_a_worker()
     left.reserve()
     let_lapse()
     assert jobs.plain.apply(("user_1",), task_id="one").state == "SUCCESS"
@@ -255,7 +271,7 @@ def test_f32_a_task_whose_worker_died_goes_on_under_the_same_hold(
 
 
 def test_f33_a_copy_leaves_a_task_alone_that_is_at_work(customer: Customer) -> None:
-    guard("user_1", 25, idempotency_key="task:jobs.plain:one").reserve()
+    left_by_a_worker().reserve()
     assert jobs.plain.apply(("user_1",), task_id="one").state == "IGNORED"
     assert states() == ["reserved"]
 
@@ -356,7 +372,7 @@ def test_f33_only_one_of_two_takes_up_what_was_handed_over(customer: Customer) -
 
 
 def test_a_task_does_not_go_on_under_a_hold_that_is_gone(customer: Customer) -> None:
-    work = guard("user_1", 25, idempotency_key="task:jobs.plain:one", ttl_seconds=60)
+    work = left_by_a_worker()
     work.reserve()
     past = timezone.now() - dt.timedelta(minutes=5)
     Hold.objects.update(expires_at=past)
