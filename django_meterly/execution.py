@@ -36,7 +36,7 @@ def guard_view(view: View, options_for: OptionsFor) -> View:
     ``TypeError`` for what cannot be guarded.
     """
     _refuse(view)
-    guard = _ViewGuard(_name(view), options_for)
+    guard = _ViewGuard(view, options_for)
     if _is_rest(view):
         return _guard_handlers(view, guard)
     guarded: Any = _guard(view, guard.begin)
@@ -55,7 +55,7 @@ def guard_class(view: View, options_for: OptionsFor | None) -> View:
     """
     if getattr(class_of(view).dispatch, "meterly_guarded", False):
         raise TypeError(_NOT_ON_DISPATCH)
-    guard = None if options_for is None else _ViewGuard(_name(view), options_for)
+    guard = None if options_for is None else _ViewGuard(view, options_for)
     return _guard_handlers(view, guard)
 
 
@@ -145,8 +145,9 @@ class _Call:
 class _ViewGuard:
     """The guard of one view: its name, and what it is to do for a request."""
 
-    def __init__(self, name: str, options_for: OptionsFor) -> None:
-        self.name = name
+    def __init__(self, view: View, options_for: OptionsFor) -> None:
+        #: The names of the work: for people, and with its module for the journal.
+        self.name, self.work = _names(view)
         self.options_for = options_for
 
     def costs(self, request: HttpRequest) -> bool:
@@ -170,6 +171,7 @@ class _ViewGuard:
             work = options.guard(self.name, call.given, *call.args, **call.kwargs)
             if work is None:
                 return self._refuse_nobody(call)
+            work.work = self.work
             work.reserve()
         except responses.RENDERED as exc:
             if call.rest:
@@ -591,8 +593,8 @@ def _refuse(view: View) -> None:
         raise TypeError(f"meterly_guard guards a view function, not {view!r}.")
 
 
-def _name(view: Any) -> str:
-    """Return the name of the work, with its module."""
+def _names(view: Any) -> tuple[str, str]:
+    """Return the name of the work, without its module and with it."""
     # as_view() names all views alike.
     named = class_of(view) or _unpartial(view)
     name = getattr(named, "__qualname__", type(named).__qualname__)
@@ -600,8 +602,11 @@ def _name(view: Any) -> str:
         # @api_view names its class after the function, by __name__ only.
         name = named.__name__
     # The journal has 255 characters for it, the default reference fewer.
-    full = f"{named.__module__}.{name}".encode("ascii", "backslashreplace")
-    return full.decode()[:200]
+    short, full = (
+        text.encode("ascii", "backslashreplace").decode()[:200]
+        for text in (name.rpartition("<locals>.")[2], f"{named.__module__}.{name}")
+    )
+    return short, full
 
 
 def class_of(view: Any) -> Any:

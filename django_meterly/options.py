@@ -115,9 +115,8 @@ class GuardOptions:
     ) -> Guard | None:
         """Return the guard for *request*, or ``None`` when nobody is known to pay.
 
-        *name* is the view's, with its module; *args* and *kwargs* are the view's
-        arguments, for options that are functions, sync or async. Call it from sync
-        code.
+        *name* is the view's, for people; *args* and *kwargs* are the view's arguments,
+        for options that are functions, sync or async. Call it from sync code.
         """
 
         def value(option: Any) -> Any:
@@ -129,13 +128,11 @@ class GuardOptions:
         enforcement = self.enforcement or meterly_settings.ENFORCEMENT
         if payer is None and enforcement == "enforce":
             return None
-        guarded = guard(
+        return guard(
             payer,
             value(self.amount),
             self.unit,
-            # Customers read it: without the module.
-            reference=value(self.reference)
-            or f"{name.rpartition('.')[2]}:{uuid.uuid4()}",
+            reference=value(self.reference) or f"{name}:{uuid.uuid4()}",
             idempotency_key=(
                 value(self.idempotency_key)
                 if self.idempotency_key
@@ -146,8 +143,6 @@ class GuardOptions:
             on_unavailable=self.on_unavailable,
             enforcement=enforcement,
         )
-        guarded.work = name
-        return guarded
 
 
 def payer_of(request: Any) -> Any:

@@ -591,7 +591,7 @@ def _worded(word: str, request: Any) -> HttpResponse:
         (partial(partial(_worded), "done"), "_worded"),
         (Renderer(), "Renderer"),
         (partial(Renderer(), word="done"), "Renderer"),
-        (Renderer().__call__, "__call__"),
+        (Renderer().__call__, "Renderer.__call__"),
     ],
 )
 def test_f24_every_sync_callable_is_guarded(
