@@ -421,15 +421,15 @@ class World:
 
         record_success, trust = journal.record_success, journal._trust
 
-        def trusted(row: Reservation) -> bool:
+        def trusted(row: Reservation, lease: float) -> bool:
             # One transaction, and so one step: there is but one connection.
             actor = self.running
             if actor is None:
-                return trust(row)
+                return trust(row, lease)
             actor.point("write")
             actor.in_ledger = True
             try:
-                taken = trust(row)
+                taken = trust(row, lease)
             finally:
                 actor.in_ledger = False
             actor.note(taken)

@@ -405,7 +405,7 @@ class TestOnTrust:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        def down(*args: Any) -> Any:
+        def down(*args: Any, **options: Any) -> Any:
             raise OperationalError("the database is down")
 
         remote.meet("reserve_credits", "unsent")
