@@ -390,9 +390,10 @@ class Guard:
 
     @property
     def _is_handed_over(self) -> bool:
-        row = self._row
+        row = self.reservation
         return (
             self._message is not None
+            and row is not None
             and row.state == row.State.RESERVED
             and row.fence == self.fence + 1
         )

@@ -539,12 +539,13 @@ class TestShadow:
         assert sweep() == (0, 0)
 
     def test_failing_work_raises_its_own_exception(
-        self, user: User, denials: Any
+        self, user: User, denials: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
         fund(user, 10)
         with pytest.raises(ZeroDivisionError), guard(user, 25):
             raise ZeroDivisionError
         assert states() == ["denied"]
+        assert "released" not in caplog.text
 
     @in_loop
     async def test_async_blocks_as_well(self, user: User, denials: Any) -> None:
