@@ -50,7 +50,7 @@ def test_every_route_has_an_operation():
     assert set(VALID) == set(ROUTES)
 
 
-# The shapes of WIRE.md
+# The shapes of the wire contract
 
 
 def test_create_customer_answers_201_once_and_for_ever(workspace):
