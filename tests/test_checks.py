@@ -20,6 +20,9 @@ from tests import guarded_urls
 
 HTTP = {"TRANSPORT": "django_meterly.transports.HttpTransport"}
 
+# Some checks look into the database, if there is one to look into.
+pytestmark = pytest.mark.django_db
+
 
 def ids(databases: Any = ()) -> list[str]:
     messages = run_checks(tags=["meterly"], databases=databases)
@@ -132,12 +135,10 @@ def test_sqlite_with_atomic_requests_is_warned_of() -> None:
     assert ids() == ["meterly.W001"] * on_sqlite
 
 
-@pytest.mark.django_db
 def test_the_check_command_finds_nothing() -> None:
     call_command("check", fail_level="WARNING", databases=["default"])
 
 
-@pytest.mark.django_db
 def test_bad_settings_do_not_crash_the_check_of_the_database(settings: Any) -> None:
     settings.METERLY = []
     assert ids(databases=["default"]) == ["meterly.E001"]
@@ -153,7 +154,6 @@ def test_a_database_out_of_reach_is_not_our_error(
     assert ids(databases=["default"]) == []
 
 
-@pytest.mark.django_db
 def test_a_customer_model_changed_later_is_refused(settings: Any) -> None:
     assert ids(databases=["default"]) == []
     settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": "auth.Group"}
@@ -256,7 +256,6 @@ def test_f25_a_handler_without_the_mixin_is_found_under_atomic_requests(
     assert "meterly.E012" in ids()
 
 
-@pytest.mark.django_db
 @pytest.mark.parametrize(
     ("state", "since"),
     [("reserved", "lease_until"), ("commit_pending", "next_attempt_at")],

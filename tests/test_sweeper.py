@@ -158,7 +158,8 @@ def test_memory_does_not_grow_with_the_backlog(
 
     peak(30)
     small, large = peak(30), peak(240)
-    assert large < 1.5 * small, (small, large)
+    # A row that is kept takes some KiB; what the interpreter keeps is a plateau.
+    assert large - small < (240 - 30) * 1024, (small, large)
     assert set(states()) == {"released"}
 
 
