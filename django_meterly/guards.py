@@ -75,10 +75,11 @@ class Guard:
         self.idempotency_key = idempotency_key
         self.ttl_seconds = ttl_seconds
         self.durable = durable
-        self.overage = overage or meterly_settings.OVERAGE
+        #: ``None``, here and below, is what the setting says when it is needed.
+        self.overage = overage
         #: The name of the view or the task that this is for.
         self.work = ""
-        self.on_unavailable = on_unavailable or meterly_settings.ON_UNAVAILABLE
+        self.on_unavailable = on_unavailable
         self.enforcement = enforcement or meterly_settings.ENFORCEMENT
         #: How many seconds the work may take without a beat; ``None`` is ttl_seconds.
         self.lease: float | None = None
@@ -127,7 +128,8 @@ class Guard:
         charge = check_amount(amount, minimum=0)
         self._refuse_if_decided("settle")
         self._refuse_if_handed_off("settle")
-        if charge > self.amount and self.overage == "cap":
+        overage = self.overage or meterly_settings.OVERAGE
+        if charge > self.amount and overage == "cap":
             logger.warning(
                 "%s used %d %s, but is charged the %d it reserved (overage is 'cap').",
                 self.reference,
@@ -262,7 +264,7 @@ class Guard:
             key=self.idempotency_key,
             ttl_seconds=self.ttl_seconds,
             work=self.work,
-            on_unavailable=self.on_unavailable,
+            on_unavailable=self.on_unavailable or meterly_settings.ON_UNAVAILABLE,
             lease=self.lease,
         )
 

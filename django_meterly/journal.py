@@ -169,8 +169,8 @@ def reserve(
     Without a *key*, a random one is used. *work* names the view or the task. *lease*
     is how many seconds the work may take without a ``beat``; *ttl_seconds* by
     default. Returns the row, which is ``reserved``, and the balance after the hold.
-    The row is written before, as an intent; but with a ledger in the journal's own
-    database in one transaction with the hold, and with what came of it.
+    The row is written before, as an intent; with a ledger in the journal's own
+    database in one transaction with the hold, and without a *key* only then.
     With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
     trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
     ``MeterlyInsufficientCreditsError`` (row ``denied``),
@@ -198,7 +198,6 @@ def reserve(
         work=work,
         key=key or str(uuid.uuid4()),
         ttl_seconds=ttl_seconds,
-        lease_until=from_now(deadline + meterly_settings.LEASE_GRACE),
     )
     if key:
         row.attempt = _next_attempt(using, row)
@@ -206,8 +205,16 @@ def reserve(
     if outage is None and client.transport.joins(using):
         try:
             with _opening(using, row, client.transport.unit_of_work(using)):
-                answer = _ask_first(using, limited, row, lease)
-                row.save(force_insert=True, using=using)
+                if key:
+                    # Rows are locked before accounts. Who comes with the same key
+                    # has to wait here, and not with the account's lock in hand.
+                    _write_intent(using, row)
+                    answer = _ask_then_record(client, limited, row, lease)
+                    if isinstance(answer, OUTAGE):
+                        raise answer
+                else:
+                    answer = _ask_first(using, limited, row, lease)
+                    row.save(force_insert=True, using=using)
         except OUTAGE as exc:
             # Rolled back: there is neither a hold nor a row.
             if on_unavailable != "allow":
@@ -215,7 +222,7 @@ def reserve(
             answer = exc
     if answer is None or isinstance(answer, OUTAGE):
         with _opening(using, row, transaction.atomic(using=using)):
-            row.save(force_insert=True, using=using)
+            _write_intent(using, row)
         answer = answer or _ask_then_record(client, limited, row, lease)
     if isinstance(answer, OUTAGE):
         if on_unavailable == "allow" and _trust(row, lease):
@@ -232,6 +239,12 @@ def reserve(
     _announce(signals.credits_reserved, row)
     _watch_balance(row, answer.balance, row.amount)
     return row, answer.balance
+
+
+def _write_intent(using: str, row: Reservation) -> None:
+    seconds = meterly_settings.DEADLINE + meterly_settings.LEASE_GRACE
+    row.lease_until = from_now(seconds)
+    row.save(force_insert=True, using=using)
 
 
 @contextmanager
@@ -353,15 +366,17 @@ def _ask(limited: MeterlyClient, row: Reservation) -> tuple[Held | MeterlyError,
 def _ask_first(
     using: str, limited: MeterlyClient, row: Reservation, lease: float
 ) -> Held | MeterlyError:
-    """Ask a ledger that joins the open transaction, and let *row* say what it said."""
-    if connections[using].vendor == "sqlite" and row.attempt == 1:
+    """Ask a ledger that joins the open transaction, and let *row* say what it said.
+
+    Before *row* is written, so only where nobody else can have its key.
+    """
+    if connections[using].vendor == "sqlite":
         # A transaction that begins with a read cannot wait for the write lock.
         _fence_off(using, row)
     answer, row.state = _ask(limited, row)
     if row.state == State.RESERVED:
         row.lease_until = from_now(lease + meterly_settings.LEASE_GRACE)
     else:
-        row.lease_until = None
         row.settled_at = DatabaseNow()
     return answer
 
@@ -667,10 +682,11 @@ def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> i
 
 
 def _decided(**fields: Any) -> dict[str, Any]:
-    # Whoever decides settles at once; the sweeper leaves them the time for it.
+    if "next_attempt_at" not in fields:
+        # Whoever decides settles at once; the sweeper leaves them the time for it.
+        fields["next_attempt_at"] = from_now(meterly_settings.DEADLINE)
     return {
         "lease_until": None,
-        "next_attempt_at": from_now(meterly_settings.DEADLINE),
         "decided_at": DatabaseNow(),
         # The ledger may have refused the decision before this one.
         "stuck_at": None,

@@ -259,6 +259,14 @@ def test_somebody_unknown_costs_nothing(any_ledger: Any, view: Any) -> None:
     assert cost.log == []
 
 
+def test_a_key_of_the_callers_costs_an_intent(user: User, joined: None) -> None:
+    fund(user)
+    with counted() as cost, guard(user, 25, idempotency_key="order-1"):
+        pass
+    assert cost.transactions <= 2, cost.log
+    assert cost.journal_writes <= 3, cost.log
+
+
 def test_a_block_adds_two_transactions(user: User, joined: None) -> None:
     fund(user)
     with counted() as cost, guard(user, 25):

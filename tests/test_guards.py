@@ -332,6 +332,19 @@ class TestTransactions:
         assert balance(customer) == (100, 0)
         verify()
 
+    @pytest.mark.parametrize("end", ["succeed", "fail"])
+    def test_f33_who_has_lost_the_fence_moves_no_credits(
+        self, user: User, customer: Any, end: str
+    ) -> None:
+        work = guard(user, 25)
+        work.reserve()
+        Reservation.objects.update(fence=2)
+        getattr(work, end)()
+        assert states() == ["reserved"]
+        assert movements() == ["reserved"]
+        assert balance(customer) == (100, 25)
+        verify()
+
     def test_a_row_that_cannot_be_written_leaves_no_hold(
         self, user: User, joined: None
     ) -> None:
