@@ -101,11 +101,11 @@ class MeterlySettings:
         if name not in DEFAULTS:
             raise AttributeError(f"There is no setting METERLY[{name!r}].")
         # The dict is in no local variable: debug pages would show the key with it.
-        for key in self.as_dict():
-            if key not in DEFAULTS:
-                raise ImproperlyConfigured(
-                    f"There is no setting METERLY[{key!r}].{suggestion(key, DEFAULTS)}"
-                )
+        if not self.as_dict().keys() <= DEFAULTS.keys():
+            key = next(key for key in self.as_dict() if key not in DEFAULTS)
+            raise ImproperlyConfigured(
+                f"There is no setting METERLY[{key!r}].{suggestion(key, DEFAULTS)}"
+            )
         value = self.as_dict().get(name, DEFAULTS[name])
         if name == "CUSTOMER_MODEL":
             return value or settings.AUTH_USER_MODEL

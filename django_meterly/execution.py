@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from inspect import isawaitable, isclass, iscoroutine
 from typing import TYPE_CHECKING, Any
@@ -430,7 +430,7 @@ class Work:
         """Run the view by *call*, in the transactions of *aliases*, and conclude."""
         decided = False
         try:
-            with _atomic(aliases):
+            with _atomic(aliases) if aliases else nullcontext():
                 response = call()
                 good = self._is_good(response) and not any(
                     connections[alias].needs_rollback for alias in aliases

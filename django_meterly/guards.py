@@ -75,10 +75,11 @@ class Guard:
         self.idempotency_key = idempotency_key
         self.ttl_seconds = ttl_seconds
         self.durable = durable
-        self.overage = overage or meterly_settings.OVERAGE
+        #: ``None``, here and below, is what the setting says when it is needed.
+        self.overage = overage
         #: The name of the view or the task that this is for.
         self.work = ""
-        self.on_unavailable = on_unavailable or meterly_settings.ON_UNAVAILABLE
+        self.on_unavailable = on_unavailable
         self.enforcement = enforcement or meterly_settings.ENFORCEMENT
         #: How many seconds the work may take without a beat; ``None`` is ttl_seconds.
         self.lease: float | None = None
@@ -127,7 +128,8 @@ class Guard:
         charge = check_amount(amount, minimum=0)
         self._refuse_if_decided("settle")
         self._refuse_if_handed_off("settle")
-        if charge > self.amount and self.overage == "cap":
+        overage = self.overage or meterly_settings.OVERAGE
+        if charge > self.amount and overage == "cap":
             logger.warning(
                 "%s used %d %s, but is charged the %d it reserved (overage is 'cap').",
                 self.reference,
@@ -262,7 +264,7 @@ class Guard:
             key=self.idempotency_key,
             ttl_seconds=self.ttl_seconds,
             work=self.work,
-            on_unavailable=self.on_unavailable,
+            on_unavailable=self.on_unavailable or meterly_settings.ON_UNAVAILABLE,
             lease=self.lease,
         )
 
@@ -295,10 +297,11 @@ class Guard:
         a busy account would fail the work with a serialization error.
         """
         self._decided = True
-        if self._uncharged or not self._record_decision() or self._message is not None:
+        if self._uncharged:
             return
         using = journal.alias()
-        if self._client.transport.joins(using) and _reads_committed(using):
+        joins = self._client.transport.joins(using) and _reads_committed(using)
+        if self._record_decision(joins) and joins and self._message is None:
             self._settle_now()
 
     def succeed(self) -> None:
@@ -326,7 +329,7 @@ class Guard:
         done. Nothing is raised: the work's own exception is the one to see.
         """
         try:
-            self._conclude(lambda: journal.record_failure(self._row, fence=self.fence))
+            self._conclude(self._record_failure)
             if self._is_handed_over:
                 # The exception came after the COMMIT.
                 self._deliver()
@@ -431,14 +434,25 @@ class Guard:
                 f"The task of {self.reference} could not be sent: {exc}"
             ) from exc
 
-    def _record_decision(self) -> bool:
+    def _record_decision(self, joins: bool) -> bool:
+        """Record it; a ledger that *joins* the open transaction carries it out, too."""
         if self._message is not None:
             return journal.hand_over(self._row, fence=self.fence)
         if self._charge is None:
-            return journal.record_failure(self._row, fence=self.fence)
-        return journal.record_success(self._row, self._charge, fence=self.fence)
+            return self._record_failure(joins)
+        return journal.record_success(
+            self._row,
+            self._charge,
+            fence=self.fence,
+            mover=self._client if joins else None,
+        )
 
-    def _conclude(self, record: Callable[[], bool]) -> None:
+    def _record_failure(self, joins: bool) -> bool:
+        return journal.record_failure(
+            self._row, fence=self.fence, mover=self._client if joins else None
+        )
+
+    def _conclude(self, record: Callable[[bool], bool]) -> None:
         if self._concluded:
             return
         self._concluded = True
@@ -449,12 +463,13 @@ class Guard:
 
         def record_and_settle() -> None:
             with transport.unit_of_work(using):
-                if not record():
+                joins = transport.joins(using)
+                if not record(joins):
                     # The row has another decision, and that one stands.
                     self._row.refresh_from_db(using=using)
                 if self._is_handed_over:
                     return
-                if self.durable or transport.joins(using):
+                if self.durable or joins:
                     self._settle_now()
                 else:
                     # The ledger may only hear of it once it is committed.
@@ -465,10 +480,10 @@ class Guard:
         except DatabaseError:
             # The movement may be what failed: the decision alone must hold.
             logger.exception("%s could not be settled at once", self.reference)
-            record()
+            record(False)
         except BaseException:
             # A time limit or an interrupt in the middle took the decision along.
-            record()
+            record(False)
             raise
 
     def _settle_now(self) -> None:

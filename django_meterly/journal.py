@@ -3,7 +3,9 @@
 The journal is what makes the promise good: a row is written before the ledger
 is asked, a decision is recorded before the ledger hears of it, and whoever
 finds a decided row may carry it out, because every call is sent with the key
-that belongs to the row. Each transition is one conditional UPDATE; the number
+that belongs to the row. With a ledger that joins the journal's transactions, a step
+and what it comes to are one: nobody sees ``intent``, or a decision that is pending,
+but of what stood in the way. Each transition is one conditional UPDATE; the number
 of rows it changed says whether it happened::
 
      intent ──────────┬────────► denied
@@ -35,7 +37,7 @@ import logging
 import random
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,7 +76,8 @@ from .errors import (
 from .models import Customer, LowBalance, Reservation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
     from django.dispatch import Signal
 
@@ -161,12 +164,13 @@ def reserve(
     on_unavailable: str = "deny",
     lease: float | None = None,
 ) -> tuple[Reservation, Balance | None]:
-    """Write the intent, ask the ledger to hold *amount*, and record its answer.
+    """Ask the ledger to hold *amount*; return the row that it is on record in.
 
     Without a *key*, a random one is used. *work* names the view or the task. *lease*
     is how many seconds the work may take without a ``beat``; *ttl_seconds* by
     default. Returns the row, which is ``reserved``, and the balance after the hold.
-    With a ledger in the journal's own database, row and hold are one transaction.
+    The row is written before, as an intent; with a ledger in the journal's own
+    database in one transaction with the hold, and without a *key* only then.
     With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
     trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
     ``MeterlyInsufficientCreditsError`` (row ``denied``),
@@ -194,32 +198,75 @@ def reserve(
         work=work,
         key=key or str(uuid.uuid4()),
         ttl_seconds=ttl_seconds,
-        lease_until=from_now(deadline + meterly_settings.LEASE_GRACE),
     )
     if key:
         row.attempt = _next_attempt(using, row)
-    with client.transport.unit_of_work(using):
+    answer: Held | MeterlyError | None = outage
+    if outage is None and client.transport.joins(using):
         try:
-            with transaction.atomic(using=using):
-                if row.attempt > 1:
-                    _fence_off(using, row)
-                row.save(force_insert=True, using=using)
-        except IntegrityError as exc:
-            # Somebody else opened this attempt in between: theirs runs, not ours.
-            _next_attempt(using, row)
-            raise MeterlyDuplicateError(
-                f"The idempotency key {key!r} is in use right now.", in_progress=True
-            ) from exc
-        answer = outage or _ask(client, limited, row, lease)
-    # Outside the block, so that a refusal is recorded and not rolled back.
+            with _opening(using, row, client.transport.unit_of_work(using)):
+                if key:
+                    # Rows are locked before accounts. Who comes with the same key
+                    # has to wait here, and not with the account's lock in hand.
+                    _write_intent(using, row)
+                    answer = _ask_then_record(client, limited, row, lease)
+                    if isinstance(answer, OUTAGE):
+                        raise answer
+                else:
+                    answer = _ask_first(using, limited, row, lease)
+                    row.save(force_insert=True, using=using)
+        except OUTAGE as exc:
+            # Rolled back: there is neither a hold nor a row.
+            if on_unavailable != "allow":
+                raise _unavailable(exc) from exc
+            answer = exc
+    if answer is None or isinstance(answer, OUTAGE):
+        with _opening(using, row, transaction.atomic(using=using)):
+            _write_intent(using, row)
+        answer = answer or _ask_then_record(client, limited, row, lease)
     if isinstance(answer, OUTAGE):
         if on_unavailable == "allow" and _trust(row, lease):
             logger.info("Reservation %s runs on trust: %s", row.pk, answer)
             return row, None
         answer = _give_up(row, answer, lapses=on_unavailable != "allow")
+    if isinstance(answer, MeterlyNotFoundError):
+        # Another ledger than the one this customer was registered at, or a
+        # registration that was rolled back: the next use registers again.
+        customer.forget_registration()
+        answer = _unavailable(answer)
     if isinstance(answer, MeterlyError):
         raise answer
-    return row, answer
+    _announce(signals.credits_reserved, row)
+    _watch_balance(row, answer.balance, row.amount)
+    return row, answer.balance
+
+
+def _write_intent(using: str, row: Reservation) -> None:
+    seconds = meterly_settings.DEADLINE + meterly_settings.LEASE_GRACE
+    row.lease_until = from_now(seconds)
+    row.save(force_insert=True, using=using)
+
+
+@contextmanager
+def _opening(
+    using: str, row: Reservation, block: AbstractContextManager[Any]
+) -> Iterator[None]:
+    """Write *row* inside, in the transaction of *block*.
+
+    Raises ``MeterlyDuplicateError`` when somebody was faster; then nothing of it
+    was done.
+    """
+    try:
+        with block:
+            if row.attempt > 1:
+                _fence_off(using, row)
+            yield
+    except IntegrityError as exc:
+        # Somebody else opened this attempt in between: theirs runs, not ours.
+        _next_attempt(using, row)
+        raise MeterlyDuplicateError(
+            f"The idempotency key {row.key!r} is in use right now.", in_progress=True
+        ) from exc
 
 
 def _next_attempt(using: str, row: Reservation) -> int:
@@ -288,61 +335,80 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
     )
 
 
-def _ask(
-    client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
-) -> Balance | MeterlyError:
-    """Send the reserve, by the *limited* client, and record what came of it.
+def _ask(limited: MeterlyClient, row: Reservation) -> tuple[Held | MeterlyError, str]:
+    """Send the reserve, by the *limited* client; return what it comes to.
 
-    But for an outage, which is returned as it is.
+    That is the answer, and the state it brings *row* to; what else is to be on
+    record of it is set on *row*. Raises ``OUTAGE``.
     """
     try:
         held = _hold(limited, row)
     except MeterlyInsufficientCreditsError as exc:
-        _move(row, [State.INTENT], State.DENIED, lease_until=None)
-        return exc
+        return exc, State.DENIED
+    except OUTAGE:
+        raise
+    except MeterlyError as exc:
+        row.last_error = str(exc)
+        return exc, State.FAILED
+    if held.status == "reserved":
+        row.reservation_id = held.reservation_id
+        return held, State.RESERVED
+    # A key from before the journal was lost or restored: that hold is over.
+    over = State.COMMITTED if held.status == "committed" else State.RELEASED
+    duplicate = MeterlyDuplicateError(
+        f"The ledger knows the idempotency key {row.key!r} already: its "
+        f"reservation is {held.status}.",
+        state=held.status,
+    )
+    return duplicate, over
+
+
+def _ask_first(
+    using: str, limited: MeterlyClient, row: Reservation, lease: float
+) -> Held | MeterlyError:
+    """Ask a ledger that joins the open transaction, and let *row* say what it said.
+
+    Before *row* is written, so only where nobody else can have its key.
+    """
+    if connections[using].vendor == "sqlite":
+        # A transaction that begins with a read cannot wait for the write lock.
+        _fence_off(using, row)
+    answer, row.state = _ask(limited, row)
+    if row.state == State.RESERVED:
+        row.lease_until = from_now(lease + meterly_settings.LEASE_GRACE)
+    else:
+        row.settled_at = DatabaseNow()
+    return answer
+
+
+def _ask_then_record(
+    client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
+) -> Held | MeterlyError:
+    """Ask a ledger for *row*, which is written, and record what came of it.
+
+    But for an outage, which is returned as it is.
+    """
+    try:
+        answer, state = _ask(limited, row)
     except OUTAGE as exc:
         return exc
-    except MeterlyError as exc:
-        _move(
-            row,
-            [State.INTENT],
-            State.FAILED,
-            lease_until=None,
-            last_error=str(exc),
-        )
-        if isinstance(exc, MeterlyNotFoundError):
-            # Another ledger than the one this customer was registered at, or a
-            # registration that was rolled back: the next use registers again.
-            row.customer.forget_registration()
-            return _unavailable(exc)
-        return exc
-    if held.status != "reserved":
-        # A key from before the journal was lost or restored: that hold is over.
-        over = State.COMMITTED if held.status == "committed" else State.RELEASED
-        _move(row, [State.INTENT], over, lease_until=None)
-        return MeterlyDuplicateError(
-            f"The ledger knows the idempotency key {row.key!r} already: its "
-            f"reservation is {held.status}.",
-            state=held.status,
-        )
-    if not _move(
+    # From the moment the intent was written: the hold cannot be older.
+    seconds = dt.timedelta(seconds=lease - meterly_settings.DEADLINE)
+    recorded = _move(
         row,
         [State.INTENT],
-        State.RESERVED,
-        reservation_id=held.reservation_id,
-        # From the moment the intent was written: the hold cannot be older.
-        lease_until=F("lease_until")
-        + dt.timedelta(seconds=lease - meterly_settings.DEADLINE),
-    ):
+        state,
+        reservation_id=row.reservation_id,
+        last_error=row.last_error,
+        lease_until=F("lease_until") + seconds if state == State.RESERVED else None,
+    )
+    if not recorded and not isinstance(answer, MeterlyError):
         # The sweeper may have been told that there is no hold, before there was.
-        _give_back(client, row, held)
+        _give_back(client, row, answer)
         return MeterlyUnavailableError(
             "The ledger answered after the reservation had been given up."
         )
-    row.reservation_id = held.reservation_id
-    _announce(signals.credits_reserved, row)
-    _watch_balance(row, held.balance, row.amount)
-    return held.balance
+    return answer
 
 
 def _trust(row: Reservation, lease: float) -> bool:
@@ -527,31 +593,70 @@ def extend(
 # Decisions
 
 
-def record_success(row: Reservation, charge: int, *, fence: int | None = None) -> bool:
+def record_success(
+    row: Reservation,
+    charge: int,
+    *,
+    fence: int | None = None,
+    mover: MeterlyClient | None = None,
+) -> bool:
     """Record that the work succeeded and *charge* credits are owed.
 
     Also after the lease has lapsed, and after the release: work that was done
     is paid for; but not when somebody else has the *fence*. Returns whether the
-    row took the decision.
+    row took the decision. With a *mover*, whose ledger joins the transaction that is
+    open, it is carried out as well, unless something stands in the way: then the row
+    is left to ``settle``.
     """
-    return _move(
+    return _decide(
         row,
         [State.RESERVED, State.RELEASE_PENDING, State.RELEASED],
         State.COMMIT_PENDING,
         fence,
+        mover,
         charge=charge,
         lapsed=False,
-        **_decided(),
     )
 
 
-def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
+def record_failure(
+    row: Reservation, *, fence: int | None = None, mover: MeterlyClient | None = None
+) -> bool:
     """Record that the work failed, or is to cost nothing.
 
     Returns whether the row took the decision; if not, the row has another one,
-    which stands, or somebody else has the *fence*.
+    which stands, or somebody else has the *fence*. *mover* is as for a success.
     """
-    return _move(row, [State.RESERVED], State.RELEASE_PENDING, fence, **_decided())
+    return _decide(row, [State.RESERVED], State.RELEASE_PENDING, fence, mover)
+
+
+def _decide(
+    row: Reservation,
+    sources: Iterable[str],
+    decision: str,
+    fence: int | None,
+    mover: MeterlyClient | None,
+    **fields: Any,
+) -> bool:
+    if mover is None or not row.reservation_id:
+        return _move(row, sources, decision, fence, **_decided(**fields))
+    succeeded = decision == State.COMMIT_PENDING
+    outcome = State.COMMITTED if succeeded else State.RELEASED
+    # First the UPDATE, and with the outcome: it locks the row, and nobody sees it
+    # before the movement is made.
+    fields = _decided(next_attempt_at=None, **fields)
+    if not _move(row, sources, outcome, fence, **fields):
+        return False
+    client = mover.within(SETTLE_TIMEOUT, attempts=1)
+    try:
+        _pay(client, row) if succeeded else _release(client, row)
+    except MeterlyError as exc:
+        fields = _decided(settled_at=None, last_error=str(exc))
+        if not _move(row, [outcome], decision, **fields):
+            raise DatabaseError("The transaction was rolled back.") from exc
+    else:
+        _announce(_OUTCOMES[outcome], row)
+    return True
 
 
 def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
@@ -577,10 +682,11 @@ def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> i
 
 
 def _decided(**fields: Any) -> dict[str, Any]:
-    # Whoever decides settles at once; the sweeper leaves them the time for it.
+    if "next_attempt_at" not in fields:
+        # Whoever decides settles at once; the sweeper leaves them the time for it.
+        fields["next_attempt_at"] = from_now(meterly_settings.DEADLINE)
     return {
         "lease_until": None,
-        "next_attempt_at": from_now(meterly_settings.DEADLINE),
         "decided_at": DatabaseNow(),
         # The ledger may have refused the decision before this one.
         "stuck_at": None,
@@ -697,17 +803,8 @@ def settle(client: MeterlyClient, row: Reservation, *, timeout: float | None) ->
 
 
 def _settle_release(client: MeterlyClient, row: Reservation) -> None:
-    if not _find_hold(client, row):
-        _finish(row, State.RELEASED)
-        return
-    assert row.reservation_id is not None
     try:
-        client.release_reservation(
-            row.reservation_id,
-            idempotency_key=row.wire_key("release"),
-        )
-    except (MeterlyReservationExpiredError, MeterlyReservationReleasedError):
-        _finish(row, State.RELEASED)
+        _release(client, row)
     except MeterlyReservationCommittedError as exc:
         if row.lapsed:
             _finish(row, State.COMMITTED)
@@ -722,7 +819,30 @@ def _settle_release(client: MeterlyClient, row: Reservation) -> None:
         _finish(row, State.RELEASED)
 
 
+def _release(client: MeterlyClient, row: Reservation) -> None:
+    if not _find_hold(client, row):
+        return
+    assert row.reservation_id is not None
+    try:
+        client.release_reservation(
+            row.reservation_id,
+            idempotency_key=row.wire_key("release"),
+        )
+    except (MeterlyReservationExpiredError, MeterlyReservationReleasedError):
+        pass
+
+
 def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
+    try:
+        _pay(client, row)
+    except MeterlyInsufficientCreditsError as exc:
+        _record_debt(row, exc)
+    else:
+        _finish(row, State.COMMITTED)
+
+
+def _pay(client: MeterlyClient, row: Reservation) -> None:
+    """Commit the hold of *row*, and debit what it did not cover."""
     assert row.charge is not None
     owed = row.charge
     if _find_hold(client, row):
@@ -742,19 +862,14 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
         # What the hold did not cover. Whether there was one is on record, whether it
         # was committed or lost is final at the ledger: a replay comes to the same
         # amount.
-        try:
-            movement = client.use_credits(
-                _customer_id(client, row),
-                owed,
-                row.unit,
-                row.reference,
-                idempotency_key=row.wire_key("debit"),
-            )
-        except MeterlyInsufficientCreditsError as exc:
-            _record_debt(row, exc)
-            return
+        movement = client.use_credits(
+            _customer_id(client, row),
+            owed,
+            row.unit,
+            row.reference,
+            idempotency_key=row.wire_key("debit"),
+        )
         _watch_balance(row, movement.balance, owed)
-    _finish(row, State.COMMITTED)
 
 
 def _find_hold(client: MeterlyClient, row: Reservation) -> bool:

@@ -124,20 +124,24 @@ class GuardOptions:
                 return option
             return _result(option, request, *args, **kwargs)
 
-        payer = value(self.customer) if self.customer else payer_of(request)
         enforcement = self.enforcement or meterly_settings.ENFORCEMENT
-        if payer is None and enforcement == "enforce":
-            return None
+        payer = key = None
+        # Off, nobody pays, and so nobody is looked for.
+        if enforcement != "off":
+            payer = value(self.customer) if self.customer else payer_of(request)
+            if payer is None and enforcement == "enforce":
+                return None
+            key = (
+                value(self.idempotency_key)
+                if self.idempotency_key
+                else requested_key(request)
+            )
         return guard(
             payer,
             value(self.amount),
             self.unit,
             reference=value(self.reference) or f"{name}:{uuid.uuid4()}",
-            idempotency_key=(
-                value(self.idempotency_key)
-                if self.idempotency_key
-                else requested_key(request)
-            ),
+            idempotency_key=key,
             ttl_seconds=self.ttl_seconds,
             overage=self.overage,
             on_unavailable=self.on_unavailable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from decimal import Decimal
 from typing import Any
@@ -313,6 +314,72 @@ class TestTransactions:
             pass
         statements = [query["sql"].partition(" ")[0] for query in log]
         assert statements.count("BEGIN") == statements.count("COMMIT") == 2
+
+    def test_an_exception_of_the_ledgers_database_leaves_neither_hold_nor_row(
+        self, user: User, joined: None
+    ) -> None:
+        customer = fund(user)
+
+        def fails(execute: Any, sql: str, *rest: Any) -> Any:
+            result = execute(sql, *rest)
+            if "meterly_ledger_entry" in sql or "meterly_spend_1" in sql:
+                raise OperationalError("gone")
+            return result
+
+        with connection.execute_wrapper(fails), pytest.raises(MeterlyUnavailableError):
+            guard(user, 25).reserve()
+        assert states() == []
+        assert balance(customer) == (100, 0)
+        verify()
+
+    @pytest.mark.parametrize("end", ["succeed", "fail"])
+    def test_f33_who_has_lost_the_fence_moves_no_credits(
+        self, user: User, customer: Any, end: str
+    ) -> None:
+        work = guard(user, 25)
+        work.reserve()
+        Reservation.objects.update(fence=2)
+        getattr(work, end)()
+        assert states() == ["reserved"]
+        assert movements() == ["reserved"]
+        assert balance(customer) == (100, 25)
+        verify()
+
+    def test_a_row_that_cannot_be_written_leaves_no_hold(
+        self, user: User, joined: None
+    ) -> None:
+        customer = fund(user)
+
+        def fails(execute: Any, sql: str, *rest: Any) -> Any:
+            if sql.startswith("INSERT") and Reservation._meta.db_table in sql:
+                raise OperationalError("gone")
+            return execute(sql, *rest)
+
+        with connection.execute_wrapper(fails), pytest.raises(OperationalError):
+            guard(user, 25).reserve()
+        assert states() == []
+        assert balance(customer) == (100, 0)
+        verify()
+
+    # Others have more than one write lock.
+    if connection.vendor == "sqlite":
+
+        def test_a_reserve_waits_for_the_write_lock(
+            self, user: User, joined: None
+        ) -> None:
+            customer = fund(user)
+            other = sqlite3.connect(
+                connection.settings_dict["NAME"],
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            other.execute("BEGIN IMMEDIATE")
+            release = threading.Timer(0.3, other.execute, ["ROLLBACK"])
+            release.start()
+            guard(user, 25).reserve()
+            release.join()
+            other.close()
+            assert balance(customer) == (100, 25)
 
     def test_a_remote_ledger_costs_four_writes_and_two_calls(
         self, user: User, remote: Any
