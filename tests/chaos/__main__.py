@@ -56,6 +56,7 @@ def main() -> int:
         default=0.01,
         help="the chance that a process dies at a call to the ledger (%(default)s)",
     )
+    parser.add_argument("--keep", action="store_true", help="keep the run's folder")
     options = parser.parse_args()
     # An ordinary exit, so that all that was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -69,7 +70,7 @@ def main() -> int:
         with ExitStack() as stack:
             broken = _run(folder, options, stack)
     finally:
-        if broken:
+        if broken or options.keep:
             print(f"What the processes said is in {folder}")
         else:
             shutil.rmtree(folder)

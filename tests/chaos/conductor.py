@@ -43,6 +43,12 @@ KINDS = {
     "long": 13,
     "revoked": 10,
 }
+#: What they settle, at least and at most; the others leave it at what was held.
+CHARGES = {
+    "less": (1, work.HELD - 1),
+    "more": (work.HELD + 1, 2 * work.HELD),
+    "long": (1, 2 * work.HELD),
+}
 #: Every so many seconds, on average, and once at least.
 KILLS = {
     "child": 3.0,
@@ -221,7 +227,7 @@ class Conductor:
                     if kind == "long"
                     else pick.uniform(0, 0.6),
                     "linger": pick.uniform(0, 0.3),
-                    "charge": {"less": 4, "more": 15}.get(kind, work.HELD),
+                    "charge": CHARGES.get(kind),
                     "raises": kind == "raises",
                     "retries": pick.randint(1, 2) if kind == "retries" else 0,
                 },
@@ -285,8 +291,10 @@ class Conductor:
     # The kills
 
     def _kill(self, name: str) -> None:
-        done = getattr(self, f"_kill_{name.replace(' ', '_')}")()
-        if done is not False:
+        if not self._workers:
+            # All of them are gone just now.
+            self._in(1, self._kill, name)
+        elif getattr(self, f"_kill_{name.replace(' ', '_')}")() is not False:
             self._kills[name] += 1
 
     def _busy(self) -> int | None:
@@ -320,16 +328,17 @@ class Conductor:
         self._stop(self._random.choice(self._workers).pid, os.killpg)
 
     def _stop(self, pid: int, send: Callable[[int, int], None]) -> None:
-        """Stop a process, or its group, for longer than a lease."""
+        """Stop a process, or its group, for longer than a lease, or much longer."""
         send(pid, signal.SIGSTOP)
         self._stopped[pid] = send
         grace = meterly_settings.LEASE_GRACE
-        self._in(grace * self._random.uniform(1.3, 2.5), self._go_on, pid)
+        self._in(grace * self._random.uniform(1.3, 4.5), self._go_on, pid)
 
     def _go_on(self, pid: int) -> None:
-        send = self._stopped.pop(pid)
+        send = self._stopped.pop(pid, None)
+        # Unless it is gone, and the number may be somebody else's.
         with suppress(ProcessLookupError):
-            if send is os.killpg or os.getpgid(pid) in {c.pid for c in self._children}:
+            if send and os.getpgid(pid) in {child.pid for child in self._children}:
                 send(pid, signal.SIGCONT)
 
     def _lose_worker(self) -> Child:
@@ -339,31 +348,25 @@ class Conductor:
         self._in(0.5, self._start_worker)
         return worker
 
-    def _kill_host(self) -> bool:
-        if len(self._workers) == 0:
-            return False
+    def _kill_host(self) -> None:
         self._bury(self._lose_worker())
-        return True
 
-    def _kill_main(self) -> bool:
-        return self._signal_main(signal.SIGKILL, 8)
+    def _kill_main(self) -> None:
+        self._signal_main(signal.SIGKILL, 8)
 
-    def _kill_warm(self) -> bool:
-        return self._signal_main(signal.SIGTERM, 15)
+    def _kill_warm(self) -> None:
+        self._signal_main(signal.SIGTERM, 15)
 
-    def _kill_cold(self) -> bool:
-        return self._signal_main(signal.SIGQUIT, 8)
+    def _kill_cold(self) -> None:
+        self._signal_main(signal.SIGQUIT, 8)
 
-    def _signal_main(self, number: int, patience: float) -> bool:
+    def _signal_main(self, number: int, patience: float) -> None:
         """Signal a worker's main process; end what is left of it later."""
-        if not self._workers:
-            return False
         worker = self._lose_worker()
         if number != signal.SIGTERM:
             self._deaths[worker.pid] = time.time()
         os.kill(worker.pid, number)
         self._in(patience, self._bury, worker)
-        return True
 
     def _kill_sweeper(self) -> None:
         self._replace_helper("sweeper")
@@ -459,6 +462,7 @@ class Conductor:
             taken=taken,
             deaths=self._deaths,
             terminated=self._terminated,
+            lease=meterly_settings.LEASE_GRACE,
             granted=CUSTOMERS * CREDITS,
             accounts=list(Account.objects.values_list("balance", "reserved")),
         )
@@ -488,7 +492,8 @@ class Conductor:
             ("jobs charged", f"{len(charged)} of {len(self._orders)}"),
             ("orders that were refused", str(self._refused)),
             ("finished, killed, and free in the end", str(len(free))),
-            ("meant to succeed, and not charged", f"{len(lost)} {_numbers(lost)}"),
+            ("meant to succeed, and not charged", str(len(lost))),
+            ("of these never begun", str(sum(job.number not in runs for job in lost))),
             ("runs", f"{len(world.runs)}, finished {len(finished)}"),
             ("runs again, retries apart", str(len(world.runs) - len(runs) - planned)),
             ("copies that were left alone", str(said.count("is left alone"))),
@@ -506,10 +511,6 @@ OPEN, PENDING = Reservation.State.open(), Reservation.State.pending()
 
 def _number(reference: str) -> int:
     return int(reference.removeprefix("job-"))
-
-
-def _numbers(jobs: list[Job]) -> str:
-    return "(" + " ".join(str(job.number) for job in jobs) + ")" if jobs else ""
 
 
 def _movements(world: promises.World) -> str:

@@ -18,7 +18,9 @@ decision.
 4. A run that has finished and is not charged was killed before it ended, or another
    run has taken its work up. Nothing else makes done work free.
 5. No two runs have worked under the same fence of the same reservation.
-6. In the end nothing is open, due, owed, stuck or in conflict, no account has
+6. No run begins while another one's first lease is good, unless that one has failed
+   or retries: dead or not, it has had its ``LEASE_GRACE``.
+7. In the end nothing is open, due, owed, stuck or in conflict, no account has
    credits reserved, what was taken is what the balances lack, and
    ``meterly_ledger_verify`` finds no difference.
 
@@ -31,6 +33,7 @@ unacknowledged), and such a job is free.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +50,11 @@ class Run:
     fence: int
     pid: int = 0
     parent: int = 0
+    #: When Celery had started it, before its lease, and when its own code began.
+    started_at: float = 0.0
     began_at: float = 0.0
+    #: Whether it was about to fail, or to retry.
+    gave_up: bool = False
     charge: int | None = None
     finished_at: float | None = None
     state: str = ""
@@ -79,7 +86,8 @@ class World:
 
     *taken* are the kinds and amounts of what the ledger took for each job, *deaths*
     the last time at which a process was killed, *terminated* the jobs whose runs
-    Celery was told to kill. *accounts* are pairs of a balance and what is reserved.
+    Celery was told to kill. *lease* is the shortest one, in seconds; *accounts* are
+    pairs of a balance and what is reserved.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -87,6 +95,7 @@ class World:
     taken: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
     deaths: dict[int, float] = field(default_factory=dict)
     terminated: set[int] = field(default_factory=set)
+    lease: float = 0.0
     granted: int = 0
     accounts: list[tuple[int, int]] = field(default_factory=list)
 
@@ -101,7 +110,10 @@ def runs_of(notes: list[dict[str, Any]]) -> list[Run]:
         if one["what"] == "began":
             names = ("job", "reservation", "fence", "pid", "parent")
             facts = {name: one[name] for name in names}
-            runs[one["run"]] = Run(began_at=one["at"], **facts)
+            times = {"started_at": one["started_at"], "began_at": one["at"]}
+            runs[one["run"]] = Run(**times, **facts)
+        elif one["what"] == "gives up":
+            runs[one["run"]].gave_up = True
         elif one["what"] == "finished":
             runs[one["run"]].finished_at = one["at"]
             runs[one["run"]].charge = one["charge"]
@@ -161,6 +173,10 @@ def _broken_for(world: World, job: int) -> list[str]:
         found.append(f"{charged} were taken instead of {right}")
     if sum(row.charge or 0 for row in committed) != right:
         found.append("the journal has another charge than the run that decided")
+    for former, run in itertools.combinations(runs, 2):
+        since = run.began_at - former.started_at
+        if since < world.lease and not former.gave_up:
+            found.append(f"{run} began {since:.1f} s after {former} which was not over")
     for run in runs:
         if run in decisive:
             continue

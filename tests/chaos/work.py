@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 import uuid
 from typing import Any
 
-from celery.signals import task_postrun
+from celery.signals import task_postrun, task_prerun
 
 from django_meterly.tasks import meterly_task
 from tests.chaos.notes import die_by_chance, note
@@ -17,6 +18,7 @@ HELD = 10
 
 # A child of a prefork worker runs one task at a time.
 _run: str | None = None
+_started_at = 0.0
 
 
 class Broken(Exception):
@@ -43,17 +45,27 @@ def _work(self: Any, number: int, external_id: str, plan: dict[str, Any]) -> Non
         fence=work.fence,
         pid=os.getpid(),
         parent=os.getppid(),
-        retries=self.request.retries,
+        started_at=_started_at,
     )
     if self.request.retries < plan["retries"]:
+        note("gives up", run=_run)
         raise self.retry(countdown=1)
     time.sleep(plan["seconds"])
     if plan["raises"]:
+        note("gives up", run=_run)
         raise Broken
-    work.settle(plan["charge"])
-    note("finished", run=_run, charge=plan["charge"])
+    if plan["charge"] is not None:
+        # Each run another amount, so that it can be seen whose was charged.
+        work.settle(random.randint(*plan["charge"]))
+    note("finished", run=_run, charge=work.charge)
     # Done, and nobody knows yet: the worst of moments.
     time.sleep(plan["linger"])
+
+
+@task_prerun.connect
+def _start(**facts: Any) -> None:
+    global _started_at
+    _started_at = time.time()
 
 
 @task_postrun.connect
