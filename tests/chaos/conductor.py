@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -331,14 +332,18 @@ class Conductor:
         """Stop a process, or its group, for longer than a lease, or much longer."""
         send(pid, signal.SIGSTOP)
         self._stopped[pid] = send
-        grace = meterly_settings.LEASE_GRACE
-        self._in(grace * self._random.uniform(1.3, 4.5), self._go_on, pid)
+        seconds = meterly_settings.LEASE_GRACE * self._random.uniform(1.3, 4.5)
+        # No event: what is stopped may hold a lock that an order waits for.
+        timer = threading.Timer(seconds, self._go_on, [pid])
+        timer.daemon = True
+        timer.start()
 
     def _go_on(self, pid: int) -> None:
         send = self._stopped.pop(pid, None)
         # Unless it is gone, and the number may be somebody else's.
         with suppress(ProcessLookupError):
-            if send and os.getpgid(pid) in {child.pid for child in self._children}:
+            groups = {child.pid for child in list(self._children)}
+            if send and os.getpgid(pid) in groups:
                 send(pid, signal.SIGCONT)
 
     def _lose_worker(self) -> Child:
@@ -391,6 +396,8 @@ class Conductor:
 
     def _drain(self) -> None:
         """Let the workers do what is left, undisturbed, until nothing happens."""
+        while self._stopped:
+            time.sleep(0.1)
         notes.CALM.touch()
         give_up = time.monotonic() + DRAIN
         # Messages that were lost come back; workers that start look for them at once.
