@@ -15,11 +15,12 @@ decision.
    failed, was revoked, or never came.
 3. A run that has ended in success is charged. Nobody is told of a success that is
    free, and a copy that was outrun is not told of as a success.
-4. A run that has finished and is not charged was killed before it ended, or another
-   run has taken its work up. Nothing else makes done work free.
+4. A run that has finished and is not charged was killed before it ended, or stopped
+   cold before it returned, or another run has taken its work up. Nothing else makes
+   done work free.
 5. No two runs have worked under the same fence of the same reservation.
-6. No run begins while another one's first lease is good, unless that one has failed
-   or retries: dead or not, it has had its ``LEASE_GRACE``.
+6. No run begins while another one's first lease is good, unless that one has raised:
+   dead or not, it has had its ``LEASE_GRACE``.
 7. In the end nothing is open, due, owed, stuck or in conflict, no account has
    credits reserved, what was taken is what the balances lack, and
    ``meterly_ledger_verify`` finds no difference.
@@ -53,7 +54,7 @@ class Run:
     #: When Celery had started it, before its lease, and when its own code began.
     started_at: float = 0.0
     began_at: float = 0.0
-    #: Whether it was about to fail, or to retry.
+    #: Whether it has raised: to fail, to retry, or in a cold shutdown.
     gave_up: bool = False
     charge: int | None = None
     finished_at: float | None = None
@@ -112,7 +113,7 @@ def runs_of(notes: list[dict[str, Any]]) -> list[Run]:
             facts = {name: one[name] for name in names}
             times = {"started_at": one["started_at"], "began_at": one["at"]}
             runs[one["run"]] = Run(**times, **facts)
-        elif one["what"] == "gives up":
+        elif one["what"] == "gave up":
             runs[one["run"]].gave_up = True
         elif one["what"] == "finished":
             runs[one["run"]].finished_at = one["at"]
@@ -164,7 +165,9 @@ def _broken_for(world: World, job: int) -> list[str]:
         run
         for run in runs
         for row in committed
-        if run.finished and (run.reservation, run.fence) == (row.id, row.fence)
+        if run.finished
+        and not run.gave_up
+        and (run.reservation, run.fence) == (row.id, row.fence)
     ]
     if committed and not decisive:
         found.append("charged, but no run has finished under the fence that decided")
@@ -182,9 +185,13 @@ def _broken_for(world: World, job: int) -> list[str]:
             continue
         if run.state == "SUCCESS":
             found.append(f"{run} has ended in success, and is not charged")
-        elif run.finished and not (_outrun(run, rows) or _killed(run, world)):
+        elif (
+            run.finished
+            and not run.gave_up
+            and not (_outrun(run, rows) or _killed(run, world))
+        ):
             found.append(
-                f"{run} has finished and is free, but was neither killed nor outrun "
+                f"{run} has finished and is free, but was neither stopped nor outrun "
                 f"(it ended as {run.state or 'nothing'})"
             )
     return found

@@ -65,6 +65,11 @@ def _charge_an_outrun_run(world: World) -> None:
     world.rows[1] = replace(world.rows[1], fence=2)
 
 
+def _charge_what_has_raised(world: World) -> None:
+    world.runs[1].gave_up = True
+    world.runs[1].state = "STOPPED"
+
+
 def _take_another_amount(world: World) -> None:
     world.taken[1] = [("credits_committed", 4)]
 
@@ -119,10 +124,11 @@ def _lose_credits(world: World) -> None:
         (_take_for_nothing, "job 2: 10 were taken instead of 0"),
         (_charge_unfinished_work, "no run has finished under the fence"),
         (_charge_an_outrun_run, "no run has finished under the fence"),
+        (_charge_what_has_raised, "no run has finished under the fence"),
         (_take_another_amount, "4 were taken instead of 10"),
         (_record_another_amount, "the journal has another charge"),
         (_report_what_is_free, "has ended in success, and is not charged"),
-        (_lose_a_success, "neither killed nor outrun"),
+        (_lose_a_success, "neither stopped nor outrun"),
         (_share_a_fence, "two runs worked under fence 0 of b"),
         (_begin_too_early, "began 2.9 s after the run under a, fence 0, which was not"),
         (_leave("intent"), "is left intent"),
@@ -153,6 +159,9 @@ def test_finished_work_that_was_killed_or_outrun_may_be_free() -> None:
         {"rows": [replace(world.rows[0], fence=2)]},
     ):
         assert broken(replace(world, **explained)) == []
+    world.runs[0].gave_up = True
+    assert broken(world) == []
+    world.runs[0].gave_up = False
     # A run of which Celery has the outcome was not killed before that.
     world.runs[0].state = "FAILURE"
     assert broken(replace(world, deaths={7: 6.0})) != []
@@ -174,7 +183,7 @@ def test_runs_are_read_from_what_jobs_have_noted() -> None:
         {"what": "finished", "at": 2.0, "run": "x", "charge": 4},
         {"what": "died", "at": 2.5, "pid": 8, "point": "before reserve_credits"},
         {"what": "ended", "at": 3.0, "run": "x", "state": "SUCCESS"},
-        {"what": "gives up", "at": 3.0, "run": "y"},
+        {"what": "gave up", "at": 3.0, "run": "y"},
     ]
     first, second = runs_of(notes)
     assert (first.fence, first.charge, first.finished_at) == (2, 4, 2.0)

@@ -47,19 +47,22 @@ def _work(self: Any, number: int, external_id: str, plan: dict[str, Any]) -> Non
         parent=os.getppid(),
         started_at=_started_at,
     )
-    if self.request.retries < plan["retries"]:
-        note("gives up", run=_run)
-        raise self.retry(countdown=1)
-    time.sleep(plan["seconds"])
-    if plan["raises"]:
-        note("gives up", run=_run)
-        raise Broken
-    if plan["charge"] is not None:
-        # Each run another amount, so that it can be seen whose was charged.
-        work.settle(random.randint(*plan["charge"]))
-    note("finished", run=_run, charge=work.charge)
-    # Done, and nobody knows yet: the worst of moments.
-    time.sleep(plan["linger"])
+    try:
+        if self.request.retries < plan["retries"]:
+            raise self.retry(countdown=1)
+        time.sleep(plan["seconds"])
+        if plan["raises"]:
+            raise Broken
+        if plan["charge"] is not None:
+            # Each run another amount, so that it can be seen whose was charged.
+            work.settle(random.randint(*plan["charge"]))
+        note("finished", run=_run, charge=work.charge)
+        # Done, and nobody knows yet: the worst of moments.
+        time.sleep(plan["linger"])
+    except BaseException:
+        # The SystemExit of a cold shutdown, too.
+        note("gave up", run=_run)
+        raise
 
 
 @task_prerun.connect
@@ -77,7 +80,7 @@ def _ended(state: str, **facts: Any) -> None:
         if state == "SUCCESS":
             # Charged, but neither reported nor acknowledged.
             die_by_chance("after the decision")
-        note("ended", run=run, state=state)
+        note("ended", run=run, state=state or "STOPPED")
 
 
 keeping = meterly_task(
