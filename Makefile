@@ -4,7 +4,7 @@ DEMO := .venv-demo
 BENCH := .venv-bench
 TOX := $(TOOLS)/bin/tox run
 
-.PHONY: help test matrix lint fuzz openapi messages package demo kinds bench clean
+.PHONY: help test matrix lint fuzz openapi messages package demo kinds chaos bench clean
 
 help:
 	@echo "make test     the test suite, on SQLite and on PostgreSQL (ARGS= for pytest)"
@@ -16,6 +16,7 @@ help:
 	@echo "make package  build the distributions and look inside"
 	@echo "make demo     the example project (ONCE=1: start it, try it, stop it)"
 	@echo "make kinds    every kind of guarded view, under gunicorn and uvicorn"
+	@echo "make chaos    300 jobs whose workers are killed at random (ARGS=--seed=7)"
 	@echo "make bench    the benchmarks (ARGS=--quick: in two minutes)"
 	@echo "make clean    remove what these commands left"
 
@@ -45,6 +46,9 @@ demo: $(DEMO)/.done
 
 kinds: $(DEMO)/.done
 	$(DEMO)/bin/python example_project/kinds.py
+
+chaos: $(TOOLS)/.done
+	$(TOX) -e chaos -- $(ARGS)
 
 bench: $(BENCH)/.done
 	$(BENCH)/bin/python -m benchmarks $(ARGS)

@@ -207,8 +207,24 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
             "its result is dropped.",
             job.guard.reference,
         )
+        # With Redis a message that came again has the delivery tag of the first: to
+        # acknowledge ours is to acknowledge theirs, and if they die, nobody would
+        # do the work.
+        _look_again(task)
         raise Ignore("Another copy of this task has taken it up.")
     return result
+
+
+def _look_again(task: Any) -> None:
+    """Send the task once more, in case the copy that is at work dies."""
+    request = task.request
+    if task.meterly_on_duplicate == "retry" and not request.is_eager:
+        # Not by retry(): it is no failure, and counts for nothing.
+        task.signature_from_request(
+            request,
+            countdown=meterly_settings.LEASE_GRACE,
+            retries=request.retries,
+        ).apply_async()
 
 
 def _begin(task: Any, job: Job, options: Any, args: Any, kwargs: Any) -> None:
@@ -218,14 +234,8 @@ def _begin(task: Any, job: Job, options: Any, args: Any, kwargs: Any) -> None:
         # Celery says no more of it than "ignored".
         request = task.request
         logger.info("%s[%s] is left alone: %s", task.name, request.id, exc)
-        again = exc.in_progress and task.meterly_on_duplicate == "retry"
-        if again and not request.is_eager:
-            # Not by retry(): it is no failure, and counts for nothing.
-            task.signature_from_request(
-                request,
-                countdown=meterly_settings.LEASE_GRACE,
-                retries=request.retries,
-            ).apply_async()
+        if exc.in_progress:
+            _look_again(task)
         raise Ignore(str(exc)) from exc
 
 

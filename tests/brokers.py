@@ -57,11 +57,16 @@ def _running(
 
 
 @contextmanager
-def redis(folder: Path) -> Iterator[str]:
-    """Run Redis in *folder* and return its URL."""
-    port = free_port()
+def redis(folder: Path, port: int = 0) -> Iterator[str]:
+    """Run Redis in *folder* and return its URL.
+
+    On a *port* of the caller's it may be started again, and has what it had.
+    """
+    durable = "yes" if port else "no"
+    port = port or free_port()
     command = [str(installed("redis-server")), "--port", str(port)]
     command += ["--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    command += ["--appendonly", durable]
     with _running(command, port, folder):
         yield f"redis://127.0.0.1:{port}/0"
 

@@ -356,6 +356,27 @@ def test_f33_a_copy_that_was_taken_for_dead_settles_nothing(
     assert_charged_once(customer, 2, site)
 
 
+def test_f33_work_is_done_when_the_copy_dies_that_took_it_up(
+    redis: None, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    site.work(jobs.works, "wait", "hang", "finish")
+    child = site.wait_for_run()
+    os.kill(child, signal.SIGSTOP)
+    site.sweep_until("released")
+    time.sleep(VISIBILITY_TIMEOUT)
+    second = site.worker()
+    site.wait_for_run(2)
+
+    os.kill(child, signal.SIGCONT)
+    site.go()
+    # It acknowledges the message of both: they have one delivery tag.
+    site.wait_until(lambda: "was taken up by another copy" in site.said())
+    kill_group(second)
+    site.wait_until(lambda: "committed" in states())
+    assert_charged_once(customer, 3, site)
+
+
 def test_f32_a_task_that_was_done_is_not_done_again(
     any_broker: str, site: Site, customer: Customer
 ) -> None:

@@ -1,0 +1,1 @@
+"""A small site whose processes are killed at random; ``python -m tests.chaos``."""
