@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 from django.db import connection, connections
 
+from django_meterly import get_client
 from tests import database
 from tests.faults import FaultyTransport
 
@@ -73,6 +74,7 @@ def joined(settings: Any) -> None:
         **settings.METERLY,
         "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
     }
+    _end_outage()
 
 
 @pytest.fixture
@@ -83,8 +85,14 @@ def remote(settings: Any) -> Iterator[type[FaultyTransport]]:
         "TRANSPORT": "tests.faults.FaultyTransport",
     }
     FaultyTransport.reset()
+    _end_outage()
     yield FaultyTransport
     FaultyTransport.reset()
+
+
+def _end_outage() -> None:
+    # The client outlives a test, and another one may have left it in an outage.
+    get_client().transport.reachable = True
 
 
 @pytest.fixture(params=["joined", "remote"])
