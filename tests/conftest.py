@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from django.db import connection, connections
+from django.utils import translation
 
 from django_meterly import get_client
 from tests import database
@@ -65,6 +66,13 @@ def django_db_setup(
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
+
+
+@pytest.fixture(autouse=True)
+def language() -> Iterator[None]:
+    """No request's language stays with the thread that the next test runs in."""
+    yield
+    translation.deactivate()
 
 
 @pytest.fixture
