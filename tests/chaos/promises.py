@@ -19,8 +19,9 @@ decision.
    cold before it returned, or another run has taken its work up. Nothing else makes
    done work free.
 5. No two runs have worked under the same fence of the same reservation.
-6. No run begins while another one's first lease is good, unless that one has raised:
-   dead or not, it has had its ``LEASE_GRACE``.
+6. No run begins while another one's first lease is good, unless that one has raised,
+   or was about to hand over to its retry: dead or not, it has had its
+   ``LEASE_GRACE``.
 7. In the end nothing is open, due, owed, stuck or in conflict, no account has
    credits reserved, what was taken is what the balances lack, and
    ``meterly_ledger_verify`` finds no difference.
@@ -54,7 +55,7 @@ class Run:
     #: When Celery had started it, before its lease, and when its own code began.
     started_at: float = 0.0
     began_at: float = 0.0
-    #: Whether it has raised: to fail, to retry, or in a cold shutdown.
+    #: Whether it has raised, to fail or in a cold shutdown, or was about to retry.
     gave_up: bool = False
     charge: int | None = None
     finished_at: float | None = None

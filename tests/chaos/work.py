@@ -49,6 +49,8 @@ def _work(self: Any, number: int, external_id: str, plan: dict[str, Any]) -> Non
     )
     try:
         if self.request.retries < plan["retries"]:
+            # Before: the credits are handed over inside, and then it may die.
+            note("gave up", run=_run)
             raise self.retry(countdown=1)
         time.sleep(plan["seconds"])
         if plan["raises"]:
