@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
-    from .transports.base import Transport
+    from .transports.base import Statement, Transport
 
 __all__ = ["MeterlyClient", "get_client"]
 
@@ -130,6 +130,7 @@ class MeterlyClient:
         self.transport = transport
         self._ends_at: float | None = None
         self._attempts: int | None = None
+        self._statement: Statement | None = None
 
     def __repr__(self) -> str:
         return f"MeterlyClient({self.transport!r})"
@@ -162,17 +163,25 @@ class MeterlyClient:
 
     aclose = _twin(close)
 
-    def within(self, seconds: float, *, attempts: int | None = None) -> MeterlyClient:
+    def within(
+        self,
+        seconds: float,
+        *,
+        attempts: int | None = None,
+        statement: Statement | None = None,
+    ) -> MeterlyClient:
         """Return a client whose calls must all be done in *seconds* from now.
 
         Each of them is sent *attempts* times at most (``None``: as often as the
-        transport would). It shares this one's transport and limits.
+        transport would). It shares this one's transport and limits. A *statement* is
+        for one call, and for transports that carry it.
         """
         limited = MeterlyClient(transport=self.transport)
         limited._ends_at = time.monotonic() + seconds
         if self._ends_at is not None:
             limited._ends_at = min(limited._ends_at, self._ends_at)
         limited._attempts = attempts or self._attempts
+        limited._statement = statement
         return limited
 
     # Customers and credits
@@ -598,7 +607,14 @@ class MeterlyClient:
         timeout = None
         if self._ends_at is not None:
             timeout = max(self._ends_at - time.monotonic(), 0.0)
-        call = Call(operation, arguments, idempotency_key, timeout, self._attempts)
+        call = Call(
+            operation,
+            arguments,
+            idempotency_key,
+            timeout,
+            self._attempts,
+            self._statement,
+        )
         try:
             data = self.transport.send(call)
         except MeterlyError as exc:

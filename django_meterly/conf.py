@@ -88,6 +88,9 @@ class MeterlySettings:
     name in it that does not exist, and for a duration that is none.
     """
 
+    #: The dict whose names are known to exist: looking at each of them is for once.
+    _checked: dict[str, Any] | None = None
+
     def as_dict(self) -> dict[str, Any]:
         """Return the project's own dict, unchanged."""
         value = getattr(settings, "METERLY", {})
@@ -101,15 +104,20 @@ class MeterlySettings:
         if name not in DEFAULTS:
             raise AttributeError(f"There is no setting METERLY[{name!r}].")
         # The dict is in no local variable: debug pages would show the key with it.
-        if not self.as_dict().keys() <= DEFAULTS.keys():
-            key = next(key for key in self.as_dict() if key not in DEFAULTS)
-            raise ImproperlyConfigured(
-                f"There is no setting METERLY[{key!r}].{suggestion(key, DEFAULTS)}"
-            )
+        if self.as_dict() is not self._checked:
+            self._check()
         value = self.as_dict().get(name, DEFAULTS[name])
         if name == "CUSTOMER_MODEL":
             return value or settings.AUTH_USER_MODEL
         return _seconds(name, value) if name in DURATIONS else value
+
+    def _check(self) -> None:
+        for key in self.as_dict():
+            if key not in DEFAULTS:
+                raise ImproperlyConfigured(
+                    f"There is no setting METERLY[{key!r}].{suggestion(key, DEFAULTS)}"
+                )
+        self._checked = self.as_dict()
 
 
 def _seconds(name: str, value: Any) -> float | int:

@@ -301,6 +301,8 @@ class Guard:
             return
         using = journal.alias()
         joins = self._client.transport.joins(using) and _reads_committed(using)
+        if joins and self._message is None and self._settle_at_once(self._charge):
+            return
         if self._record_decision(joins) and joins and self._message is None:
             self._settle_now()
 
@@ -311,7 +313,7 @@ class Guard:
         a remote ledger is told all the same.
         """
         try:
-            self._conclude(self._record_decision)
+            self._conclude(self._record_decision, self._charge)
         except DatabaseError:
             if (
                 self._charge is not None
@@ -329,7 +331,7 @@ class Guard:
         done. Nothing is raised: the work's own exception is the one to see.
         """
         try:
-            self._conclude(self._record_failure)
+            self._conclude(self._record_failure, None)
             if self._is_handed_over:
                 # The exception came after the COMMIT.
                 self._deliver()
@@ -452,7 +454,14 @@ class Guard:
             self._row, fence=self.fence, mover=self._client if joins else None
         )
 
-    def _conclude(self, record: Callable[[bool], bool]) -> None:
+    def _settle_at_once(self, charge: int | None) -> bool:
+        """Decide and settle in one statement; return whether that was all."""
+        client, using = self._client, journal.alias()
+        return client.transport.carries_statements(using) and journal.conclude(
+            client, self._row, charge, fence=self.fence
+        )
+
+    def _conclude(self, record: Callable[[bool], bool], charge: int | None) -> None:
         if self._concluded:
             return
         self._concluded = True
@@ -462,6 +471,13 @@ class Guard:
         transport = self._client.transport
 
         def record_and_settle() -> None:
+            if (
+                self._message is None
+                # There it would need a savepoint, as below.
+                and not connections[using].in_atomic_block
+                and self._settle_at_once(charge)
+            ):
+                return
             with transport.unit_of_work(using):
                 joins = transport.joins(using)
                 if not record(joins):

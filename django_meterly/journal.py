@@ -33,6 +33,7 @@ on one thing, only the last may decide.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
 import random
 import time
@@ -74,6 +75,7 @@ from .errors import (
     MeterlyUsageError,
 )
 from .models import Customer, LowBalance, Reservation
+from .transports.base import Statement, Unclaimed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -204,22 +206,29 @@ def reserve(
     answer: Held | MeterlyError | None = outage
     if outage is None and client.transport.joins(using):
         try:
-            with _opening(using, row, client.transport.unit_of_work(using)):
-                if key:
-                    # Rows are locked before accounts. Who comes with the same key
-                    # has to wait here, and not with the account's lock in hand.
-                    _write_intent(using, row)
-                    answer = _ask_then_record(client, limited, row, lease)
-                    if isinstance(answer, OUTAGE):
-                        raise answer
-                else:
-                    answer = _ask_first(using, limited, row, lease)
-                    row.save(force_insert=True, using=using)
+            if not key and _at_once(client, using):
+                answer = _ask_at_once(using, limited, row, lease)
+            else:
+                with _opening(using, row, client.transport.unit_of_work(using)):
+                    if key:
+                        # Rows are locked before accounts. Who comes with the same
+                        # key has to wait here, and not with the account's lock in
+                        # hand.
+                        _write_intent(using, row)
+                        answer = _ask_then_record(client, limited, row, lease)
+                        if isinstance(answer, OUTAGE):
+                            raise answer
+                    else:
+                        answer = _ask_first(using, limited, row, lease)
+                        row.save(force_insert=True, using=using)
         except OUTAGE as exc:
-            # Rolled back: there is neither a hold nor a row.
+            # Rolled back: there is neither a hold nor a row. Or there are both, and
+            # they lapse: what follows has to be another row.
             if on_unavailable != "allow":
                 raise _unavailable(exc) from exc
             answer = exc
+            row.pk = uuid.uuid4()
+            row.key = key or str(row.pk)
     if answer is None or isinstance(answer, OUTAGE):
         with _opening(using, row, transaction.atomic(using=using)):
             _write_intent(using, row)
@@ -333,6 +342,66 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
         reference=row.reference,
         in_progress=in_progress,
     )
+
+
+def _at_once(client: MeterlyClient, using: str) -> bool:
+    """Return whether a movement and its row can be one statement, and its own.
+
+    In a transaction of the caller's they need a savepoint: a statement that failed
+    would end it.
+    """
+    return (
+        client.transport.carries_statements(using)
+        and not connections[using].in_atomic_block
+    )
+
+
+def _ask_at_once(
+    using: str, limited: MeterlyClient, row: Reservation, lease: float
+) -> Held | MeterlyError:
+    """Ask a ledger that writes *row* in the statement that holds the credits."""
+    insert = _insert(using, row, lease + meterly_settings.LEASE_GRACE)
+    # Nothing is sent twice, so the deadline matters to nobody.
+    answer, row.state = _ask(
+        limited.within(meterly_settings.DEADLINE, statement=insert), row
+    )
+    if row.state == State.RESERVED:
+        row._state.adding = False
+        row._state.db = using
+    else:
+        row.settled_at = DatabaseNow()
+        row.save(force_insert=True, using=using)
+    return answer
+
+
+def _insert(using: str, row: Reservation, lease: float) -> Statement:
+    """Return the INSERT of *row*, with its hold's id and a lease of *lease* seconds."""
+    sql, fields = _insert_sql(using)
+    connection = connections[using]
+    values = (
+        field.get_db_prep_save(field.pre_save(row, add=True), connection)
+        for field in fields
+    )
+    return Statement(sql, (*values, dt.timedelta(seconds=lease)))
+
+
+@functools.cache
+def _insert_sql(using: str) -> tuple[str, list[Any]]:
+    """Return the text of that INSERT, and the fields whose values it takes."""
+    quote = connections[using].ops.quote_name
+    values = {
+        "state": f"'{State.RESERVED.value}'",
+        "reservation_id": "movement.reservation_id",
+        "lease_until": "STATEMENT_TIMESTAMP() + %s",
+    }
+    fields = [f for f in Reservation._meta.concrete_fields if f.attname not in values]
+    columns = ", ".join(quote(str(f.column)) for f in fields)
+    sql = (
+        f"INSERT INTO {quote(Reservation._meta.db_table)} "  # noqa: S608
+        f"({columns}, {', '.join(values)}) "
+        f"SELECT {'%s, ' * len(fields)}{', '.join(values.values())} FROM movement"
+    )
+    return sql, fields
 
 
 def _ask(limited: MeterlyClient, row: Reservation) -> tuple[Held | MeterlyError, str]:
@@ -630,6 +699,46 @@ def record_failure(
     return _decide(row, [State.RESERVED], State.RELEASE_PENDING, fence, mover)
 
 
+def conclude(
+    client: MeterlyClient, row: Reservation, charge: int | None, *, fence: int
+) -> bool:
+    """Decide and settle *row* in one statement, if that is all there is to it.
+
+    A success that costs *charge*, or with ``None`` a failure. Returns whether it was
+    done. If not, nothing was, or it is not known: then decide it first.
+    """
+    if row.state != State.RESERVED or not row.reservation_id:
+        return False
+    if charge is not None and charge > row.amount:
+        return False
+    outcome = State.RELEASED if charge is None else State.COMMITTED
+    using = alias()
+    table = connections[using].ops.quote_name(Reservation._meta.db_table)
+    ours = (row.pk, State.RESERVED.value, fence)
+    statement = Statement(
+        f"UPDATE {table} SET state = %s, charge = %s, lease_until = NULL, "  # noqa: S608
+        "decided_at = STATEMENT_TIMESTAMP(), settled_at = STATEMENT_TIMESTAMP() "
+        "FROM movement WHERE id = %s",
+        (outcome.value, charge, row.pk),
+        f"SELECT id FROM {table} WHERE id = %s AND state = %s AND fence = %s "  # noqa: S608
+        "FOR NO KEY UPDATE",
+        ours,
+    )
+    limited = client.within(SETTLE_TIMEOUT, attempts=1, statement=statement)
+    try:
+        if charge is None:
+            limited.release_reservation(
+                row.reservation_id, idempotency_key=row.wire_key("release")
+            )
+        else:
+            _commit(limited, row, charge)
+    except (MeterlyError, Unclaimed):
+        return False
+    row.state, row.charge = outcome, charge
+    _announce(_OUTCOMES[outcome], row)
+    return True
+
+
 def _decide(
     row: Reservation,
     sources: Iterable[str],
@@ -769,13 +878,8 @@ def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> N
         charge,
         key,
     )
-    held = min(charge, row.amount)
     try:
-        client.within(SETTLE_TIMEOUT, attempts=1).commit_reservation(
-            row.reservation_id,
-            amount=None if held == row.amount else held,
-            idempotency_key=key,
-        )
+        _commit(client.within(SETTLE_TIMEOUT, attempts=1), row, charge)
     except MeterlyError:
         logger.exception("Reservation %s could not be committed either", row.pk)
 
@@ -846,18 +950,10 @@ def _pay(client: MeterlyClient, row: Reservation) -> None:
     assert row.charge is not None
     owed = row.charge
     if _find_hold(client, row):
-        assert row.reservation_id is not None
-        held = min(row.charge, row.amount)
         try:
-            client.commit_reservation(
-                row.reservation_id,
-                amount=None if held == row.amount else held,
-                idempotency_key=row.wire_key("commit"),
-            )
+            owed -= _commit(client, row, row.charge)
         except (MeterlyReservationExpiredError, MeterlyReservationReleasedError):
             pass
-        else:
-            owed -= held
     if owed:
         # What the hold did not cover. Whether there was one is on record, whether it
         # was committed or lost is final at the ledger: a replay comes to the same
@@ -870,6 +966,18 @@ def _pay(client: MeterlyClient, row: Reservation) -> None:
             idempotency_key=row.wire_key("debit"),
         )
         _watch_balance(row, movement.balance, owed)
+
+
+def _commit(client: MeterlyClient, row: Reservation, charge: int) -> int:
+    """Commit what the hold of *row* covers of *charge*; return how much that is."""
+    assert row.reservation_id is not None
+    held = min(charge, row.amount)
+    client.commit_reservation(
+        row.reservation_id,
+        amount=None if held == row.amount else held,
+        idempotency_key=row.wire_key("commit"),
+    )
+    return held
 
 
 def _find_hold(client: MeterlyClient, row: Reservation) -> bool:

@@ -33,9 +33,14 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-#: A movement of the ledger on PostgreSQL is a function, called by a SELECT.
-WRITES = re.compile(r"INSERT|UPDATE|DELETE|SELECT .*meterly_(?!ledger_)\w+_\d+\(", re.I)
-JOURNAL = re.compile(r'(INSERT INTO|UPDATE) "meterly_reservation"', re.I)
+#: A movement of the ledger on PostgreSQL is a function, called by a SELECT, which may
+#: be part of the statement that writes the journal's row.
+WRITES = re.compile(
+    r"INSERT|UPDATE|DELETE|WITH|SELECT .*meterly_(?!ledger_)\w+_\d+\(", re.I
+)
+JOURNAL = re.compile(
+    r'(INSERT INTO|(?<!FOR NO KEY )UPDATE) "meterly_reservation"', re.I
+)
 #: With the ledger in the same database, SQLite's write lock is taken by an UPDATE
 #: of no row.
 LOCKS = int(connection.vendor == "sqlite")
@@ -70,7 +75,7 @@ def counted() -> Iterator[Cost]:
             inside = False
         else:
             cost.statements += 1
-            cost.journal_writes += bool(JOURNAL.match(sql))
+            cost.journal_writes += bool(JOURNAL.search(sql))
             cost.transactions += not inside and bool(WRITES.match(sql))
     assert not inside
 
@@ -166,8 +171,8 @@ def test_an_embedded_ledger_adds_two_transactions(
     # Each with what it is about to become: nobody sees the steps in between.
     assert cost.journal_writes <= 2 + LOCKS, cost.log
     if postgresql.serves("default"):
-        # The customer, the hold and its row, the decision and the movement.
-        assert cost.statements <= 5, cost.log
+        # The customer, the hold with its row, the decision with the movement.
+        assert cost.statements <= 3, cost.log
     assert balance(customer) == (75, 0)
 
 
@@ -247,8 +252,10 @@ def test_a_refusal_adds_one_transaction_or_one_call(
         assert len(any_ledger.calls) == 1
         assert cost.journal_writes <= 2, cost.log
     else:
-        assert cost.transactions <= 1, cost.log
-        assert cost.journal_writes <= 1 + LOCKS, cost.log
+        # On PostgreSQL the first was to write the row with the hold, and wrote neither.
+        asked = int(postgresql.serves("default"))
+        assert cost.transactions <= 1 + asked, cost.log
+        assert cost.journal_writes <= 1 + asked + LOCKS, cost.log
 
 
 @pytest.mark.parametrize("view", [plain, aplain])

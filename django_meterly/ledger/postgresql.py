@@ -6,13 +6,21 @@ Their text is ``sql/postgresql.sql``. A migration creates them, and every
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.db import connections, router
 
+from ..transports.base import Unclaimed
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from django.db.backends.base.base import BaseDatabaseWrapper
+
+    from ..transports.base import Statement
 
 #: For the tests, which run the portable path on PostgreSQL as well.
 enabled = True
@@ -52,27 +60,98 @@ def serves(using: str) -> bool:
     return enabled and connections[using].vendor == "postgresql"
 
 
-def spend(using: str, workspace: int | str, *arguments: Any) -> Spent:
+@contextmanager
+def carrying(statement: Statement | None) -> Iterator[None]:
+    """Let *statement* be one with the movements that are made inside."""
+    token = _carried.set(statement)
+    try:
+        yield
+    finally:
+        _carried.reset(token)
+
+
+_carried: ContextVar[Statement | None] = ContextVar("meterly_statement", default=None)
+
+
+def spend(
+    using: str,
+    workspace: int | str,
+    key: str,
+    fingerprint: str,
+    customer_id: str,
+    unit: str | None,
+    amount: int,
+    reference: str,
+    description: str,
+    entry_id: str,
+    hold_id: str | None,
+    ttl_seconds: int | None,
+) -> Spent:
     """Use or reserve credits."""
-    return Spent(*_call(using, _SPEND, workspace, arguments))
+    arguments = (
+        *_named(workspace),
+        *(key, fingerprint, customer_id, unit, amount, reference, description),
+        *(entry_id, hold_id, ttl_seconds),
+    )
+    return Spent(*_call(using, _SPEND, arguments, hold_id))
 
 
-def close(using: str, workspace: int | str, *arguments: Any) -> Closed:
+def close(
+    using: str,
+    workspace: int | str,
+    key: str,
+    fingerprint: str,
+    hold_id: str,
+    status: str,
+    charged: int | None,
+    entry_id: str,
+) -> Closed:
     """Commit or release a hold."""
-    return Closed(*_call(using, _CLOSE, workspace, arguments))
+    arguments = (
+        *_named(workspace),
+        *(key, fingerprint, hold_id, status, charged, entry_id),
+    )
+    return Closed(*_call(using, _CLOSE, arguments, hold_id))
 
 
-_SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)})"
-_CLOSE = f"SELECT meterly_close_1({', '.join(['%s'] * 8)})"
+_SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)}) AS answer"
+_CLOSE = f"SELECT meterly_close_1({', '.join(['%s'] * 8)}) AS answer"
+
+# The claim's row is locked before anything is moved: nothing of WITH that is
+# MATERIALIZED, and locks, is merged into what reads it.
+_CLAIMING = (
+    "WITH claim AS MATERIALIZED ({claim}), call AS MATERIALIZED ({call} FROM claim)"
+)
+_CALLING = "WITH call AS MATERIALIZED ({call})"
+_WRITING = """, movement AS (
+    SELECT %s AS reservation_id FROM call WHERE answer ->> 0 = 'moved'
+), written AS ({sql}) SELECT answer FROM call"""
+
+
+def _named(workspace: int | str) -> tuple[int | None, str | None]:
+    return (None, workspace) if isinstance(workspace, str) else (workspace, None)
 
 
 def _call(
-    using: str, statement: str, workspace: int | str, arguments: tuple[Any, ...]
+    using: str, call: str, arguments: tuple[Any, ...], hold_id: str | None
 ) -> list[Any]:
-    named = (None, workspace) if isinstance(workspace, str) else (workspace, None)
+    statement = _carried.get()
+    sql = call
+    if statement is not None:
+        sql = (_CLAIMING if statement.claim else _CALLING) + _WRITING
+        sql = sql.format(claim=statement.claim, call=call, sql=statement.sql)
+        arguments = (
+            *statement.claim_parameters,
+            *arguments,
+            hold_id,
+            *statement.parameters,
+        )
     with connections[using].cursor() as cursor:
-        cursor.execute(statement, named + arguments)
-        answer: list[Any] = cursor.fetchone()[0]
+        cursor.execute(sql, arguments)
+        row = cursor.fetchone()
+    if row is None:
+        raise Unclaimed
+    answer: list[Any] = row[0]
     return answer
 
 

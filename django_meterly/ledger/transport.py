@@ -10,7 +10,7 @@ from django.db import Error, transaction
 
 from ..errors import MeterlyApiError, MeterlyUnknownOutcomeError
 from ..transports.base import Call, Transport
-from . import operations, service
+from . import operations, postgresql, service
 from .conf import ledger_settings
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ class LedgerTransport(Transport):
         is broken, and takes the movement with it when it is rolled back.
         """
         try:
-            answer = service.perform(
-                ledger_settings.WORKSPACE,
-                call.operation,
-                call.arguments,
-                call.idempotency_key,
-            )
+            with postgresql.carrying(call.statement):
+                answer = service.perform(
+                    ledger_settings.WORKSPACE,
+                    call.operation,
+                    call.arguments,
+                    call.idempotency_key,
+                )
         except MeterlyApiError as exc:
             exc.method, exc.path = call.method, call.path
             exc.request_id = f"req_{uuid.uuid4().hex}"
@@ -51,6 +52,11 @@ class LedgerTransport(Transport):
             raise MeterlyUnknownOutcomeError(
                 f"The ledger's database failed: {exc}"
             ) from exc
+        if call.statement is not None and answer.replayed:
+            raise MeterlyUnknownOutcomeError(
+                f"The idempotency key {call.idempotency_key!r} was used before, by a "
+                "call that has not written this one's row."
+            )
         return answer.body
 
     def aliases(self) -> tuple[str, ...]:
@@ -60,6 +66,10 @@ class LedgerTransport(Transport):
     def joins(self, using: str) -> bool:
         """Return whether the ledger's tables are in the database *using*."""
         return operations.write_alias() == using
+
+    def carries_statements(self, using: str) -> bool:
+        """Return whether the ledger is in *using*, and that is PostgreSQL."""
+        return self.joins(using) and postgresql.serves(using)
 
     def unit_of_work(self, using: str) -> AbstractContextManager[Any]:
         """Return an ``atomic`` block if the ledger joins it, else a null context."""

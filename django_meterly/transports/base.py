@@ -43,6 +43,26 @@ ROUTES: dict[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Statement:
+    """SQL of the caller's that is to be one statement with a movement.
+
+    *sql* writes a row. It may read the relation ``movement``, which has one row if
+    the call moved credits, and none if it did not; its column ``reservation_id`` is
+    the hold's. *claim* is a SELECT that locks what the movement depends on: where it
+    finds nothing, nothing is done, and ``Unclaimed`` is raised.
+    """
+
+    sql: str
+    parameters: tuple[Any, ...] = ()
+    claim: str = ""
+    claim_parameters: tuple[Any, ...] = ()
+
+
+class Unclaimed(Exception):
+    """The claim of a ``Statement`` found nothing, and so nothing was done."""
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One call of the wire contract, on its way to a ledger.
 
@@ -50,7 +70,7 @@ class Call:
     (camelCase), those of the path included. *idempotency_key* is set on every
     POST. *timeout* is the number of seconds the whole call may take, and
     *attempts* how often it may be sent in them; ``None`` leaves either to the
-    transport.
+    transport. A *statement* is for transports that say they ``carry`` it.
     """
 
     operation: str
@@ -58,6 +78,7 @@ class Call:
     idempotency_key: str | None = None
     timeout: float | None = None
     attempts: int | None = None
+    statement: Statement | None = None
 
     @property
     def method(self) -> str:
@@ -115,6 +136,15 @@ class Transport:
 
     def joins(self, using: str) -> bool:
         """Return whether movements can be part of a transaction on *using*."""
+        return False
+
+    def carries_statements(self, using: str) -> bool:
+        """Return whether a call's ``Statement`` on *using* is one with its movement.
+
+        That is for ``reserve_credits``, ``commit_reservation`` and
+        ``release_reservation``. The caller's row is written if, and only if, the call
+        returns. When it raises, neither is done, unless the outcome is unknown.
+        """
         return False
 
     def unit_of_work(self, using: str) -> AbstractContextManager[Any]:
