@@ -194,3 +194,17 @@ def test_f23_an_exit_in_the_work_releases_it(
     # By the guard itself, before a sweeper comes.
     settled(site, "released")
     assert movements() == RELEASED
+
+
+@pytest.mark.parametrize("view", ["paid", "apaid"])
+@pytest.mark.parametrize("kind", ["gthread", "uvicorn"])
+def test_requests_wait_for_the_ledger_side_by_side(
+    own_site: Any, customer: Customer, kind: str, view: str
+) -> None:
+    site = own_site(
+        f"{kind}-remote", TRANSPORT="tests.servers.meeting.MeetingTransport"
+    )
+    visits = [site.begin("POST", f"/{view}/") for _ in range(3)]
+    assert [visit.response().status for visit in visits] == [200] * 3
+    swept()
+    assert balance(customer) == (25, 0)
