@@ -227,6 +227,7 @@ def guards(report: Report, rounds: int, seconds: float, calls: int) -> None:
     connections.close_all()
     for title, size, makers in (
         ("guard, hot account, 1 client", 1, guards.makers(users[:1])),
+        ("guard, hot account, 8 clients", 8, guards.makers(users[:1])),
         ("guard, 1000 accounts, 8 clients", 8, guards.makers(users)),
     ):
         report.section(

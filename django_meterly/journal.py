@@ -172,7 +172,8 @@ def reserve(
     is how many seconds the work may take without a ``beat``; *ttl_seconds* by
     default. Returns the row, which is ``reserved``, and the balance after the hold.
     The row is written before, as an intent; with a ledger in the journal's own
-    database in one transaction with the hold, and without a *key* only then.
+    database in one transaction with the hold, and without a *key* only then, in one
+    statement if it can be.
     With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
     trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
     ``MeterlyInsufficientCreditsError`` (row ``denied``),
