@@ -469,7 +469,9 @@ def test_f35_a_soft_time_limit_within_the_commit_of_a_task_loses_no_success(
     )
     site.send(jobs.plain, soft_time_limit=3)
     site.wait_until(lambda: "SoftTimeLimitExceeded" in site.said())
-    assert states() == ["commit_pending"]
+    # Durable with the movement where both are one statement.
+    durable = get_client().transport.carries_statements("default")
+    assert states() == ["committed" if durable else "commit_pending"]
     kill_group(worker)
     let_lapse()
     journal.sweep(get_client())
