@@ -473,8 +473,7 @@ class Guard:
         def record_and_settle() -> None:
             if (
                 self._message is None
-                # There it would need a savepoint, as below.
-                and not connections[using].in_atomic_block
+                and journal.at_once(self._client, using)
                 and self._settle_at_once(charge)
             ):
                 return
