@@ -365,9 +365,14 @@ def _ask_at_once(
     """Ask a ledger that writes *row* in the statement that holds the credits."""
     insert = _insert(using, row, lease + meterly_settings.LEASE_GRACE)
     # Nothing is sent twice, so the deadline matters to nobody.
-    answer, row.state = _ask(
-        limited.within(meterly_settings.DEADLINE, statement=insert), row
-    )
+    limited = limited.within(meterly_settings.DEADLINE, statement=insert)
+    try:
+        answer, row.state = _ask(limited, row)
+    except OUTAGE:
+        # Leaving an atomic block, Django would have replaced a dead connection.
+        if not connections[using].is_usable():
+            connections[using].close()
+        raise
     if row.state == State.RESERVED:
         row._state.adding = False
         row._state.db = using
