@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DatabaseError, connections, transaction
+from django.db import DatabaseError, Error, connections, transaction
 from django.utils.functional import cached_property
 
 from . import journal, signals
@@ -473,8 +473,7 @@ class Guard:
         def record_and_settle() -> None:
             if (
                 self._message is None
-                # There it would need a savepoint, as below.
-                and not connections[using].in_atomic_block
+                and journal.at_once(self._client, using)
                 and self._settle_at_once(charge)
             ):
                 return
@@ -493,7 +492,7 @@ class Guard:
 
         try:
             journal.on_live_connection(using, record_and_settle)
-        except DatabaseError:
+        except Error:
             # The movement may be what failed: the decision alone must hold.
             logger.exception("%s could not be settled at once", self.reference)
             record(False)

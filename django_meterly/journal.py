@@ -207,7 +207,7 @@ def reserve(
     answer: Held | MeterlyError | None = outage
     if outage is None and client.transport.joins(using):
         try:
-            if not key and _at_once(client, using):
+            if not key and at_once(client, using):
                 answer = _ask_at_once(using, limited, row, lease)
             else:
                 with _opening(using, row, client.transport.unit_of_work(using)):
@@ -345,15 +345,17 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
     )
 
 
-def _at_once(client: MeterlyClient, using: str) -> bool:
+def at_once(client: MeterlyClient, using: str) -> bool:
     """Return whether a movement and its row can be one statement, and its own.
 
     In a transaction of the caller's they need a savepoint: a statement that failed
     would end it.
     """
+    connection = connections[using]
     return (
         client.transport.carries_statements(using)
-        and not connections[using].in_atomic_block
+        and not connection.in_atomic_block
+        and connection.get_autocommit()
     )
 
 
@@ -363,9 +365,14 @@ def _ask_at_once(
     """Ask a ledger that writes *row* in the statement that holds the credits."""
     insert = _insert(using, row, lease + meterly_settings.LEASE_GRACE)
     # Nothing is sent twice, so the deadline matters to nobody.
-    answer, row.state = _ask(
-        limited.within(meterly_settings.DEADLINE, statement=insert), row
-    )
+    limited = limited.within(meterly_settings.DEADLINE, statement=insert)
+    try:
+        answer, row.state = _ask(limited, row)
+    except OUTAGE:
+        # Leaving an atomic block, Django would have replaced a dead connection.
+        if not connections[using].is_usable():
+            connections[using].close()
+        raise
     if row.state == State.RESERVED:
         row._state.adding = False
         row._state.db = using

@@ -7,7 +7,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, cast
 
 from django.conf import settings
-from django.db import connections, models, router
+from django.db import connections, models
 from django.utils.module_loading import import_string
 from django.utils.translation import gettext_lazy as _
 
@@ -49,10 +49,10 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
     def _known(self, external_id: str) -> Customer | None:
         # By hand: every guard asks this, and Django takes longer to write the query
         # anew than the database takes to answer it.
-        using = router.db_for_write(Customer)
-        table = connections[using].ops.quote_name(Customer._meta.db_table)
+        self._for_write = True
+        table = connections[self.db].ops.quote_name(Customer._meta.db_table)
         sql = f"SELECT * FROM {table} WHERE external_id = %s"  # noqa: S608
-        return next(iter(self.using(using).raw(sql, [external_id])), None)
+        return next(iter(self.raw(sql, [external_id])), None)
 
     def resolve(self, value: Any) -> Customer:
         """Return the customer that *value* stands for.

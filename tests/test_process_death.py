@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from django.contrib.auth.models import Group, User
 from django.core.management import call_command
-from django.db import connection
 
 from django_meterly import guard
+from django_meterly.ledger import postgresql
 from django_meterly.models import Grant
 from tests.books import balance, fund, let_lapse, movements, states, verify
 from tests.children import PATIENCE, dying_transport, environment, started
@@ -188,7 +188,7 @@ JOINED = [
         atomic=True,
     ),
 ]
-if connection.vendor == "postgresql":
+if postgresql.serves("default"):
     # The step was one statement, and with that it is durable.
     JOINED += [
         Death(
