@@ -163,26 +163,27 @@ class MeterlyClient:
 
     aclose = _twin(close)
 
-    def within(
-        self,
-        seconds: float,
-        *,
-        attempts: int | None = None,
-        statement: Statement | None = None,
-    ) -> MeterlyClient:
+    def within(self, seconds: float, *, attempts: int | None = None) -> MeterlyClient:
         """Return a client whose calls must all be done in *seconds* from now.
 
         Each of them is sent *attempts* times at most (``None``: as often as the
-        transport would). It shares this one's transport and limits. A *statement* is
-        for one call, and for transports that carry it.
+        transport would). It shares this one's transport and limits.
         """
         limited = MeterlyClient(transport=self.transport)
         limited._ends_at = time.monotonic() + seconds
         if self._ends_at is not None:
             limited._ends_at = min(limited._ends_at, self._ends_at)
         limited._attempts = attempts or self._attempts
-        limited._statement = statement
         return limited
+
+    def carrying(self, statement: Statement) -> MeterlyClient:
+        """Return a client whose one call is to be one with *statement*.
+
+        For transports that say ``carries_statements``; it shares this one's.
+        """
+        carrying = MeterlyClient(transport=self.transport)
+        carrying._statement = statement
+        return carrying
 
     # Customers and credits
 

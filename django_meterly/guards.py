@@ -300,8 +300,13 @@ class Guard:
         if self._uncharged:
             return
         using = journal.alias()
-        joins = self._client.transport.joins(using) and _reads_committed(using)
-        if joins and self._message is None and self._settle_at_once(self._charge):
+        transport = self._client.transport
+        joins = transport.joins(using) and _reads_committed(using)
+        if (
+            joins
+            and transport.carries_statements(using)
+            and self._settle_at_once(self._charge)
+        ):
             return
         if self._record_decision(joins) and joins and self._message is None:
             self._settle_now()
@@ -456,9 +461,9 @@ class Guard:
 
     def _settle_at_once(self, charge: int | None) -> bool:
         """Decide and settle in one statement; return whether that was all."""
-        client, using = self._client, journal.alias()
-        return client.transport.carries_statements(using) and journal.conclude(
-            client, self._row, charge, fence=self.fence
+        # What is handed off is not settled here.
+        return self._message is None and journal.conclude(
+            self._client, self._row, charge, fence=self.fence
         )
 
     def _conclude(self, record: Callable[[bool], bool], charge: int | None) -> None:
@@ -471,11 +476,7 @@ class Guard:
         transport = self._client.transport
 
         def record_and_settle() -> None:
-            if (
-                self._message is None
-                and journal.at_once(self._client, using)
-                and self._settle_at_once(charge)
-            ):
+            if journal.at_once(self._client, using) and self._settle_at_once(charge):
                 return
             with transport.unit_of_work(using):
                 joins = transport.joins(using)

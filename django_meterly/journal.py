@@ -208,7 +208,7 @@ def reserve(
     if outage is None and client.transport.joins(using):
         try:
             if not key and at_once(client, using):
-                answer = _ask_at_once(using, limited, row, lease)
+                answer = _ask_at_once(using, client, row, lease)
             else:
                 with _opening(using, row, client.transport.unit_of_work(using)):
                     if key:
@@ -223,13 +223,10 @@ def reserve(
                         answer = _ask_first(using, limited, row, lease)
                         row.save(force_insert=True, using=using)
         except OUTAGE as exc:
-            # Rolled back: there is neither a hold nor a row. Or there are both, and
-            # they lapse: what follows has to be another row.
+            # Rolled back: there is neither a hold nor a row.
             if on_unavailable != "allow":
                 raise _unavailable(exc) from exc
             answer = exc
-            row.pk = uuid.uuid4()
-            row.key = key or str(row.pk)
     if answer is None or isinstance(answer, OUTAGE):
         with _opening(using, row, transaction.atomic(using=using)):
             _write_intent(using, row)
@@ -360,19 +357,21 @@ def at_once(client: MeterlyClient, using: str) -> bool:
 
 
 def _ask_at_once(
-    using: str, limited: MeterlyClient, row: Reservation, lease: float
+    using: str, client: MeterlyClient, row: Reservation, lease: float
 ) -> Held | MeterlyError:
     """Ask a ledger that writes *row* in the statement that holds the credits."""
     insert = _insert(using, row, lease + meterly_settings.LEASE_GRACE)
-    # Nothing is sent twice, so the deadline matters to nobody.
-    limited = limited.within(meterly_settings.DEADLINE, statement=insert)
     try:
-        answer, row.state = _ask(limited, row)
-    except OUTAGE:
+        answer, row.state = _ask(client.carrying(insert), row)
+    except (OperationalError, InterfaceError) as exc:
+        connection = connections[using]
         # Leaving an atomic block, Django would have replaced a dead connection.
-        if not connections[using].is_usable():
-            connections[using].close()
-        raise
+        if not connection.is_usable():
+            connection.close()
+        # There may be a hold and its row, which lapse: what follows is another row.
+        row.pk = uuid.uuid4()
+        row.key = str(row.pk)
+        raise MeterlyUnknownOutcomeError(f"The database failed: {exc}") from exc
     if row.state == State.RESERVED:
         row._state.adding = False
         row._state.db = using
@@ -713,7 +712,8 @@ def conclude(
     """Decide and settle *row* in one statement, if that is all there is to it.
 
     A success that costs *charge*, or with ``None`` a failure. Returns whether it was
-    done. If not, nothing was, or it is not known: then decide it first.
+    done. If not, something is out of the ordinary, and nothing was. Raises what the
+    database raises; then it may have been done.
     """
     if row.state != State.RESERVED or not row.reservation_id:
         return False
@@ -722,24 +722,24 @@ def conclude(
     outcome = State.RELEASED if charge is None else State.COMMITTED
     using = alias()
     table = connections[using].ops.quote_name(Reservation._meta.db_table)
-    ours = (row.pk, State.RESERVED.value, fence)
-    statement = Statement(
-        f"UPDATE {table} SET state = %s, charge = %s, lease_until = NULL, "  # noqa: S608
-        "decided_at = STATEMENT_TIMESTAMP(), settled_at = STATEMENT_TIMESTAMP() "
-        "FROM movement WHERE id = %s",
-        (outcome.value, charge, row.pk),
-        f"SELECT id FROM {table} WHERE id = %s AND state = %s AND fence = %s "  # noqa: S608
-        "FOR NO KEY UPDATE",
-        ours,
+    carrying = client.carrying(
+        Statement(
+            f"UPDATE {table} SET state = %s, charge = %s, lease_until = NULL, "  # noqa: S608
+            "decided_at = STATEMENT_TIMESTAMP(), settled_at = STATEMENT_TIMESTAMP() "
+            "FROM movement WHERE id = %s",
+            (outcome.value, charge, row.pk),
+            claim=f"SELECT id FROM {table} "  # noqa: S608
+            "WHERE id = %s AND state = %s AND fence = %s FOR NO KEY UPDATE",
+            claim_parameters=(row.pk, State.RESERVED.value, fence),
+        )
     )
-    limited = client.within(SETTLE_TIMEOUT, attempts=1, statement=statement)
     try:
         if charge is None:
-            limited.release_reservation(
+            carrying.release_reservation(
                 row.reservation_id, idempotency_key=row.wire_key("release")
             )
         else:
-            _commit(limited, row, charge)
+            _commit(carrying, row, charge)
     except (MeterlyError, Unclaimed):
         return False
     row.state, row.charge = outcome, charge

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..errors import MeterlyApiError
+    from ..transports.base import Statement
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -760,10 +761,12 @@ def reserve(
     reference: str,
     ttl_seconds: int | None = None,
     idempotency_key: str,
+    statement: Statement | None = None,
 ) -> Reservation:
     """Hold credits of *unit* (or the customer's own) for *ttl_seconds*.
 
     300 seconds when not given, or ``METERLY_LEDGER["MAX_TTL"]`` if that is less.
+    A *statement*, here and in the next section, is only for PostgreSQL.
 
     Raises ``MeterlyNotFoundError`` and ``MeterlyInsufficientCreditsError``.
     """
@@ -787,6 +790,7 @@ def reserve(
             reference,
             hold=hold_id(),
             ttl_seconds=seconds,
+            statement=statement,
         )
         return Reservation(
             reservation_id=row.hold_id,
@@ -832,6 +836,7 @@ def _call_spend(
     description: str = "",
     hold: str | None = None,
     ttl_seconds: int | None = None,
+    statement: Statement | None = None,
 ) -> postgresql.Spent:
     """Return what PostgreSQL's function has moved, or had for an earlier call.
 
@@ -852,6 +857,7 @@ def _call_spend(
             entry_id(),
             hold,
             ttl_seconds,
+            statement=statement,
         )
         if row.code != "due" or not _expire_due(account_id=row.account_id):
             break
@@ -910,6 +916,7 @@ def commit(
     *,
     amount: int | None = None,
     idempotency_key: str,
+    statement: Statement | None = None,
 ) -> Reservation:
     """Charge a hold: all of it, or *amount* (from 0); the rest is given back.
 
@@ -924,12 +931,16 @@ def commit(
         reservation_id=reservation_id,
         amount=amount,
     )
-    return _close(request, reservation_id, Hold.Status.COMMITTED, amount)
+    return _close(request, reservation_id, Hold.Status.COMMITTED, amount, statement)
 
 
 @_retried
 def release(
-    workspace: int | str, reservation_id: str, *, idempotency_key: str
+    workspace: int | str,
+    reservation_id: str,
+    *,
+    idempotency_key: str,
+    statement: Statement | None = None,
 ) -> Reservation:
     """Give the held credits back.
 
@@ -942,7 +953,7 @@ def release(
         "release_reservation",
         reservation_id=reservation_id,
     )
-    return _close(request, reservation_id, Hold.Status.RELEASED, 0)
+    return _close(request, reservation_id, Hold.Status.RELEASED, 0, statement)
 
 
 _CLOSING = {
@@ -961,12 +972,13 @@ def _close(
     reservation_id: str,
     status: Hold.Status,
     amount: int | None,
+    statement: Statement | None = None,
     *,
     again: bool = True,
 ) -> Reservation:
     using = write_alias()
     if postgresql.serves(using):
-        return _call_close(request, reservation_id, status, amount)
+        return _call_close(request, reservation_id, status, amount, statement)
     entry = request.recorded()
     hold = _hold(request.workspace_id, reservation_id)
     if entry is not None:
@@ -1016,7 +1028,11 @@ def _close(
 
 
 def _call_close(
-    request: _Request, reservation_id: str, status: Hold.Status, amount: int | None
+    request: _Request,
+    reservation_id: str,
+    status: Hold.Status,
+    amount: int | None,
+    statement: Statement | None,
 ) -> Reservation:
     """Return the hold that PostgreSQL's function has closed, or found closed."""
     # Once more after the hold was found to be due.
@@ -1030,6 +1046,7 @@ def _call_close(
             status.value,
             amount,
             entry_id(),
+            statement=statement,
         )
         if row.code != "due":
             break

@@ -6,8 +6,6 @@ Their text is ``sql/postgresql.sql``. A migration creates them, and every
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +14,6 @@ from django.db import connections, router
 from ..transports.base import Unclaimed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from django.db.backends.base.base import BaseDatabaseWrapper
 
     from ..transports.base import Statement
@@ -60,19 +56,6 @@ def serves(using: str) -> bool:
     return enabled and connections[using].vendor == "postgresql"
 
 
-@contextmanager
-def carrying(statement: Statement | None) -> Iterator[None]:
-    """Let *statement* be one with the movements that are made inside."""
-    token = _carried.set(statement)
-    try:
-        yield
-    finally:
-        _carried.reset(token)
-
-
-_carried: ContextVar[Statement | None] = ContextVar("meterly_statement", default=None)
-
-
 def spend(
     using: str,
     workspace: int | str,
@@ -86,14 +69,16 @@ def spend(
     entry_id: str,
     hold_id: str | None,
     ttl_seconds: int | None,
+    *,
+    statement: Statement | None = None,
 ) -> Spent:
-    """Use or reserve credits."""
+    """Use or reserve credits, as one with *statement*."""
     arguments = (
         *_named(workspace),
         *(key, fingerprint, customer_id, unit, amount, reference, description),
         *(entry_id, hold_id, ttl_seconds),
     )
-    return Spent(*_call(using, _SPEND, arguments, hold_id))
+    return Spent(*_call(using, _SPEND, arguments, hold_id, statement))
 
 
 def close(
@@ -105,13 +90,15 @@ def close(
     status: str,
     charged: int | None,
     entry_id: str,
+    *,
+    statement: Statement | None = None,
 ) -> Closed:
-    """Commit or release a hold."""
+    """Commit or release a hold, as one with *statement*."""
     arguments = (
         *_named(workspace),
         *(key, fingerprint, hold_id, status, charged, entry_id),
     )
-    return Closed(*_call(using, _CLOSE, arguments, hold_id))
+    return Closed(*_call(using, _CLOSE, arguments, hold_id, statement))
 
 
 _SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)}) AS answer"
@@ -133,9 +120,12 @@ def _named(workspace: int | str) -> tuple[int | None, str | None]:
 
 
 def _call(
-    using: str, call: str, arguments: tuple[Any, ...], hold_id: str | None
+    using: str,
+    call: str,
+    arguments: tuple[Any, ...],
+    hold_id: str | None,
+    statement: Statement | None,
 ) -> list[Any]:
-    statement = _carried.get()
     sql = call
     if statement is not None:
         sql = (_CLAIMING if statement.claim else _CALLING) + _WRITING

@@ -27,6 +27,7 @@ from .conf import ledger_settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from ..transports.base import Statement
     from .models import Workspace
     from .operations import AccountBalance, CustomerRecord, Movement, Reservation
 
@@ -57,11 +58,13 @@ def perform(
     operation: str,
     arguments: Mapping[str, Any],
     idempotency_key: str | None = None,
+    statement: Statement | None = None,
 ) -> Answer:
     """Carry out *operation*, a key of ``ROUTES``, for *workspace*.
 
     A workspace given by its name is made when first needed.
-    *arguments* have their names on the wire, those of the path included. Raises
+    *arguments* have their names on the wire, those of the path included. A *statement*
+    is for the movements that ``LedgerTransport`` carries one with. Raises
     ``MeterlyApiError``; ``MeterlyInvalidRequestError`` has what is wrong in its
     ``fields``, by name.
     """
@@ -91,6 +94,8 @@ def perform(
             " ".join(f"{name}: {texts[0]}" for name, texts in errors.items()),
             details={"fields": errors},
         )
+    if statement is not None:
+        checked["statement"] = statement
     if not isinstance(workspace, str):
         return handle(workspace.pk, **checked)
     if operation in _BY_NAME:

@@ -34,21 +34,24 @@ class LedgerTransport(Transport):
 
         Raises ``MeterlyApiError``, and ``MeterlyUnknownOutcomeError`` when the
         database failed. In a transaction of the caller's that one means that it
-        is broken, and takes the movement with it when it is rolled back.
+        is broken, and takes the movement with it when it is rolled back. To a call
+        with a statement it happens as the database's own error.
         """
         try:
-            with postgresql.carrying(call.statement):
-                answer = service.perform(
-                    ledger_settings.WORKSPACE,
-                    call.operation,
-                    call.arguments,
-                    call.idempotency_key,
-                )
+            answer = service.perform(
+                ledger_settings.WORKSPACE,
+                call.operation,
+                call.arguments,
+                call.idempotency_key,
+                call.statement,
+            )
         except MeterlyApiError as exc:
             exc.method, exc.path = call.method, call.path
             exc.request_id = f"req_{uuid.uuid4().hex}"
             raise
         except Error as exc:
+            if call.statement is not None:
+                raise
             raise MeterlyUnknownOutcomeError(
                 f"The ledger's database failed: {exc}"
             ) from exc

@@ -142,8 +142,10 @@ class Transport:
         """Return whether a call's ``Statement`` on *using* is one with its movement.
 
         That is for ``reserve_credits``, ``commit_reservation`` and
-        ``release_reservation``. The caller's row is written if, and only if, the call
-        returns. When it raises, neither is done, unless the outcome is unknown.
+        ``release_reservation``. The caller's row is written if, and only if, credits
+        are moved; when the call returns, they are. The errors of the database, which
+        is the caller's own, are raised as they are. A transport that makes calls anew
+        on their way has to pass the statement on, or to say that it carries none.
         """
         return False
 
