@@ -1,4 +1,4 @@
-"""What every test shares: the rule about skips, the database, a free port."""
+"""What tests share: the rule about skips, the database, ledgers and a customer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
+from django.contrib.auth.models import User
 from django.db import connection, connections
+from django.test import RequestFactory
 from django.utils import translation
 
 from django_meterly import get_client
 from tests import database
+from tests.books import fund
 from tests.faults import FaultyTransport
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from django.test import Client
     from pytest_django import DjangoDbBlocker
+
+    from django_meterly.models import Customer
 
 R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 
@@ -107,6 +113,32 @@ def _end_outage() -> None:
 def any_ledger(request: pytest.FixtureRequest) -> Any:
     """Both kinds of ledger, one after the other."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def user(db: None) -> User:
+    return User.objects.create_user("alice")
+
+
+@pytest.fixture
+def customer(user: User, any_ledger: Any) -> Customer:
+    """The user, with 100 credits in either kind of ledger."""
+    return fund(user)
+
+
+@pytest.fixture
+def payer(client: Client, user: User, customer: Customer) -> Client:
+    """The browser in which the user is logged in."""
+    client.force_login(user)
+    return client
+
+
+@pytest.fixture
+def request_(user: User) -> Any:
+    """A request of the user's, as a view gets it."""
+    request = RequestFactory().post("/")
+    request.user = user
+    return request
 
 
 @pytest.fixture

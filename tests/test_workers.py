@@ -23,7 +23,7 @@ from django_meterly import (
 )
 from django_meterly.models import Reservation
 from tests import brokers, jobs
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.books import balance, fund, movements, states, sweep, verify
 from tests.children import (
     broker_options,
     dying_transport,
@@ -192,8 +192,7 @@ def redis(site: Site, servers: Any) -> None:
 
 def assert_charged_once(customer: Customer, runs: int, site: Site) -> None:
     """Check that all is over, and paid for once, however many *runs* there were."""
-    let_lapse()
-    journal.sweep(get_client())
+    sweep()
     assert states().count("committed") == 1
     assert set(states()) <= {"committed", "released"}
     assert movements().count("committed") == 1
@@ -471,8 +470,7 @@ def test_f35_a_soft_time_limit_within_the_commit_of_a_task_loses_no_success(
     site.wait_until(lambda: "SoftTimeLimitExceeded" in site.said())
     assert states() == ["commit_pending"]
     kill_group(worker)
-    let_lapse()
-    journal.sweep(get_client())
+    sweep()
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (75, 0)
