@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from django.contrib.auth.models import User
+from django.contrib.auth.models import Permission, User
+from django.contrib.contenttypes.models import ContentType
+from django.core.management.color import no_style
 from django.db import connection, connections
-from django.test import RequestFactory
+from django.test import RequestFactory, TransactionTestCase
 from django.utils import translation
 
 from django_meterly import get_client
@@ -72,6 +74,24 @@ def django_db_setup(
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
+
+
+def _empty_tables(case: TransactionTestCase) -> None:
+    """Delete what a test has left, but nothing that migrations have."""
+    # Django's own flush deletes content types and permissions, too, and brings them
+    # back by post_migrate: that takes longer than most tests.
+    kept = {ContentType._meta.db_table, Permission._meta.db_table}
+    for alias in case._databases_names(include_mirrors=False):
+        connection = connections[alias]
+        tables = connection.introspection.django_table_names(
+            only_existing=True, include_views=False
+        )
+        connection.ops.execute_sql_flush(
+            connection.ops.sql_flush(no_style(), sorted({*tables} - kept))
+        )
+
+
+TransactionTestCase._fixture_teardown = _empty_tables
 
 
 @pytest.fixture(autouse=True)
