@@ -538,7 +538,7 @@ def hearts() -> list[threading.Thread]:
 
 
 def wait_until(condition: Any) -> None:
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < give_up
         time.sleep(0.02)

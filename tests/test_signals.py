@@ -180,7 +180,7 @@ class TestReservations:
         with guard(user, 25):
             pass
         heard.clear()
-        meeting = threading.Barrier(2, timeout=20)
+        meeting = threading.Barrier(2, timeout=60)
         remote.meet("commit_reservation", meeting.wait, meeting.wait)
 
         def settle() -> None:
@@ -326,7 +326,7 @@ class TestLowBalance:
         customer = fund(user)
         row = Reservation(customer=customer, unit="image_credits", amount=60)
         crossing = type("Balance", (), {"available": 40})()
-        meeting = threading.Barrier(4, timeout=20)
+        meeting = threading.Barrier(4, timeout=60)
 
         def cross() -> None:
             try:

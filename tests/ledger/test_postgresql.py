@@ -148,7 +148,7 @@ def ahead(first, second):
             with transaction.atomic():
                 first()
                 moved.set()
-                waiting.wait(10)
+                waiting.wait(60)
                 give_up = time.monotonic() + 10
                 while not _somebody_waits() and time.monotonic() < give_up:
                     time.sleep(0.01)
@@ -157,7 +157,7 @@ def ahead(first, second):
 
     def follow():
         try:
-            assert moved.wait(10)
+            assert moved.wait(60)
             connection.ensure_connection()
             waiting.set()
             return second()
