@@ -14,7 +14,7 @@ from django.db import connection, connections
 from django.test import RequestFactory, TransactionTestCase
 from django.utils import translation
 
-from django_meterly import get_client
+from django_meterly import client as meterly_client
 from tests import database
 from tests.books import fund
 from tests.faults import FaultyTransport
@@ -56,6 +56,12 @@ def pytest_make_collect_report() -> Generator[
     return _without_skips((yield))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The long ones begin first: at the end, nobody waits for one of them.
+    items.sort(key=lambda item: item.get_closest_marker("any_database") is None)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     # The files that were asked for may be all about other things than a database.
     nothing = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
@@ -84,28 +90,37 @@ def django_db_setup(
 
 
 def _empty_tables(case: TransactionTestCase) -> None:
-    """Delete what a test has left, but nothing that migrations have."""
-    # Django's own flush deletes content types and permissions, too, and brings them
-    # back by post_migrate: that takes longer than most tests.
+    """Delete what a test has left, but nothing that migrations have.
+
+    Django's own flush deletes content types and permissions, too, and brings them back
+    by ``post_migrate``: that takes longer than most tests.
+    """
     kept = {ContentType._meta.db_table, Permission._meta.db_table}
     for alias in case._databases_names(include_mirrors=False):
         connection = connections[alias]
-        tables = connection.introspection.django_table_names(
+        every = connection.introspection.django_table_names(
             only_existing=True, include_views=False
         )
-        connection.ops.execute_sql_flush(
-            connection.ops.sql_flush(no_style(), sorted({*tables} - kept))
-        )
+        tables = sorted({*every} - kept)
+        statements = connection.ops.sql_flush(no_style(), tables)
+        if connection.vendor == "postgresql":
+            # Of a few rows; TRUNCATE makes new files for every table and index.
+            quote = connection.ops.quote_name
+            statements = [f"DELETE FROM {quote(table)}" for table in tables]
+        connection.ops.execute_sql_flush(statements)
 
 
 TransactionTestCase._fixture_teardown = _empty_tables
 
 
 @pytest.fixture(autouse=True)
-def language() -> Iterator[None]:
-    """No request's language stays with the thread that the next test runs in."""
+def nothing_is_inherited() -> Iterator[None]:
+    """Neither a request's language nor a client, with its outage, outlives a test."""
     yield
     translation.deactivate()
+    if meterly_client._current is not None:
+        meterly_client._current.client.close()
+        meterly_client._current = None
 
 
 @pytest.fixture
@@ -115,7 +130,6 @@ def joined(settings: Any) -> None:
         **settings.METERLY,
         "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
     }
-    _end_outage()
 
 
 @pytest.fixture
@@ -126,14 +140,8 @@ def remote(settings: Any) -> Iterator[type[FaultyTransport]]:
         "TRANSPORT": "tests.faults.FaultyTransport",
     }
     FaultyTransport.reset()
-    _end_outage()
     yield FaultyTransport
     FaultyTransport.reset()
-
-
-def _end_outage() -> None:
-    # The client outlives a test, and another one may have left it in an outage.
-    get_client().transport.reachable = True
 
 
 @pytest.fixture(params=["joined", "remote"])

@@ -21,6 +21,7 @@ from django_meterly.db import from_now
 from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.transport import LedgerTransport
+from tests.ledger.holds import reserve
 
 # Where the database is another, conftest.py leaves this file out.
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -178,17 +179,6 @@ def _somebody_waits():
         return cursor.fetchone()[0]
 
 
-def reserve(workspace, customer, amount=40, key="reserve", **options):
-    return operations.reserve(
-        workspace.pk,
-        customer,
-        amount=amount,
-        reference="job",
-        idempotency_key=key,
-        **options,
-    )
-
-
 @pytest.mark.parametrize("amount", [40, 100])
 @pytest.mark.parametrize("in_transaction", [False, True])
 def test_f42_the_second_of_two_with_one_key_is_answered_as_the_first(
@@ -224,7 +214,7 @@ def test_f42_one_key_for_two_accounts_moves_one_of_them(workspace, customer, ope
 
     def second():
         return getattr(operations, operation)(
-            workspace.pk, other, amount=40, reference="job", idempotency_key="reserve"
+            workspace.pk, other, amount=40, reference="job-1", idempotency_key="reserve"
         )
 
     refused = ahead(lambda: reserve(workspace, customer), second)
