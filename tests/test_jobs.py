@@ -547,7 +547,7 @@ def wait_until(condition: Any) -> None:
 def test_a_long_job_keeps_its_lease_and_its_hold(
     customer: Customer, settings: Any
 ) -> None:
-    settings.METERLY = {**settings.METERLY, "LEASE_GRACE": 1.0}
+    settings.METERLY = {**settings.METERLY, "LEASE_GRACE": 2.0}
     seen = set()
 
     def look() -> None:
@@ -555,7 +555,8 @@ def test_a_long_job_keeps_its_lease_and_its_hold(
         live = Hold.objects.live().filter(expires_at__gt=timezone.now())
         seen.add((*states(), live.count()))
 
-    jobs.long("user_1", 4, look)
+    # Longer than its hold, of two seconds, and the lease together.
+    jobs.long("user_1", 5, look)
     assert seen == {("reserved", 1)}
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]

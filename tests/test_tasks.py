@@ -47,9 +47,9 @@ class Site:
         self.broker.mkdir()
         self._folder = folder
         self._stack = stack
-        # Leases of two seconds, and no patience with decided rows.
+        # Leases of three seconds, and no patience with decided rows.
         self._env = {
-            **environment(LEASE_GRACE=1, RESERVATION_TTL=1, DEADLINE=1),
+            **environment(LEASE_GRACE=1, RESERVATION_TTL=2, DEADLINE=2),
             "CHILD_BROKER": str(self.broker),
         }
         self._sender = Celery(

@@ -79,8 +79,8 @@ class Site:
         self.log = folder / "log"
         self.notes = folder / "notes"
         self._stack = stack
-        # Leases of two seconds, and no patience with decided rows.
-        self._env = environment(LEASE_GRACE=2, RESERVATION_TTL=60, DEADLINE=2)
+        # Leases of three seconds, and no patience with decided rows.
+        self._env = environment(LEASE_GRACE=3, RESERVATION_TTL=60, DEADLINE=2)
         self._queue = f"tests-{uuid.uuid4()}"
 
     def connect(self, url: str) -> None:

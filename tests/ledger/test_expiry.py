@@ -47,6 +47,8 @@ def test_f43_300_expired_holds_are_free_after_one_sweep(workspace, customer, cap
     call_command("meterly_ledger_verify")
 
 
+# No function takes part in it.
+@pytest.mark.parametrize("any_path", ["portable"], indirect=True)
 def test_f43_10000_expired_holds_go_in_one_run_with_bounded_memory(
     workspace, customer, capsys
 ):
