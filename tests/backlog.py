@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from django.utils import timezone
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.models import Customer, Reservation
 from django_meterly.transports.base import Transport
+from tests.children import environment, started, wait_until
 
 if TYPE_CHECKING:
     from django_meterly.transports.base import Call
@@ -76,6 +78,28 @@ def leave_behind(
         )
     account.reserved += count
     account.save(update_fields=["reserved"])
+
+
+def settled_by_two(log: Path, timeout: float = 60) -> str:
+    """Let two processes run the sweeper at the same moment; return what they said."""
+    code = "from tests import dying; dying.settle()"
+    with ExitStack() as stack:
+        sweepers = [
+            stack.enter_context(
+                started("django", "shell", "-c", code, env=environment(), log=log)
+            )
+            for _ in range(2)
+        ]
+        wait_until(lambda: log.exists() and log.read_text().count("ready") == 2, log)
+        for sweeper in sweepers:
+            assert sweeper.stdin
+            print("go", file=sweeper.stdin, flush=True)
+        for sweeper in sweepers:
+            sweeper.wait(timeout)
+    said = log.read_text()
+    assert [sweeper.returncode for sweeper in sweepers] == [0, 0], said
+    assert "could not be settled" not in said, said
+    return said
 
 
 class Notebook(Transport):

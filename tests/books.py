@@ -8,7 +8,7 @@ from typing import Any
 from django.core.management import call_command
 from django.utils import timezone
 
-from django_meterly import get_client, grants
+from django_meterly import get_client, grants, journal
 from django_meterly.ledger.models import Entry
 from django_meterly.models import Customer, Reservation
 
@@ -55,6 +55,12 @@ def let_lapse() -> None:
     Reservation.objects.filter(next_attempt_at__isnull=False).update(
         next_attempt_at=past
     )
+
+
+def sweep() -> tuple[int, int]:
+    """Let everything lapse and come due, and run the sweeper."""
+    let_lapse()
+    return journal.sweep(get_client())
 
 
 def verify() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 #: A child may have to import everything on a busy machine.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 def environment(*, atomic_requests: bool = False, **meterly: Any) -> dict[str, str]:

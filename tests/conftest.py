@@ -1,4 +1,4 @@
-"""What every test shares: the rule about skips, the database, a free port."""
+"""What tests share: the rule about skips, the database, ledgers and a customer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
+from django.contrib.auth.models import Permission, User
+from django.contrib.contenttypes.models import ContentType
+from django.core.management.color import no_style
 from django.db import connection, connections
+from django.test import RequestFactory, TransactionTestCase
 from django.utils import translation
 
-from django_meterly import get_client
+from django_meterly import client as meterly_client
 from tests import database
+from tests.books import fund
 from tests.faults import FaultyTransport
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from django.test import Client
     from pytest_django import DjangoDbBlocker
+
+    from django_meterly.models import Customer
 
 R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 
@@ -51,6 +59,19 @@ def pytest_make_collect_report() -> Generator[
     return _without_skips((yield))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The long ones begin first: at the end, nobody waits for one of them.
+    items.sort(key=lambda item: item.get_closest_marker("any_database") is None)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    # The files that were asked for may be all about other things than a database.
+    nothing = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+    if nothing and session.config.option.markexpr == "not any_database":
+        session.exitstatus = pytest.ExitCode.OK
+
+
 @pytest.fixture(scope="session")
 def django_db_setup(
     django_db_setup: None, django_db_blocker: DjangoDbBlocker
@@ -71,11 +92,38 @@ def django_db_setup(
             )
 
 
+def _empty_tables(case: TransactionTestCase) -> None:
+    """Delete what a test has left, but nothing that migrations have.
+
+    Django's own flush deletes content types and permissions, too, and brings them back
+    by ``post_migrate``: that takes longer than most tests.
+    """
+    kept = {ContentType._meta.db_table, Permission._meta.db_table}
+    for alias in case._databases_names(include_mirrors=False):
+        connection = connections[alias]
+        every = connection.introspection.django_table_names(
+            only_existing=True, include_views=False
+        )
+        tables = sorted({*every} - kept)
+        statements = connection.ops.sql_flush(no_style(), tables)
+        if connection.vendor == "postgresql":
+            # Of a few rows; TRUNCATE makes new files for every table and index.
+            quote = connection.ops.quote_name
+            statements = [f"DELETE FROM {quote(table)}" for table in tables]
+        connection.ops.execute_sql_flush(statements)
+
+
+TransactionTestCase._fixture_teardown = _empty_tables
+
+
 @pytest.fixture(autouse=True)
-def language() -> Iterator[None]:
-    """No request's language stays with the thread that the next test runs in."""
+def nothing_is_inherited() -> Iterator[None]:
+    """Neither a request's language nor a client, with its outage, outlives a test."""
     yield
     translation.deactivate()
+    if meterly_client._current is not None:
+        meterly_client._current.client.close()
+        meterly_client._current = None
 
 
 @pytest.fixture
@@ -85,7 +133,6 @@ def joined(settings: Any) -> None:
         **settings.METERLY,
         "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
     }
-    _end_outage()
 
 
 @pytest.fixture
@@ -96,20 +143,40 @@ def remote(settings: Any) -> Iterator[type[FaultyTransport]]:
         "TRANSPORT": "tests.faults.FaultyTransport",
     }
     FaultyTransport.reset()
-    _end_outage()
     yield FaultyTransport
     FaultyTransport.reset()
-
-
-def _end_outage() -> None:
-    # The client outlives a test, and another one may have left it in an outage.
-    get_client().transport.reachable = True
 
 
 @pytest.fixture(params=["joined", "remote"])
 def any_ledger(request: pytest.FixtureRequest) -> Any:
     """Both kinds of ledger, one after the other."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def user(db: None) -> User:
+    return User.objects.create_user("alice")
+
+
+@pytest.fixture
+def customer(user: User, any_ledger: Any) -> Customer:
+    """The user, with 100 credits in either kind of ledger."""
+    return fund(user)
+
+
+@pytest.fixture
+def payer(client: Client, user: User, customer: Customer) -> Client:
+    """The browser in which the user is logged in."""
+    client.force_login(user)
+    return client
+
+
+@pytest.fixture
+def request_(user: User) -> Any:
+    """A request of the user's, as a view gets it."""
+    request = RequestFactory().post("/")
+    request.user = user
+    return request
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def at_work(folder: str | None) -> int:
 
 def wait_for(folder: str, name: str) -> None:
     """Work until there is a file of this *name*."""
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 120
     while not Path(folder, name).exists() and time.monotonic() < give_up:
         time.sleep(0.02)
 

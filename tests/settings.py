@@ -31,7 +31,11 @@ _database = env.db("DATABASE_URL")
 _name = Path(_database["NAME"])
 _database["TEST"] = {"NAME": str(_name.with_name(f"test_{os.getpid()}_{_name.name}"))}
 if _database["ENGINE"] == "django.db.backends.sqlite3":
-    _database["OPTIONS"] = {"timeout": 20}
+    _database["OPTIONS"] = {
+        "timeout": 20,
+        # What a killed process has written is the system's to keep.
+        "init_command": "PRAGMA synchronous = OFF",
+    }
 elif _database["ENGINE"] == "django.db.backends.mysql":
     import pymysql
 

@@ -64,8 +64,8 @@ def everything(db: None) -> Client:
 
 
 @pytest.fixture
-def customer(db: None) -> Customer:
-    return fund(User.objects.create_user("alice"))
+def customer(user: User) -> Customer:
+    return fund(user)
 
 
 def grant_url(*customers: Customer) -> str:

@@ -20,29 +20,12 @@ from django_meterly import (
     meterly_guard,
 )
 from tests import views
-from tests.books import balance, fund, movements, states, verify
+from tests.books import balance, movements, states, verify
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Any:
-    return fund(user)
-
-
-@pytest.fixture
-def request_(user: User) -> Any:
-    request = RequestFactory().post("/")
-    request.user = user
-    return request
 
 
 def as_function(body: Any) -> Any:

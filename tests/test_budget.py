@@ -80,11 +80,6 @@ def counted() -> Iterator[Cost]:
     assert not inside
 
 
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
 def plain(request: Any) -> HttpResponse:
     Group.objects.create(name="trace")
     if request.POST.get("break"):

@@ -18,7 +18,7 @@ from django.views import View
 from django_meterly import MeterlyUsageError, guard, meterly_guard
 from django_meterly.models import Reservation
 from tests import views
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
 
 pytestmark = pytest.mark.django_db(transaction=True)
 ON_POSTGRESQL = connections["default"].vendor == "postgresql"
@@ -33,23 +33,6 @@ def kill_backend(connection: Any) -> None:
     with other.cursor() as cursor:
         cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
     other.close()
-
-
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Any:
-    return fund(user)
-
-
-@pytest.fixture
-def payer(client: Any, user: User, customer: Any) -> Any:
-    client.force_login(user)
-    client.raise_request_exception = True
-    return client
 
 
 def test_success_charges_once(payer: Any, customer: Any, any_requests: bool) -> None:
@@ -392,7 +375,6 @@ def test_f02_a_reserve_that_was_never_sent_is_a_503_and_over(
 def test_f03_a_lost_commit_is_committed_once_by_the_sweeper(
     client: Any, user: User, remote: Any, any_requests: bool, fault: str
 ) -> None:
-    from django_meterly import get_client, journal
 
     customer = fund(user)
     client.force_login(user)
@@ -401,8 +383,7 @@ def test_f03_a_lost_commit_is_committed_once_by_the_sweeper(
     assert (response.status_code, response.content) == (200, b"done")
     for _ in range(4):
         assert "release_reservation" not in remote.operations()
-        let_lapse()
-        journal.sweep(get_client())
+        sweep()
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
     assert movements() == ["reserved", "committed"]

@@ -50,6 +50,8 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+# One connection, and a savepoint a path: what is tried is the journal.
+@pytest.mark.any_database
 @pytest.mark.django_db
 @pytest.mark.parametrize(
     ("scenario", "bound", "least"),

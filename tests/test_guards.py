@@ -40,22 +40,7 @@ from django_meterly.errors import (
 from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Customer, Reservation
-from tests.books import balance, fund, let_lapse, movements, states, verify
-
-
-def sweep() -> tuple[int, int]:
-    let_lapse()
-    return journal.sweep(get_client())
-
-
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Customer:
-    return fund(user)
+from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
 
 
 class TestWork:

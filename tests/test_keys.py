@@ -27,14 +27,12 @@ from rest_framework.views import APIView
 from django_meterly import (
     MeterlyDuplicateError,
     MeterlyIdempotencyMismatchError,
-    get_client,
     guard,
-    journal,
     meterly_guard,
 )
 from django_meterly.keys import requested_key
 from django_meterly.models import Reservation
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.books import balance, fund, movements, states, sweep, verify
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -77,7 +75,7 @@ async def adraw(request: HttpRequest) -> HttpResponse:
 @meterly_guard("image_credits", 25)
 def slow(request: HttpRequest) -> HttpResponse:
     Gate.entered.set()
-    assert Gate.leave.wait(20)
+    assert Gate.leave.wait(60)
     return HttpResponse("drawn")
 
 
@@ -140,22 +138,6 @@ urlpatterns = [
     path("resource/", meterly_guard("image_credits", 25)(Resource.as_view())),
     path("function/", function),
 ]
-
-
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Any:
-    return fund(user)
-
-
-@pytest.fixture
-def payer(client: Client, user: User, customer: Any) -> Client:
-    client.force_login(user)
-    return client
 
 
 def post(client: Any, url: str, key: str = KEY, **headers: str) -> Any:
@@ -223,7 +205,7 @@ def test_f27_the_concurrent_request_is_a_409_with_retry_after(
     thread = threading.Thread(target=first)
     thread.start()
     try:
-        assert Gate.entered.wait(20)
+        assert Gate.entered.wait(60)
         second = post(payer, "/slow/")
         other_amount = post(payer, "/draw/")
     finally:
@@ -249,7 +231,7 @@ def test_f27_of_many_first_requests_at_once_exactly_one_runs(
         try:
             client = Client()
             client.force_login(user)
-            barrier.wait(20)
+            barrier.wait(60)
             answers.append(post(client, "/draw/"))
         finally:
             connections.close_all()
@@ -363,8 +345,7 @@ def test_f27_a_release_the_ledger_has_not_confirmed_is_still_in_progress(
         again = post(client, "/priced/", **{"X-Amount": amount})
         assert problem(again) == (409, "duplicate")
         assert again["Retry-After"] == "5"
-    let_lapse()
-    journal.sweep(get_client())
+    sweep()
     assert post(client, "/priced/", **{"X-Amount": "24"}).status_code == 200
     assert balance(customer) == (76, 0)
 

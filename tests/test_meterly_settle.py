@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ from django.db import transaction
 from django_meterly import get_client, grants, guard
 from django_meterly.ledger.models import Entry
 from django_meterly.models import Grant, Reservation
+from tests.backlog import settled_by_two
 from tests.books import balance, fund, let_lapse, movements, states, verify
-from tests.children import environment, started, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,24 +125,7 @@ def test_f38_two_sweepers_settle_each_row_once(
 ) -> None:
     leave_behind(customer, 200)
     let_lapse()
-    log = tmp_path / "log"
-    code = "from tests import dying; dying.settle()"
-    with ExitStack() as stack:
-        sweepers = [
-            stack.enter_context(
-                started("django", "shell", "-c", code, env=environment(), log=log)
-            )
-            for _ in range(2)
-        ]
-        wait_until(lambda: log.exists() and log.read_text().count("ready") == 2, log)
-        for sweeper in sweepers:
-            assert sweeper.stdin
-            print("go", file=sweeper.stdin, flush=True)
-        for sweeper in sweepers:
-            sweeper.wait(timeout=60)
-    said = log.read_text()
-    assert [sweeper.returncode for sweeper in sweepers] == [0, 0], said
-    assert "could not be settled" not in said, said
+    said = settled_by_two(tmp_path / "log")
 
     counts = [
         [int(count) for count in found]

@@ -22,7 +22,7 @@ from rest_framework.views import APIView
 
 from django_meterly import MeterlyUsageError, guard, meterly_guard
 from django_meterly.middleware import MeterlyMiddleware, key_for
-from tests.books import balance, fund, states
+from tests.books import balance, states
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -153,22 +153,6 @@ def guard_views(settings: Any) -> Any:
         }
 
     return guard_views
-
-
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Any:
-    return fund(user)
-
-
-@pytest.fixture
-def payer(client: Any, user: User, customer: Any) -> Any:
-    client.force_login(user)
-    return client
 
 
 def test_f30_a_view_is_guarded_by_its_urls_name(

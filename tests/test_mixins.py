@@ -188,22 +188,6 @@ GUARDED = [
 every_guard = pytest.mark.parametrize("url", GUARDED)
 
 
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Any:
-    return fund(user)
-
-
-@pytest.fixture
-def payer(client: Any, user: User, customer: Any) -> Any:
-    client.force_login(user)
-    return client
-
-
 @every_guard
 def test_success_charges_once_and_in_the_views_transaction(
     payer: Any, customer: Any, any_requests: bool, url: str

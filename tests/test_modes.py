@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.contrib.auth.models import User
 from django.db import OperationalError, connection, connections, transaction
 from django.http import HttpRequest, HttpResponse
 from django.test.utils import CaptureQueriesContext
@@ -36,7 +35,10 @@ from django_meterly.errors import (
 )
 from django_meterly.ledger import service
 from django_meterly.models import Customer, Reservation
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
+
+if TYPE_CHECKING:
+    from django.contrib.auth.models import User
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -70,21 +72,6 @@ urlpatterns = [
         meterly_guard(amount=25, idempotency_key=lambda r: r.POST["key"])(view),
     ),
 ]
-
-
-def sweep() -> tuple[int, int]:
-    let_lapse()
-    return journal.sweep(get_client())
-
-
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Customer:
-    return fund(user)
 
 
 def in_loop(test: Any) -> Any:

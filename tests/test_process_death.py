@@ -30,8 +30,8 @@ OVERAGE = [*COMMITTED, "used"]
 
 
 @pytest.fixture
-def customer() -> Customer:
-    return fund(User.objects.create_user("alice"))
+def customer(user: User) -> Customer:
+    return fund(user)
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from django.contrib.auth.models import User
 from django.db import connection, connections, transaction
 from django.dispatch import Signal
 from django.test.utils import CaptureQueriesContext
@@ -30,7 +29,10 @@ from django_meterly.errors import (
     MeterlyRateLimitedError,
 )
 from django_meterly.models import Customer, LowBalance, Reservation
-from tests.books import balance, fund, let_lapse, states
+from tests.books import balance, fund, states, sweep
+
+if TYPE_CHECKING:
+    from django.contrib.auth.models import User
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -64,21 +66,6 @@ def heard() -> Any:
     yield heard
     for name, listen in listeners.items():
         getattr(signals, name).disconnect(listen)
-
-
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Customer:
-    return fund(user)
-
-
-def sweep() -> tuple[int, int]:
-    let_lapse()
-    return journal.sweep(get_client())
 
 
 class TestReservations:
@@ -193,7 +180,7 @@ class TestReservations:
         with guard(user, 25):
             pass
         heard.clear()
-        meeting = threading.Barrier(2, timeout=20)
+        meeting = threading.Barrier(2, timeout=60)
         remote.meet("commit_reservation", meeting.wait, meeting.wait)
 
         def settle() -> None:
@@ -339,7 +326,7 @@ class TestLowBalance:
         customer = fund(user)
         row = Reservation(customer=customer, unit="image_credits", amount=60)
         crossing = type("Balance", (), {"available": 40})()
-        meeting = threading.Barrier(4, timeout=20)
+        meeting = threading.Barrier(4, timeout=60)
 
         def cross() -> None:
             try:

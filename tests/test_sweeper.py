@@ -9,7 +9,6 @@ import os
 import re
 import tracemalloc
 from collections import Counter
-from contextlib import ExitStack
 from io import StringIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,9 +34,8 @@ from django_meterly.errors import (
 from django_meterly.ledger.models import Entry
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Reservation
-from tests.backlog import leave_behind
+from tests.backlog import leave_behind, settled_by_two
 from tests.books import balance, fund, let_lapse, movements, states, verify
-from tests.children import environment, started, wait_until
 from tests.faults import FaultyTransport
 
 if TYPE_CHECKING:
@@ -173,24 +171,7 @@ def test_f38_two_sweepers_settle_many_rows_once_each(
     }
     leave_behind(fund("user_1", ROWS), ROWS)
     settings.METERLY = remote
-    log = tmp_path / "log"
-    code = "from tests import dying; dying.settle()"
-    with ExitStack() as stack:
-        sweepers = [
-            stack.enter_context(
-                started("django", "shell", "-c", code, env=environment(), log=log)
-            )
-            for _ in range(2)
-        ]
-        wait_until(lambda: log.exists() and log.read_text().count("ready") == 2, log)
-        for sweeper in sweepers:
-            assert sweeper.stdin
-            print("go", file=sweeper.stdin, flush=True)
-        for sweeper in sweepers:
-            sweeper.wait(timeout=60 + ROWS / 10)
-    said = log.read_text()
-    assert [sweeper.returncode for sweeper in sweepers] == [0, 0], said
-    assert "could not be settled" not in said, said
+    said = settled_by_two(tmp_path / "log", timeout=60 + ROWS / 10)
     taken = [int(count) for count in re.findall(r"(\d+) taken up", said)]
     assert sum(taken) == ROWS
     # Both had their share.

@@ -47,9 +47,9 @@ class Site:
         self.broker.mkdir()
         self._folder = folder
         self._stack = stack
-        # Leases of two seconds, and no patience with decided rows.
+        # Leases of three seconds, and no patience with decided rows.
         self._env = {
-            **environment(LEASE_GRACE=1, RESERVATION_TTL=1, DEADLINE=1),
+            **environment(LEASE_GRACE=1, RESERVATION_TTL=2, DEADLINE=2),
             "CHILD_BROKER": str(self.broker),
         }
         self._sender = Celery(
@@ -185,13 +185,11 @@ def test_f35_a_soft_time_limit_within_the_commit_loses_no_success(
     verify()
 
 
-def test_a_lost_commit_and_a_lost_grant_are_carried_out(
-    site: Site, customer: Customer
-) -> None:
+def lose_a_commit_and_a_grant(customer: Customer) -> None:
+    """Leave things as if a commit's answer and a grant's question had been lost."""
     with guard(customer, 25):
         pass
-    # As if the commit's answer, and the grant's question, had been lost.
-    Reservation.objects.update(
+    Reservation.objects.filter(state="committed").update(
         state="commit_pending", next_attempt_at=timezone.now(), settled_at=None
     )
     Grant.objects.create(
@@ -201,6 +199,12 @@ def test_a_lost_commit_and_a_lost_grant_are_carried_out(
         reason="r",
         reference="welcome",
     )
+
+
+def test_a_lost_commit_and_a_lost_grant_are_carried_out(
+    site: Site, customer: Customer
+) -> None:
+    lose_a_commit_and_a_grant(customer)
     site.worker()
     site.send(tasks.settle_reservations.name)
     site.wait_until(lambda: balance(customer) == (125, 0))
@@ -230,18 +234,7 @@ def test_f39_two_beats_release_a_lapsed_reservation_once(
 
 def test_f39_two_beats_settle_what_is_due_once(site: Site, customer: Customer) -> None:
     leave_behind(customer, 20)
-    with guard(customer, 25):
-        pass
-    Reservation.objects.filter(state="committed").update(
-        state="commit_pending", next_attempt_at=timezone.now(), settled_at=None
-    )
-    Grant.objects.create(
-        customer=customer,
-        unit="image_credits",
-        amount=50,
-        reason="r",
-        reference="welcome",
-    )
+    lose_a_commit_and_a_grant(customer)
     site.beat("one")
     site.beat("two")
     site.worker()

@@ -18,13 +18,12 @@ from django.urls import path
 from django_meterly import (
     MeterlyDuplicateError,
     MeterlyUsageError,
-    get_client,
     guard,
     journal,
     meterly_guard,
 )
 from tests import views
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.books import balance, fund, movements, states, sweep, verify
 from tests.faults import FaultyTransport
 
 
@@ -64,21 +63,6 @@ urlpatterns = [
     path("anested/", anested),
     path("integrity/", integrity),
 ]
-
-
-def sweep() -> None:
-    let_lapse()
-    journal.sweep(get_client())
-
-
-@pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Any:
-    return fund(user)
 
 
 class TestBlocks:

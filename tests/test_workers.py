@@ -23,7 +23,7 @@ from django_meterly import (
 )
 from django_meterly.models import Reservation
 from tests import brokers, jobs
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.books import balance, fund, movements, states, sweep, verify
 from tests.children import (
     broker_options,
     dying_transport,
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
     from django_meterly.models import Customer
 
-pytestmark = pytest.mark.django_db(transaction=True)
+# Workers over each database are in test_tasks; here it is brokers.
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.any_database]
 
 #: Seconds after which Redis takes a message for lost that nobody acknowledged.
 VISIBILITY_TIMEOUT = 3
@@ -78,8 +79,8 @@ class Site:
         self.log = folder / "log"
         self.notes = folder / "notes"
         self._stack = stack
-        # Leases of two seconds, and no patience with decided rows.
-        self._env = environment(LEASE_GRACE=2, RESERVATION_TTL=60, DEADLINE=2)
+        # Leases of three seconds, and no patience with decided rows.
+        self._env = environment(LEASE_GRACE=3, RESERVATION_TTL=60, DEADLINE=2)
         self._queue = f"tests-{uuid.uuid4()}"
 
     def connect(self, url: str) -> None:
@@ -192,8 +193,7 @@ def redis(site: Site, servers: Any) -> None:
 
 def assert_charged_once(customer: Customer, runs: int, site: Site) -> None:
     """Check that all is over, and paid for once, however many *runs* there were."""
-    let_lapse()
-    journal.sweep(get_client())
+    sweep()
     assert states().count("committed") == 1
     assert set(states()) <= {"committed", "released"}
     assert movements().count("committed") == 1
@@ -215,7 +215,7 @@ def test_f31_the_credits_of_a_killed_child_come_back(
     begun = time.monotonic()
     site.sweep_until("released")
     # After its lease, not after its hold.
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 45
     assert balance(customer) == (100, 0)
     assert movements() == ["reserved", "released"]
     verify()
@@ -262,7 +262,7 @@ def test_f31_a_warm_shutdown_lets_the_task_finish(
     os.kill(worker.pid, signal.SIGTERM)
     site.wait_until(lambda: "Warm shutdown" in site.said())
     site.go()
-    worker.wait(30)
+    worker.wait(60)
     assert states() == ["committed"]
     assert_charged_once(customer, 1, site)
 
@@ -274,7 +274,7 @@ def test_f31_a_cold_shutdown_is_no_charge_and_the_next_worker_does_the_task(
     site.work(jobs.works, "hang", "finish")
     site.wait_for_run()
     os.kill(worker.pid, signal.SIGQUIT)
-    worker.wait(30)
+    worker.wait(60)
     site.worker()
     site.wait_until(lambda: "committed" in states())
     assert_charged_once(customer, 2, site)
@@ -473,8 +473,7 @@ def test_f35_a_soft_time_limit_within_the_commit_of_a_task_loses_no_success(
     durable = get_client().transport.carries_statements("default")
     assert states() == ["committed" if durable else "commit_pending"]
     kill_group(worker)
-    let_lapse()
-    journal.sweep(get_client())
+    sweep()
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (75, 0)
@@ -515,11 +514,13 @@ def test_f36_a_handed_off_task_that_expires_or_is_revoked_is_released(
     late = jobs.handed_off.s(str(site.folder))
     with guard("user_1", 25) as work:
         work.hand_off(late.clone().set(expires=0.1))
-    with guard("user_1", 25) as work:
-        revoked = work.hand_off(late.clone().set(countdown=20))
     time.sleep(0.2)
+    # This one the worker drops itself, or RabbitMQ does before.
     site.worker()
-    # The other one the worker drops itself, or RabbitMQ does before.
+    site.wait_until(lambda: " ready." in site.said())
+    with guard("user_1", 25) as work:
+        # It waits for its time in the worker, which hears of the end before that.
+        revoked = work.hand_off(late.clone().set(countdown=5))
     site.wait_until(lambda: f"[{revoked}] received" in site.said())
     APP.control.revoke(revoked)
     discarded = f"Discarding revoked task: jobs.handed_off[{revoked}]"

@@ -45,7 +45,7 @@ def test_client_works_in_a_plain_script(live_ledger, api_key, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert (done.stdout, done.stderr) == ("80\n70\n", "")

@@ -12,7 +12,7 @@ from tests.ledger.test_signature import sign
 
 def status(base_url: str, request: bytes) -> int:
     address = urlsplit(base_url)
-    with socket.create_connection((address.hostname, address.port), timeout=10) as sock:
+    with socket.create_connection((address.hostname, address.port), timeout=60) as sock:
         sock.sendall(request)
         return int(sock.recv(4096).split()[1])
 

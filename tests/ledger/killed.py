@@ -25,7 +25,6 @@ def main() -> None:
     django.setup()
     from django.core.management import call_command
     from django.db import connections
-    from django.db.backends.signals import connection_created
 
     from django_meterly.ledger import operations
 
@@ -67,12 +66,6 @@ def main() -> None:
         )
         return operations.default_balance(workspace, customer)
 
-    def hasten(connection: Any, **kwargs: Any) -> None:
-        # What a killed process has written is the system's to keep.
-        if connection.vendor == "sqlite":
-            connection.cursor().execute("PRAGMA synchronous = OFF")
-
-    connection_created.connect(hasten, weak=False)
     for number in itertools.count():
         connections.close_all()
         child = os.fork()

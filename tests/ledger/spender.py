@@ -13,11 +13,54 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import django
 from django.conf import settings
+
+
+def start_spender(
+    customer: str,
+    *,
+    attempts: int,
+    threads: int = 1,
+    options: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Start this module; ``run`` tells it when to begin."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *("-m", "tests.ledger.spender", customer),
+            *(str(threads), str(attempts), json.dumps(options or {})),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def run(spenders: list[Any]) -> list[tuple[int, ...]]:
+    """Let them all go at the same moment; return what each of them printed."""
+    try:
+        for spender in spenders:
+            assert spender.stdout.readline() == "ready\n"
+        for spender in spenders:
+            spender.stdin.write("go\n")
+            spender.stdin.flush()
+        printed = [spender.communicate()[0] for spender in spenders]
+        assert [spender.returncode for spender in spenders] == [0] * len(spenders)
+    finally:
+        for spender in spenders:
+            spender.kill()
+            spender.wait()
+            spender.stdin.close()
+            spender.stdout.close()
+    return [tuple(map(int, text.split())) for text in printed]
 
 
 def main(external_id: str, threads: str, attempts: str, options: str) -> None:

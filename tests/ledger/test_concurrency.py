@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -17,6 +14,7 @@ from django_meterly import errors
 from django_meterly.db import from_now
 from django_meterly.ledger import operations
 from django_meterly.ledger.models import Customer, Entry, Hold, Workspace
+from tests.ledger.spender import run, start_spender
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -29,39 +27,6 @@ STRICTEST = {
     "mysql": {"isolation_level": "serializable"},
     "sqlite": {"transaction_mode": "EXCLUSIVE"},
 }
-
-
-def start_spender(customer, *, threads=1, attempts, options=None, environment=None):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            *("-m", "tests.ledger.spender", customer),
-            *(str(threads), str(attempts), json.dumps(options or {})),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
-
-
-def run(spenders):
-    """Let them all go at the same moment; return what each of them printed."""
-    try:
-        for spender in spenders:
-            assert spender.stdout.readline() == "ready\n"
-        for spender in spenders:
-            spender.stdin.write("go\n")
-            spender.stdin.flush()
-        printed = [spender.communicate()[0] for spender in spenders]
-        assert [spender.returncode for spender in spenders] == [0] * len(spenders)
-    finally:
-        for spender in spenders:
-            spender.kill()
-            spender.wait()
-            spender.stdin.close()
-            spender.stdout.close()
-    return [tuple(map(int, text.split())) for text in printed]
 
 
 def together(*calls):
@@ -113,62 +78,6 @@ def test_f40_the_strictest_isolation_is_retried_not_reported(workspace, customer
 
     assert sum(succeeded for succeeded, refused in counts) == 100
     call_command("meterly_ledger_verify")
-
-
-@pytest.fixture
-def sqlite(tmp_path, settings):
-    """The environment of a process with a SQLite file and 1000 credits in it."""
-    environment = {"DATABASE_URL": f"sqlite:///{tmp_path}/test_meterly.sqlite3"}
-    script = """
-import django
-django.setup()
-from django.core.management import call_command
-from django_meterly.ledger import operations
-call_command("migrate", verbosity=0)
-operations.grant(
-    operations.ensure_workspace("acme").pk, external_id="user_1", amount=1000,
-    credit_unit="credits", reference="opening", idempotency_key="opening",
-)
-"""
-    subprocess.run(
-        [sys.executable, "-c", script], check=True, env={**os.environ, **environment}
-    )
-    return environment
-
-
-def test_f40_8_threads_on_sqlite_never_see_a_locked_database(sqlite):
-    # Django's own defaults: five seconds, and a lock taken with the first write.
-    spender = start_spender(
-        "user_1",
-        threads=8,
-        attempts=150,
-        options={"timeout": 5},
-        environment=sqlite,
-    )
-    assert run([spender]) == [(1000, 200)]
-
-
-def test_f40_a_locked_sqlite_database_is_tried_again(sqlite):
-    spender = start_spender(
-        "user_1", attempts=1, options={"timeout": 0.01}, environment=sqlite
-    )
-    somebody = sqlite3.connect(
-        sqlite["DATABASE_URL"].removeprefix("sqlite:///"), check_same_thread=False
-    )
-    assert spender.stdout is not None
-    # Only now: the spender reads while it starts.
-    somebody.isolation_level = None
-    release = threading.Timer(1, somebody.rollback)
-    started = time.monotonic()
-    somebody.execute("BEGIN IMMEDIATE")
-    release.start()
-
-    counts = run([spender])
-
-    assert time.monotonic() - started > 1
-    assert counts == [(1, 0)]
-    release.join()
-    somebody.close()
 
 
 def test_f41_six_deliveries_of_one_grant_at_once_are_one_grant(workspace):

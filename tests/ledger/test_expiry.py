@@ -12,24 +12,9 @@ from django_meterly.db import from_now
 from django_meterly.ledger import operations
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.tasks import expire_holds
+from tests.ledger.holds import numbers, reserve
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
-
-
-def reserve(workspace, customer, amount=40, key="reserve", **options):
-    return operations.reserve(
-        workspace.pk,
-        customer,
-        amount=amount,
-        reference="job-1",
-        idempotency_key=key,
-        **options,
-    )
-
-
-def numbers(workspace, customer):
-    account = operations.default_balance(workspace.pk, customer)
-    return account.balance, account.reserved
 
 
 def let_expire():
@@ -62,6 +47,8 @@ def test_f43_300_expired_holds_are_free_after_one_sweep(workspace, customer, cap
     call_command("meterly_ledger_verify")
 
 
+# No function takes part in it.
+@pytest.mark.parametrize("any_path", ["portable"], indirect=True)
 def test_f43_10000_expired_holds_go_in_one_run_with_bounded_memory(
     workspace, customer, capsys
 ):

@@ -7,24 +7,9 @@ from django_meterly import errors
 from django_meterly.ledger import operations
 from django_meterly.ledger.models import Account, Customer, Entry, Hold, Workspace
 from django_meterly.transports.base import MAX_AMOUNT
+from tests.ledger.holds import numbers, reserve
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
-
-
-def reserve(workspace, customer, amount=40, key="reserve", **options):
-    return operations.reserve(
-        workspace.pk,
-        customer,
-        amount=amount,
-        reference="job-1",
-        idempotency_key=key,
-        **options,
-    )
-
-
-def numbers(workspace, customer):
-    account = operations.default_balance(workspace.pk, customer)
-    return account.balance, account.reserved
 
 
 # Customers

@@ -21,6 +21,7 @@ from django_meterly.db import from_now
 from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.transport import LedgerTransport
+from tests.ledger.holds import reserve
 
 # Where the database is another, conftest.py leaves this file out.
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -148,7 +149,7 @@ def ahead(first, second):
             with transaction.atomic():
                 first()
                 moved.set()
-                waiting.wait(10)
+                waiting.wait(60)
                 give_up = time.monotonic() + 10
                 while not _somebody_waits() and time.monotonic() < give_up:
                     time.sleep(0.01)
@@ -157,7 +158,7 @@ def ahead(first, second):
 
     def follow():
         try:
-            assert moved.wait(10)
+            assert moved.wait(60)
             connection.ensure_connection()
             waiting.set()
             return second()
@@ -176,17 +177,6 @@ def _somebody_waits():
     with connection.cursor() as cursor:
         cursor.execute("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
         return cursor.fetchone()[0]
-
-
-def reserve(workspace, customer, amount=40, key="reserve", **options):
-    return operations.reserve(
-        workspace.pk,
-        customer,
-        amount=amount,
-        reference="job",
-        idempotency_key=key,
-        **options,
-    )
 
 
 @pytest.mark.parametrize("amount", [40, 100])
@@ -224,7 +214,7 @@ def test_f42_one_key_for_two_accounts_moves_one_of_them(workspace, customer, ope
 
     def second():
         return getattr(operations, operation)(
-            workspace.pk, other, amount=40, reference="job", idempotency_key="reserve"
+            workspace.pk, other, amount=40, reference="job-1", idempotency_key="reserve"
         )
 
     refused = ahead(lambda: reserve(workspace, customer), second)

@@ -46,11 +46,6 @@ urlpatterns = [
 
 
 @pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
 def api(user: User) -> APIClient:
     api = APIClient()
     api.force_login(user)

@@ -233,16 +233,6 @@ every_guard = pytest.mark.parametrize("url", GUARDED)
 
 
 @pytest.fixture
-def user(db: None) -> User:
-    return User.objects.create_user("alice")
-
-
-@pytest.fixture
-def customer(user: User, any_ledger: Any) -> Any:
-    return fund(user)
-
-
-@pytest.fixture
 def api(user: User) -> APIClient:
     token = Token.objects.create(user=user)
     return APIClient(headers={"authorization": f"Token {token.key}"})

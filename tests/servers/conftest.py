@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from django.contrib.auth.models import User
 
 from tests.books import fund
 
@@ -15,12 +14,14 @@ from .serving import LEDGERS, Site, serving
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from django.contrib.auth.models import User
+
     from django_meterly.models import Customer
 
 
 @pytest.fixture
-def customer(transactional_db: None) -> Customer:
-    return fund(User.objects.create_user("alice"))
+def customer(transactional_db: None, user: User) -> Customer:
+    return fund(user)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """What the servers serve: guarded views whose fate the query string decides.
 
 ``?hold=NAME`` lets the work wait in the middle, until the test has seen where it
-is and lets it go on. ``?raise=``, ``?template=`` and ``?status=`` are its ends.
+is and lets it go on. ``?raise=``, ``?template=`` and ``?status=`` are its ends;
+the template ``held`` is where ``?render=NAME`` waits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import os
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +41,9 @@ KINDS: dict[str, type[BaseException]] = {
 }
 
 
-def _arrive(request: HttpRequest) -> Path | None:
+def _arrive(request: HttpRequest, where: str) -> Path | None:
     """Tell the test that the work waits, and in which process; return for what."""
-    if not (name := request.GET.get("hold")):
+    if not (name := request.GET.get(where)):
         return None
     folder = Path(os.environ["SERVER_FOLDER"])
     # Seen by the test only when it is whole.
@@ -50,8 +52,8 @@ def _arrive(request: HttpRequest) -> Path | None:
     return folder / f"{name}.go"
 
 
-def hold(request: HttpRequest) -> None:
-    gate = _arrive(request)
+def hold(request: HttpRequest, where: str = "hold") -> None:
+    gate = _arrive(request, where)
     while gate and not gate.exists():
         time.sleep(0.02)
     if gate:
@@ -59,7 +61,7 @@ def hold(request: HttpRequest) -> None:
 
 
 async def ahold(request: HttpRequest) -> None:
-    gate = _arrive(request)
+    gate = _arrive(request, "hold")
     while gate and not gate.exists():
         await asyncio.sleep(0.02)
 
@@ -68,7 +70,9 @@ def _end(request: HttpRequest) -> HttpResponseBase:
     if kind := request.GET.get("raise"):
         raise KINDS[kind]
     if template := request.GET.get("template"):
-        return TemplateResponse(request, f"tests/{template}.html", {"value": 1})
+        wait = partial(hold, request, "render")
+        context = {"value": 1, "wait": wait}
+        return TemplateResponse(request, f"tests/{template}.html", context)
     return HttpResponse("done", status=int(request.GET.get("status", "200")))
 
 

@@ -30,6 +30,18 @@ pytestmark = pytest.mark.django_db(transaction=True)
 RELEASED = ["reserved", "released"]
 COMMITTED = ["reserved", "committed"]
 
+
+def during_the_work(
+    site: Site, path: str, happen: Callable[[], None], method: str = "POST"
+) -> int:
+    """Let it *happen* while the view is at work; return the answer's status."""
+    visit = site.begin(method, path)
+    site.wait_for("work")
+    happen()
+    site.let_go("work")
+    return visit.response().status
+
+
 # A file has no line that could be cut.
 if connection.vendor != "sqlite":
 
@@ -79,11 +91,7 @@ if connection.vendor != "sqlite":
         start: Any, line: Line, customer: Customer, kind: str, view: str
     ) -> None:
         site = start(kind)
-        visit = site.begin("POST", f"/{view}/?hold=work")
-        site.wait_for("work")
-        line.drop()
-        site.let_go("work")
-        assert visit.response().status == 200
+        assert during_the_work(site, f"/{view}/?hold=work", line.drop) == 200
         assert states() == ["committed"]
         swept()
         assert movements() == COMMITTED
@@ -94,11 +102,7 @@ if connection.vendor != "sqlite":
         start: Any, line: Line, customer: Customer, kind: str
     ) -> None:
         site = start(f"{kind}-atomic")
-        visit = site.begin("POST", "/paid/?hold=work")
-        site.wait_for("work")
-        line.drop()
-        site.let_go("work")
-        assert visit.response().status == 500
+        assert during_the_work(site, "/paid/?hold=work", line.drop) == 500
         assert states() == ["released"]
         swept()
         assert not Group.objects.exists()
@@ -110,11 +114,7 @@ if connection.vendor != "sqlite":
         start: Any, line: Line, customer: Customer, kind: str, view: str
     ) -> None:
         site = start(kind)
-        visit = site.begin("POST", f"/{view}/?hold=work")
-        site.wait_for("work")
-        line.cut()
-        site.let_go("work")
-        assert visit.response().status == 500
+        assert during_the_work(site, f"/{view}/?hold=work", line.cut) == 500
         # The ledger knows, and the log has what is needed to tell it again.
         assert movements() == COMMITTED
         row = Reservation.objects.get()
@@ -130,11 +130,7 @@ if connection.vendor != "sqlite":
         start: Any, line: Line, customer: Customer, kind: str
     ) -> None:
         site = start(f"{kind}-atomic")
-        visit = site.begin("POST", "/paid/?hold=work")
-        site.wait_for("work")
-        line.cut()
-        site.let_go("work")
-        assert visit.response().status == 500
+        assert during_the_work(site, "/paid/?hold=work", line.cut) == 500
         # What was done went with its transaction, and is not charged.
         assert states() == ["reserved"]
         assert not Group.objects.exists()
@@ -147,11 +143,7 @@ if connection.vendor != "sqlite":
         start: Any, line: Line, customer: Customer, kind: str, view: str
     ) -> None:
         site = start(kind)
-        visit = site.begin("GET", f"/{view}stream/release/?hold=work")
-        site.wait_for("work")
-        line.cut()
-        site.let_go("work")
-        visit.response()
+        during_the_work(site, f"/{view}stream/release/?hold=work", line.cut, "GET")
         site.wait_until(lambda: movements() == COMMITTED)
         swept()
         assert states() == ["committed"]

@@ -68,3 +68,30 @@ def test_f22_a_late_response_that_nobody_waits_for_is_released(
     assert states() == ["released"]
     assert balance(customer) == (100, 0)
     assert movements() == RELEASED
+
+
+@pytest.mark.parametrize(
+    ("site", "view"),
+    [
+        ("uvicorn-joined", "paid"),
+        ("uvicorn-joined", "apaid"),
+        ("uvicorn-remote", "paid"),
+        ("uvicorn-joined-atomic", "paid"),
+        ("gthread-joined", "paid"),
+    ],
+    indirect=["site"],
+)
+def test_f22_a_template_that_is_being_rendered_is_finished_and_charged(
+    site: Site, customer: Customer, view: str
+) -> None:
+    visit = site.begin("POST", f"/{view}/?template=held&render=template")
+    site.wait_for("template")
+    # The view has returned, but what it costs is not decided before it is rendered.
+    assert states() == ["reserved"]
+    visit.hang_up()
+    # By the time this is answered, Django under ASGI has given the rendering up.
+    assert site.request("GET", "/nothing/")[0] == 404
+    site.let_go("template")
+    settled(site, "committed")
+    assert movements() == COMMITTED
+    assert balance(customer) == (75, 0)

@@ -41,6 +41,8 @@ from tests.transports.server import (
     within,
 )
 
+pytestmark = pytest.mark.any_database
+
 SETTINGS = {
     "API_KEY": KEY,
     "BASE_URL": "http://ledger.test/x",
@@ -472,7 +474,7 @@ def test_f10_threads_share_one_transport(serve):
 
 
 def test_f10_threads_share_one_client(serve):
-    together = threading.Barrier(64, timeout=20)
+    together = threading.Barrier(64, timeout=60)
 
     def behave(connection: socket.socket) -> None:
         # Nobody is answered until all 64 have asked.
@@ -480,7 +482,7 @@ def test_f10_threads_share_one_client(serve):
         balance = {"creditUnit": "x", "balance": connection.getpeername()[1]}
         connection.sendall(answer({**balance, "reserved": 0, "available": 0}))
 
-    server = serve(behave, read_timeout=20, deadline=30)
+    server = serve(behave, read_timeout=60, deadline=60)
     meterly = MeterlyClient(transport=server.transport)
     with ThreadPoolExecutor(64) as pool:
         balances = list(pool.map(lambda _: meterly.get_balance("c1"), range(128)))
@@ -503,7 +505,7 @@ def test_f10_forked_process_does_not_use_its_parents_sockets(serve):
     results = context.Queue()
     child = context.Process(target=_send_in_child, args=(server.transport, results))
     child.start()
-    assert results.get(timeout=10) != own
+    assert results.get(timeout=60) != own
     child.join()
     assert server.transport.send(RESERVE)["port"] == own
 

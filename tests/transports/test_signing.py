@@ -21,6 +21,8 @@ from tests.transports.server import BALANCE, KEY, RESERVE, answer
 if TYPE_CHECKING:
     from requests import PreparedRequest
 
+pytestmark = pytest.mark.any_database
+
 HMAC_KEY = "mk_hmac_k1_s3cr3t"
 AUTHORIZATION = re.compile(
     r"METERLY-HMAC-SHA256 keyId=(\w+), timestamp=(\d+), signature=([0-9a-f]{64})"
