@@ -10,7 +10,7 @@ import inspect
 import logging
 from contextvars import ContextVar
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import current_app, shared_task
 from celery.exceptions import Ignore, Retry
@@ -196,23 +196,34 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
         result = super(type(task), task).__call__(*args, **kwargs)
         job.succeed()
     except BaseException as exc:
-        if not (job.passed_on and isinstance(exc, Retry)):
-            job.fail()
-        raise
+        if job.passed_on and isinstance(exc, Retry):
+            raise
+        job.fail()
+        if not (job.outrun and isinstance(exc, Exception)):
+            raise
+        _drop(task, exc)
     finally:
         _current.reset(token)
-    if job.guard is not None and job.guard.outrun:
-        logger.warning(
-            "%s was taken up by another copy meanwhile: this one settles nothing, and "
-            "its result is dropped.",
-            job.guard.reference,
-        )
-        # With Redis a message that came again has the delivery tag of the first: to
-        # acknowledge ours is to acknowledge theirs, and if they die, nobody would
-        # do the work.
-        _look_again(task)
-        raise Ignore("Another copy of this task has taken it up.")
+    if job.outrun:
+        _drop(task)
     return result
+
+
+def _drop(task: Any, exc: Exception | None = None) -> NoReturn:
+    """End a copy whose work another one has taken up, whatever came of it."""
+    logger.warning(
+        "%s[%s] was taken up by another copy meanwhile: this one settles nothing, and "
+        "what became of it is dropped.",
+        task.name,
+        task.request.id,
+        exc_info=exc,
+    )
+    # With Redis a message that came again has the delivery tag of the first: to
+    # acknowledge ours, or to reject it, is to remove theirs, and if they die, nobody
+    # would do the work. The message of a retry looks again, too.
+    if not isinstance(exc, Retry):
+        _look_again(task)
+    raise Ignore("Another copy of this task has taken it up.") from exc
 
 
 def _look_again(task: Any) -> None:

@@ -356,11 +356,12 @@ def test_f33_a_copy_that_was_taken_for_dead_settles_nothing(
     assert_charged_once(customer, 2, site)
 
 
+@pytest.mark.parametrize("end", ["", "-raise", "-retry", "-reject", "-ignore"])
 def test_f33_work_is_done_when_the_copy_dies_that_took_it_up(
-    redis: None, site: Site, customer: Customer
+    end: str, redis: None, site: Site, customer: Customer
 ) -> None:
     site.worker()
-    site.work(jobs.works, "wait", "hang", "finish")
+    site.work(jobs.works, f"wait{end}", "hang", "finish")
     child = site.wait_for_run()
     os.kill(child, signal.SIGSTOP)
     site.sweep_until("released")
