@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import current_app, shared_task
 from celery.exceptions import Ignore, Retry
+from celery.signals import task_revoked
 from django.core.checks import CheckMessage, register
 from django.core.checks import Warning as CheckWarning
 
@@ -314,6 +315,29 @@ def settle_reservations(seconds: float = 60.0) -> None:
     client = get_client()
     journal.settle_due(client, seconds=seconds)
     grants.settle_due(client)
+
+
+@shared_task(name="django_meterly.tasks.release_handed_off", ignore_result=True)
+def release_handed_off(reservation_id: str) -> None:
+    """Release what was handed off to a task that will not run.
+
+    Unless somebody has taken it up.
+    """
+    from . import journal
+    from .client import get_client
+
+    journal.take_back(get_client(), reservation_id)
+
+
+@task_revoked.connect
+def _release_revoked(sender: Any = None, request: Any = None, **kwargs: Any) -> None:
+    """Have the credits released of a hand-off that was revoked, or has expired."""
+    from .guards import HEADER, UNCHARGED
+
+    reservation_id = (request.headers or {}).get(HEADER)
+    if reservation_id not in (None, UNCHARGED):
+        # This is the worker's main process, which cannot wait for a database.
+        release_handed_off.apply_async((reservation_id,), retry=False)
 
 
 @register("meterly")

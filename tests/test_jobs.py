@@ -35,7 +35,7 @@ from django_meterly import (
 from django_meterly.jobs import Heart
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Reservation
-from django_meterly.tasks import check_tasks, meterly_task
+from django_meterly.tasks import check_tasks, meterly_task, release_handed_off
 from tests import jobs
 from tests.books import balance, fund, let_lapse, movements, states, verify
 
@@ -897,6 +897,23 @@ def test_f36_a_task_that_is_never_delivered_is_released(
     journal.sweep(get_client())
     assert states() == ["released"]
     assert balance(alice()) == (100, 0)
+
+
+def test_f36_what_was_handed_off_is_taken_back_unless_it_was_taken_up(
+    customer: Customer, sent: list[Any]
+) -> None:
+    for _ in range(2):
+        with guard("user_1", 25) as work:
+            work.hand_off(jobs.handed_off)
+    taken = Reservation.objects.latest("created_at")
+    assert journal.take_up(get_client(), customer, taken.key)
+    for row in Reservation.objects.all():
+        release_handed_off(str(row.pk))
+        release_handed_off(str(row.pk))
+    assert states() == ["released", "reserved"]
+    assert balance(customer) == (100, 25)
+    assert deliver(sent[0]).state == "SUCCESS"
+    assert states() == ["released", "reserved", "committed"]
 
 
 def test_f36_a_task_that_comes_too_late_reserves_anew(
