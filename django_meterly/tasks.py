@@ -140,6 +140,7 @@ def meterly_task(
             "retry": _retry,
             "meterly": property(_guard_of),
             "meterly_guarded": True,
+            "meterly_options": checked,
             "meterly_on_retry": on_retry,
             "meterly_on_duplicate": on_duplicate,
         }
@@ -353,8 +354,17 @@ def check_tasks(**kwargs: Any) -> list[CheckMessage]:
             ),
             id="meterly.W008",
         )
+        for task in guarded_tasks()
+        if task.meterly_on_duplicate == "ignore" and task.acks_late
+    ]
+
+
+def guarded_tasks() -> list[Any]:
+    """Return every ``meterly_task`` of the current app."""
+    return [
+        task
         for task in current_app.tasks.values()
-        if getattr(task, "meterly_on_duplicate", "") == "ignore" and task.acks_late
+        if getattr(task, "meterly_guarded", False)
     ]
 
 
