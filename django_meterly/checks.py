@@ -19,6 +19,7 @@ from .execution import class_of, handlers, is_guarded
 from .middleware import MeterlyMiddleware, key_for, named_patterns
 from .options import GuardOptions
 from .transports.base import (
+    MAX_TTL_SECONDS,
     check_amount,
     check_ttl,
     check_unit,
@@ -374,6 +375,55 @@ def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
                 hint='Name the methods that cost something: methods=["GET"].',
                 id="meterly.W003",
             )
+
+
+@register("meterly", Tags.urls)
+def check_holds(**kwargs: Any) -> list[CheckMessage]:
+    """Refuse guards that hold credits for longer than the ledger does."""
+    try:
+        longest = import_string(meterly_settings.TRANSPORT).longest_hold()
+        wanted = dict(_holds())
+    except (ImproperlyConfigured, ImportError, TypeError, ValueError, AttributeError):
+        return []  # The others report it.
+    return [
+        Error(
+            f"{name} is {seconds} seconds, but the ledger holds credits for {longest} "
+            "at most, and refuses to.",
+            hint="Shorten it, or raise METERLY_LEDGER['MAX_TTL'].",
+            id="meterly.E013",
+        )
+        for name, seconds in wanted.items()
+        # What no ledger takes is an E003.
+        if longest < seconds <= MAX_TTL_SECONDS
+    ]
+
+
+def _holds() -> Iterator[tuple[str, int]]:
+    """Yield for how long each guard that can be found holds credits, if it says so."""
+    yield "METERLY['RESERVATION_TTL']", meterly_settings.RESERVATION_TTL
+    guards = [
+        (f"METERLY['GUARDED_VIEWS'][{name!r}]", GuardOptions.of(options, name))
+        for name, options in meterly_settings.GUARDED_VIEWS.items()
+    ]
+    if getattr(settings, "ROOT_URLCONF", None):
+        for name, pattern in named_patterns(get_resolver()):
+            view = pattern.callback
+            where = name or getattr(view, "__qualname__", repr(view))
+            guards += [
+                (f"The view {where!r}", each.meterly_options)
+                for each in (view, *handlers(view).values())
+                if hasattr(each, "meterly_options")
+            ]
+    if "celery" in sys.modules:
+        from .tasks import guarded_tasks
+
+        guards += [
+            (f"The task {task.name!r}", task.meterly_options)
+            for task in guarded_tasks()
+        ]
+    for name, options in guards:
+        if options.ttl_seconds is not None:
+            yield f"{name}: its ttl_seconds", options.ttl_seconds
 
 
 def _methods(view: Any) -> set[str] | None:

@@ -190,6 +190,15 @@ class Job:
         if self.guard is not None:
             self.guard.abandon()
 
+    @property
+    def outrun(self) -> bool:
+        """Whether another copy has taken the job up, and decides."""
+        # Its own retry may have, too; and in shadow every copy counts.
+        work = self.guard
+        if work is None or self.passed_on or work.enforcement == "shadow":
+            return False
+        return work.outrun
+
     def _stop(self) -> None:
         if self._heart is not None:
             self._heart.stop()

@@ -586,6 +586,13 @@ def hand_over(
     )
 
 
+def take_back(client: MeterlyClient, reservation_id: str) -> None:
+    """Release what was handed over, unless somebody has taken it up."""
+    row = Reservation.objects.using(alias()).filter(pk=reservation_id).first()
+    if row is not None and row.is_waiting and record_failure(row, fence=row.fence):
+        settle(client, row, timeout=SETTLE_TIMEOUT)
+
+
 def take_up(client: MeterlyClient, customer: Customer, key: str) -> Reservation | None:
     """Take up the work of *key* that was handed over, or that was left lying.
 

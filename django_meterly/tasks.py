@@ -10,10 +10,11 @@ import inspect
 import logging
 from contextvars import ContextVar
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import current_app, shared_task
 from celery.exceptions import Ignore, Retry
+from celery.signals import task_revoked
 from django.core.checks import CheckMessage, register
 from django.core.checks import Warning as CheckWarning
 
@@ -139,6 +140,7 @@ def meterly_task(
             "retry": _retry,
             "meterly": property(_guard_of),
             "meterly_guarded": True,
+            "meterly_options": checked,
             "meterly_on_retry": on_retry,
             "meterly_on_duplicate": on_duplicate,
         }
@@ -196,23 +198,34 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
         result = super(type(task), task).__call__(*args, **kwargs)
         job.succeed()
     except BaseException as exc:
-        if not (job.passed_on and isinstance(exc, Retry)):
-            job.fail()
-        raise
+        if job.passed_on and isinstance(exc, Retry):
+            raise
+        job.fail()
+        if not (job.outrun and isinstance(exc, Exception)):
+            raise
+        _drop(task, exc)
     finally:
         _current.reset(token)
-    if job.guard is not None and job.guard.outrun:
-        logger.warning(
-            "%s was taken up by another copy meanwhile: this one settles nothing, and "
-            "its result is dropped.",
-            job.guard.reference,
-        )
-        # With Redis a message that came again has the delivery tag of the first: to
-        # acknowledge ours is to acknowledge theirs, and if they die, nobody would
-        # do the work.
-        _look_again(task)
-        raise Ignore("Another copy of this task has taken it up.")
+    if job.outrun:
+        _drop(task)
     return result
+
+
+def _drop(task: Any, exc: Exception | None = None) -> NoReturn:
+    """End a copy whose work another one has taken up, whatever came of it."""
+    logger.warning(
+        "%s[%s] was taken up by another copy meanwhile: this one settles nothing, and "
+        "what became of it is dropped.",
+        task.name,
+        task.request.id,
+        exc_info=exc,
+    )
+    # With Redis a message that came again has the delivery tag of the first: to
+    # acknowledge ours, or to reject it, is to remove theirs, and if they die, nobody
+    # would do the work. The message of a retry looks again, too.
+    if not isinstance(exc, Retry):
+        _look_again(task)
+    raise Ignore("Another copy of this task has taken it up.") from exc
 
 
 def _look_again(task: Any) -> None:
@@ -305,6 +318,29 @@ def settle_reservations(seconds: float = 60.0) -> None:
     grants.settle_due(client)
 
 
+@shared_task(name="django_meterly.tasks.release_handed_off", ignore_result=True)
+def release_handed_off(reservation_id: str) -> None:
+    """Release what was handed off to a task that will not run.
+
+    Unless somebody has taken it up.
+    """
+    from . import journal
+    from .client import get_client
+
+    journal.take_back(get_client(), reservation_id)
+
+
+@task_revoked.connect
+def _release_revoked(sender: Any = None, request: Any = None, **kwargs: Any) -> None:
+    """Have the credits released of a hand-off that was revoked, or has expired."""
+    from .guards import HEADER, UNCHARGED
+
+    reservation_id = (request.headers or {}).get(HEADER)
+    if reservation_id not in (None, UNCHARGED):
+        # This is the worker's main process, which cannot wait for a database.
+        release_handed_off.apply_async((reservation_id,), retry=False)
+
+
 @register("meterly")
 def check_tasks(**kwargs: Any) -> list[CheckMessage]:
     """Warn about guarded tasks that are lost when their worker is killed."""
@@ -318,8 +354,17 @@ def check_tasks(**kwargs: Any) -> list[CheckMessage]:
             ),
             id="meterly.W008",
         )
+        for task in guarded_tasks()
+        if task.meterly_on_duplicate == "ignore" and task.acks_late
+    ]
+
+
+def guarded_tasks() -> list[Any]:
+    """Return every ``meterly_task`` of the current app."""
+    return [
+        task
         for task in current_app.tasks.values()
-        if getattr(task, "meterly_on_duplicate", "") == "ignore" and task.acks_late
+        if getattr(task, "meterly_guarded", False)
     ]
 
 

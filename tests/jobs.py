@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from celery import current_task
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 
 from django_meterly import MeterlyUnavailableError
 from django_meterly.tasks import meterly_task
@@ -167,7 +167,7 @@ def _work(self: Any, external_id: str, folder: str, *steps: str) -> str:
     """Do what *steps* say for this run; the last is for all that follow.
 
     ``wait`` works until the test says "go", ``hang`` for ever, ``die`` kills this
-    process, ``stop`` is a wait in which SystemExit is not seen to.
+    process. ``wait-raise``, ``wait-retry`` and so on do that after the wait.
     """
     run = at_work(folder)
     step = steps[min(run, len(steps)) - 1]
@@ -178,6 +178,10 @@ def _work(self: Any, external_id: str, folder: str, *steps: str) -> str:
     if step.startswith("wait"):
         wait_for(folder, f"go-{run}")
     note(folder, f"done {run}")
+    if (end := step.partition("-")[2]) == "retry":
+        raise self.retry(countdown=0)
+    if end:
+        raise {"raise": Broken, "reject": Reject, "ignore": Ignore}[end]()
     return f"run {run}"
 
 

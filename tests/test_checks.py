@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from typing import Any
 
@@ -10,13 +11,13 @@ from django.core.checks import run_checks
 from django.core.management import call_command
 from django.db import OperationalError, connection
 from django.test import override_settings
-from django.urls import clear_url_caches
+from django.urls import clear_url_caches, path
 from django.utils import timezone
 
-from django_meterly import checks
+from django_meterly import checks, meterly_guard
 from django_meterly.models import Customer, Reservation
 from django_meterly.tasks import beat_schedule
-from tests import guarded_urls
+from tests import guarded_urls, jobs
 
 HTTP = {"TRANSPORT": "django_meterly.transports.HttpTransport"}
 
@@ -127,6 +128,60 @@ def test_the_ledger_transport_needs_its_app(settings: Any) -> None:
         app for app in settings.INSTALLED_APPS if app != checks.LEDGER_APP
     ]
     assert [message.id for message in checks.check_settings()] == ["meterly.E005"]
+
+
+LASTING = guarded_urls.Writes.as_view()
+lasting = [
+    path("view/", meterly_guard(amount=1, ttl_seconds=61)(LASTING), name="too-long"),
+    path("fine/", meterly_guard(amount=1, ttl_seconds=60)(LASTING)),
+    path("named/", guarded_urls.view, name="named"),
+]
+
+
+def test_a_guard_that_lasts_longer_than_the_ledgers_holds_is_found(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.METERLY_LEDGER = {"MAX_TTL": 60}
+    settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": lasting})
+    settings.METERLY = {
+        **settings.METERLY,
+        "TRANSPORT": checks.LEDGER_TRANSPORT,
+        "RESERVATION_TTL": 61,
+        "GUARDED_VIEWS": {"named": {"amount": 1, "ttl_seconds": 62}},
+    }
+    task = jobs.long._get_current_object()
+    options = dataclasses.replace(task.meterly_options, ttl_seconds=63)
+    monkeypatch.setattr(task, "meterly_options", options)
+    messages = checks.check_holds()
+    assert {message.id for message in messages} == {"meterly.E013"}
+    assert [message.msg.partition(" seconds")[0] for message in messages] == [
+        "METERLY['RESERVATION_TTL'] is 61",
+        "METERLY['GUARDED_VIEWS']['named']: its ttl_seconds is 62",
+        "The view 'too-long': its ttl_seconds is 61",
+        "The task 'jobs.long': its ttl_seconds is 63",
+    ]
+    # A ledger at the other end of a line has limits of its own.
+    settings.METERLY = {**settings.METERLY, **HTTP, "API_KEY": "x"}
+    assert checks.check_holds() == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"GUARDED_VIEWS": []},
+        {"GUARDED_VIEWS": {"named": {"ttl_seconds": 0}}},
+        {"RESERVATION_TTL": "long"},
+        {"TRANSPORT": "no.such.Transport"},
+        {"NO_SUCH": 1},
+    ],
+)
+def test_what_is_wrong_otherwise_is_said_by_the_other_checks(
+    bad: dict[str, Any], settings: Any
+) -> None:
+    settings.METERLY_LEDGER = {"MAX_TTL": 60}
+    settings.METERLY = {**settings.METERLY, **bad}
+    assert checks.check_holds() == []
+    assert ids() != []
 
 
 @pytest.mark.usefixtures("atomic_requests")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 from celery import Celery, _state, chord, group
+from celery.exceptions import Reject
 from django.contrib.auth.models import User
 from django.db import connections, transaction
 from django.http import HttpResponse
@@ -29,11 +30,12 @@ from django_meterly import (
     guard,
     journal,
     meterly_guard,
+    signals,
 )
 from django_meterly.jobs import Heart
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Reservation
-from django_meterly.tasks import check_tasks, meterly_task
+from django_meterly.tasks import check_tasks, meterly_task, release_handed_off
 from tests import jobs
 from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
 
@@ -276,22 +278,27 @@ def test_f33_a_copy_leaves_a_task_alone_that_is_at_work(customer: Customer) -> N
     assert states() == ["reserved"]
 
 
-def test_f33_of_many_copies_at_once_one_runs(customer: Customer, tmp_path: Any) -> None:
+def run_at_once(count: int, folder: Any) -> None:
+    """Run *count* copies of a task, each in a thread."""
     task = jobs.retries_keeping._get_current_object()
-    at_once = threading.Barrier(6)
+    at_once = threading.Barrier(count)
 
     def deliver_copy() -> None:
         try:
             at_once.wait()
-            task.apply(("user_1", 0, str(tmp_path)), task_id="one")
+            task.apply(("user_1", 0, str(folder)), task_id="one")
         finally:
             connections.close_all()
 
-    copies = [threading.Thread(target=deliver_copy) for _ in range(at_once.parties)]
+    copies = [threading.Thread(target=deliver_copy) for _ in range(count)]
     for copy in copies:
         copy.start()
     for copy in copies:
         copy.join()
+
+
+def test_f33_of_many_copies_at_once_one_runs(customer: Customer, tmp_path: Any) -> None:
+    run_at_once(6, tmp_path)
     assert (tmp_path / "notes").read_text().count("began") == 1
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
@@ -368,6 +375,30 @@ def test_f33_only_one_of_two_takes_up_what_was_handed_over(customer: Customer) -
     assert states() == ["reserved"]
 
 
+def outrun(customer: Customer, error: Exception | None) -> Any:
+    """Run a task whose work another copy takes up, and that then ends with *error*."""
+
+    def freeze() -> None:
+        let_lapse()
+        assert journal.take_up(get_client(), customer, "task:jobs.long:one")
+        if error is not None:
+            raise error
+
+    return jobs.long.apply(("user_1", 0.1, freeze), task_id="one")
+
+
+@pytest.mark.parametrize("error", [None, jobs.Broken(), Reject("no", requeue=False)])
+def test_f33_nobody_hears_what_became_of_a_copy_that_was_outrun(
+    error: Exception | None, customer: Customer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert outrun(customer, error).state == "IGNORED"
+    [record] = [r for r in caplog.records if "taken up by another copy" in r.message]
+    # Celery says no word of it.
+    assert error is None or (record.exc_info and record.exc_info[1] is error)
+    assert states() == ["reserved"]
+    assert balance(customer) == (100, 25)
+
+
 def test_a_task_does_not_go_on_under_a_hold_that_is_gone(customer: Customer) -> None:
     work = left_by_a_worker()
     work.reserve()
@@ -378,6 +409,74 @@ def test_a_task_does_not_go_on_under_a_hold_that_is_gone(customer: Customer) -> 
     assert states() == ["released", "committed"]
     assert balance(customer) == (75, 0)
     verify()
+
+
+@pytest.fixture
+def shadow(settings: Any) -> Iterator[list[str]]:
+    """Nobody is denied anything; return what is said of those who would be."""
+    settings.METERLY = {**settings.METERLY, "ENFORCEMENT": "shadow"}
+    said: list[str] = []
+
+    def hear(error: Exception, **facts: Any) -> None:
+        said.append(type(error).__name__)
+
+    signals.would_deny.connect(hear, weak=False)
+    yield said
+    signals.would_deny.disconnect(hear)
+
+
+def test_f33_in_shadow_a_copy_runs_uncharged_while_the_task_is_at_work(
+    customer: Customer, shadow: list[str]
+) -> None:
+    left = left_by_a_worker()
+    left.reserve()
+    assert jobs.plain.apply(("user_1", 7), task_id="one").state == "SUCCESS"
+    assert states() == ["reserved"]
+    left.succeed()
+    assert shadow == ["MeterlyDuplicateError"]
+    assert movements() == ["reserved", "committed"]
+    assert balance(customer) == (75, 0)
+
+
+def test_f32_in_shadow_a_copy_of_what_was_charged_runs_uncharged(
+    customer: Customer, shadow: list[str]
+) -> None:
+    for used in (3, 4, None):
+        assert jobs.plain.apply(("user_1", used), task_id="one").state == "SUCCESS"
+    assert shadow == ["MeterlyDuplicateError"] * 2
+    assert states() == ["committed"]
+    assert balance(customer) == (97, 0)
+
+
+def test_f33_in_shadow_all_of_many_copies_run_and_one_is_charged(
+    customer: Customer, shadow: list[str], tmp_path: Any
+) -> None:
+    run_at_once(6, tmp_path)
+    assert (tmp_path / "notes").read_text().count("began") == 6
+    assert states() == ["committed"]
+    assert balance(customer) == (75, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(None, "SUCCESS"), (jobs.Broken(), "FAILURE")]
+)
+def test_f33_in_shadow_a_copy_that_was_outrun_ends_as_it_would_have(
+    error: Exception | None, state: str, customer: Customer, shadow: list[str]
+) -> None:
+    assert outrun(customer, error).state == state
+    # The copy that has taken it up decides what is charged.
+    assert states() == ["reserved"]
+
+
+def test_f36_in_shadow_copies_of_what_was_handed_off_are_charged_once(
+    customer: Customer, sent: list[Any], shadow: list[str]
+) -> None:
+    with guard("user_1", 25) as work:
+        work.hand_off(jobs.handed_off, used=7)
+    assert [deliver(sent[0]).state for _ in range(3)] == ["SUCCESS"] * 3
+    assert shadow == ["MeterlyDuplicateError"] * 2
+    assert states() == ["committed"]
+    assert balance(customer) == (93, 0)
 
 
 class Copy:
@@ -794,6 +893,23 @@ def test_f36_a_task_that_is_never_delivered_is_released(
     sweep()
     assert states() == ["released"]
     assert balance(alice()) == (100, 0)
+
+
+def test_f36_what_was_handed_off_is_taken_back_unless_it_was_taken_up(
+    customer: Customer, sent: list[Any]
+) -> None:
+    for _ in range(2):
+        with guard("user_1", 25) as work:
+            work.hand_off(jobs.handed_off)
+    taken = Reservation.objects.latest("created_at")
+    assert journal.take_up(get_client(), customer, taken.key)
+    for row in Reservation.objects.all():
+        release_handed_off(str(row.pk))
+        release_handed_off(str(row.pk))
+    assert states() == ["released", "reserved"]
+    assert balance(customer) == (100, 25)
+    assert deliver(sent[0]).state == "SUCCESS"
+    assert states() == ["released", "reserved", "committed"]
 
 
 def test_f36_a_task_that_comes_too_late_reserves_anew(

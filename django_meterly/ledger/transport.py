@@ -29,6 +29,11 @@ class LedgerTransport(Transport):
     def __repr__(self) -> str:
         return "LedgerTransport()"
 
+    @classmethod
+    def longest_hold(cls) -> int:
+        """Return ``METERLY_LEDGER["MAX_TTL"]``."""
+        return int(ledger_settings.MAX_TTL)
+
     def send(self, call: Call) -> dict[str, Any]:
         """Carry out *call*.
 

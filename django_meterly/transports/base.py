@@ -121,6 +121,11 @@ class Transport:
         """Return a transport set up by *settings* (``django_meterly.conf``)."""
         return cls()
 
+    @classmethod
+    def longest_hold(cls) -> int:
+        """Return for how many seconds the ledger holds credits at most."""
+        return MAX_TTL_SECONDS
+
     def send(self, call: Call) -> dict[str, Any]:
         """Carry out *call* and return the answer's body, with its wire names.
 
