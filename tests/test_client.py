@@ -525,8 +525,8 @@ def test_unknown_outcome_of_the_work_itself_is_a_failure_of_the_work(
 
 # The twins for async code
 
-#: Nothing waits in it.
-NO_TWIN = {"within"}
+#: Nothing waits in them.
+NO_TWIN = {"within", "carrying"}
 
 
 def test_every_method_has_a_twin_with_the_same_signature():
