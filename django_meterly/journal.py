@@ -223,7 +223,7 @@ def reserve(
                         answer = _ask_first(using, limited, row, lease)
                         row.save(force_insert=True, using=using)
         except OUTAGE as exc:
-            # Rolled back: there is neither a hold nor a row.
+            # Rolled back: there is neither a hold nor this row.
             if on_unavailable != "allow":
                 raise _unavailable(exc) from exc
             answer = exc

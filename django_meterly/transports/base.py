@@ -70,7 +70,7 @@ class Call:
     (camelCase), those of the path included. *idempotency_key* is set on every
     POST. *timeout* is the number of seconds the whole call may take, and
     *attempts* how often it may be sent in them; ``None`` leaves either to the
-    transport. A *statement* is for transports that say they ``carry`` it.
+    transport. A *statement* is for transports with ``carries_statements``.
     """
 
     operation: str
