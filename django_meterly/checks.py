@@ -387,8 +387,8 @@ def check_holds(**kwargs: Any) -> list[CheckMessage]:
         return []  # The others report it.
     return [
         Error(
-            f"{name} is {seconds} seconds, but the ledger holds credits for {longest} "
-            "at most, and refuses to.",
+            f"{name} is {seconds} seconds, but the ledger refuses to hold credits for "
+            f"longer than {longest}.",
             hint="Shorten it, or raise METERLY_LEDGER['MAX_TTL'].",
             id="meterly.E013",
         )
