@@ -301,14 +301,12 @@ class Guard:
             return
         using = journal.alias()
         transport = self._client.transport
-        joins = transport.joins(using) and _reads_committed(using)
-        if (
-            joins
-            and transport.carries_statements(using)
-            and self._settle_at_once(self._charge)
-        ):
+        settles = (
+            self._message is None and transport.joins(using) and _reads_committed(using)
+        )
+        if settles and transport.carries_statements(using) and self._settle_at_once():
             return
-        if self._record_decision(joins) and joins and self._message is None:
+        if self._record(succeeded=True) and settles:
             self._settle_now()
 
     def succeed(self) -> None:
@@ -318,7 +316,7 @@ class Guard:
         a remote ledger is told all the same.
         """
         try:
-            self._conclude(self._record_decision, self._charge)
+            self._conclude(succeeded=True)
         except DatabaseError:
             if (
                 self._charge is not None
@@ -336,7 +334,7 @@ class Guard:
         done. Nothing is raised: the work's own exception is the one to see.
         """
         try:
-            self._conclude(self._record_failure, None)
+            self._conclude(succeeded=False)
             if self._is_handed_over:
                 # The exception came after the COMMIT.
                 self._deliver()
@@ -441,66 +439,56 @@ class Guard:
                 f"The task of {self.reference} could not be sent: {exc}"
             ) from exc
 
-    def _record_decision(self, joins: bool) -> bool:
-        """Record it; a ledger that *joins* the open transaction carries it out, too."""
-        if self._message is not None:
-            return journal.hand_over(self._row, fence=self.fence)
-        if self._charge is None:
-            return self._record_failure(joins)
-        return journal.record_success(
-            self._row,
-            self._charge,
-            fence=self.fence,
-            mover=self._client if joins else None,
-        )
-
-    def _record_failure(self, joins: bool) -> bool:
-        return journal.record_failure(
-            self._row, fence=self.fence, mover=self._client if joins else None
-        )
-
-    def _settle_at_once(self, charge: int | None) -> bool:
-        """Decide and settle in one statement; return whether that was all."""
-        # What is handed off is not settled here.
-        return self._message is None and journal.conclude(
-            self._client, self._row, charge, fence=self.fence
-        )
-
-    def _conclude(self, record: Callable[[bool], bool], charge: int | None) -> None:
+    def _conclude(self, *, succeeded: bool) -> None:
+        """Decide and settle; if settling fails, the decision alone must hold."""
         if self._concluded:
             return
         self._concluded = True
         if self._uncharged:
             return
         using = journal.alias()
-        transport = self._client.transport
-
-        def record_and_settle() -> None:
-            if journal.at_once(self._client, using) and self._settle_at_once(charge):
-                return
-            with transport.unit_of_work(using):
-                joins = transport.joins(using)
-                if not record(joins):
-                    # The row has another decision, and that one stands.
-                    self._row.refresh_from_db(using=using)
-                if self._is_handed_over:
-                    return
-                if self.durable or joins:
-                    self._settle_now()
-                else:
-                    # The ledger may only hear of it once it is committed.
-                    transaction.on_commit(self.confirm, using=using, robust=True)
-
         try:
-            journal.on_live_connection(using, record_and_settle)
+            journal.on_live_connection(
+                using, lambda: self._record_and_settle(using, succeeded=succeeded)
+            )
         except Error:
-            # The movement may be what failed: the decision alone must hold.
             logger.exception("%s could not be settled at once", self.reference)
-            record(False)
+            self._record(succeeded=succeeded)
         except BaseException:
             # A time limit or an interrupt in the middle took the decision along.
-            record(False)
+            self._record(succeeded=succeeded)
             raise
+
+    def _record_and_settle(self, using: str, *, succeeded: bool) -> None:
+        if journal.at_once(self._client, using) and self._settle_at_once(succeeded):
+            return
+        transport = self._client.transport
+        with transport.unit_of_work(using):
+            if not self._record(succeeded=succeeded):
+                # The row has another decision, and that one stands.
+                self._row.refresh_from_db(using=using)
+            if self._is_handed_over:
+                return
+            if self.durable or transport.joins(using):
+                self._settle_now()
+            else:
+                # The ledger may only hear of it once it is committed.
+                transaction.on_commit(self.confirm, using=using, robust=True)
+
+    def _record(self, *, succeeded: bool) -> bool:
+        if succeeded and self._message is not None:
+            return journal.hand_over(self._row, fence=self.fence)
+        if succeeded and self._charge is not None:
+            return journal.record_success(self._row, self._charge, fence=self.fence)
+        return journal.record_failure(self._row, fence=self.fence)
+
+    def _settle_at_once(self, succeeded: bool = True) -> bool:
+        """Decide and settle in one statement; return whether that was all."""
+        charge = self._charge if succeeded else None
+        # What is handed off is not settled here.
+        return self._message is None and journal.settle_at_once(
+            self._client, self._row, charge, fence=self.fence
+        )
 
     def _settle_now(self) -> None:
         journal.settle(self._client, self._row, timeout=journal.SETTLE_TIMEOUT)

@@ -1,12 +1,12 @@
 """Every state change of a ``Reservation``, and the sweeper that finishes them.
 
 The journal is what makes the promise good: a row is written before the ledger
-is asked, a decision is recorded before the ledger hears of it, and whoever
+is asked, a decision is recorded before the ledger hears of it, and any process that
 finds a decided row may carry it out, because every call is sent with the key
-that belongs to the row. With a ledger that joins the journal's transactions, a step
-and what it comes to are one: nobody sees ``intent``, or a decision that is pending,
-but of what stood in the way. Each transition is one conditional UPDATE; the number
-of rows it changed says whether it happened::
+that belongs to the row. When the ledger shares the journal's transaction, each step
+commits with its outcome: ``intent`` and pending states are visible only after a
+failure. Each transition is one conditional UPDATE; the number of rows it changed
+says whether it happened::
 
      intent ──────────┬────────► denied
        │ reserve      ├────────► failed
@@ -40,6 +40,7 @@ import time
 import uuid
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db import (
@@ -79,7 +80,6 @@ from .transports.base import Statement, Unclaimed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from contextlib import AbstractContextManager
 
     from django.dispatch import Signal
 
@@ -171,9 +171,12 @@ def reserve(
     Without a *key*, a random one is used. *work* names the view or the task. *lease*
     is how many seconds the work may take without a ``beat``; *ttl_seconds* by
     default. Returns the row, which is ``reserved``, and the balance after the hold.
-    The row is written before, as an intent; with a ledger in the journal's own
-    database in one transaction with the hold, and without a *key* only then, in one
-    statement if it can be.
+
+    There are two ways. The row's INSERT and the hold are one statement, where the
+    ledger can do that and the row has no *key*. Else the row is written before the
+    ledger is asked, as an intent: in the transaction that holds the credits, if the
+    ledger joins it, and else in one that is committed first.
+
     With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
     trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
     ``MeterlyInsufficientCreditsError`` (row ``denied``),
@@ -182,17 +185,9 @@ def reserve(
     ``MeterlyIdempotencyMismatchError`` when it was used for something else.
     """
     using = alias()
-    deadline = meterly_settings.DEADLINE
     lease = ttl_seconds if lease is None else lease
     # A customer's first reserve is two calls, and they share the one deadline.
-    limited = client.within(deadline)
-    outage: MeterlyError | None = None
-    try:
-        customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
-    except OUTAGE as exc:
-        if on_unavailable != "allow":
-            raise _unavailable(exc) from exc
-        outage = exc
+    limited = client.within(meterly_settings.DEADLINE)
     row = Reservation(
         customer=customer,
         unit=unit,
@@ -204,43 +199,23 @@ def reserve(
     )
     if key:
         row.attempt = _next_attempt(using, row)
-    answer: Held | MeterlyError | None = outage
-    if outage is None and client.transport.joins(using):
-        try:
-            if not key and at_once(client, using):
-                answer = _ask_at_once(using, client, row, lease)
-            else:
-                with _opening(using, row, client.transport.unit_of_work(using)):
-                    if key:
-                        # Rows are locked before accounts. Who comes with the same
-                        # key has to wait here, and not with the account's lock in
-                        # hand.
-                        _write_intent(using, row)
-                        answer = _ask_then_record(client, limited, row, lease)
-                        if isinstance(answer, OUTAGE):
-                            raise answer
-                    else:
-                        answer = _ask_first(using, limited, row, lease)
-                        row.save(force_insert=True, using=using)
-        except OUTAGE as exc:
-            # Rolled back: there is neither a hold nor this row.
-            if on_unavailable != "allow":
-                raise _unavailable(exc) from exc
-            answer = exc
-    if answer is None or isinstance(answer, OUTAGE):
-        with _opening(using, row, transaction.atomic(using=using)):
-            _write_intent(using, row)
-        answer = answer or _ask_then_record(client, limited, row, lease)
-    if isinstance(answer, OUTAGE):
-        if on_unavailable == "allow" and _trust(row, lease):
-            logger.info("Reservation %s runs on trust: %s", row.pk, answer)
+    try:
+        customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
+        if not key and at_once(client, using):
+            answer = _reserve_at_once(using, client, row, lease)
+        else:
+            answer = _reserve_by_intent(using, client, limited, row, lease)
+    except OUTAGE as exc:
+        if on_unavailable == "allow" and _trust(using, row, lease):
+            logger.info("Reservation %s runs on trust: %s", row.pk, exc)
             return row, None
-        answer = _give_up(row, answer, lapses=on_unavailable != "allow")
+        _give_up(row, exc, lapses=on_unavailable != "allow")
+        raise _unavailable(exc) from exc
     if isinstance(answer, MeterlyNotFoundError):
         # Another ledger than the one this customer was registered at, or a
         # registration that was rolled back: the next use registers again.
         customer.forget_registration()
-        answer = _unavailable(answer)
+        raise _unavailable(answer) from answer
     if isinstance(answer, MeterlyError):
         raise answer
     _announce(signals.credits_reserved, row)
@@ -248,25 +223,20 @@ def reserve(
     return row, answer.balance
 
 
-def _write_intent(using: str, row: Reservation) -> None:
-    seconds = meterly_settings.DEADLINE + meterly_settings.LEASE_GRACE
-    row.lease_until = from_now(seconds)
-    row.save(force_insert=True, using=using)
-
-
 @contextmanager
-def _opening(
-    using: str, row: Reservation, block: AbstractContextManager[Any]
-) -> Iterator[None]:
-    """Write *row* inside, in the transaction of *block*.
+def _opened(using: str, row: Reservation) -> Iterator[None]:
+    """Write *row* as an intent, in a transaction that commits after the block.
 
     Raises ``MeterlyDuplicateError`` when somebody was faster; then nothing of it
     was done.
     """
     try:
-        with block:
+        with transaction.atomic(using=using):
             if row.attempt > 1:
                 _fence_off(using, row)
+            seconds = meterly_settings.DEADLINE + meterly_settings.LEASE_GRACE
+            row.lease_until = from_now(seconds)
+            row.save(force_insert=True, using=using)
             yield
     except IntegrityError as exc:
         # Somebody else opened this attempt in between: theirs runs, not ours.
@@ -356,7 +326,7 @@ def at_once(client: MeterlyClient, using: str) -> bool:
     )
 
 
-def _ask_at_once(
+def _reserve_at_once(
     using: str, client: MeterlyClient, row: Reservation, lease: float
 ) -> Held | MeterlyError:
     """Ask a ledger that writes *row* in the statement that holds the credits."""
@@ -439,35 +409,30 @@ def _ask(limited: MeterlyClient, row: Reservation) -> tuple[Held | MeterlyError,
     return duplicate, over
 
 
-def _ask_first(
-    using: str, limited: MeterlyClient, row: Reservation, lease: float
+def _reserve_by_intent(
+    using: str,
+    client: MeterlyClient,
+    limited: MeterlyClient,
+    row: Reservation,
+    lease: float,
 ) -> Held | MeterlyError:
-    """Ask a ledger that joins the open transaction, and let *row* say what it said.
+    """Write *row* as an intent, ask the ledger, and record what it answered.
 
-    Before *row* is written, so only where nobody else can have its key.
+    A ledger that joins is asked in the transaction that writes the row. Rows are
+    locked before accounts: a second caller with the same key waits for the row, and
+    does not hold the account's lock meanwhile. Raises ``OUTAGE``; with a ledger that
+    joins, that rolls the row back.
     """
-    if connections[using].vendor == "sqlite":
-        # A transaction that begins with a read cannot wait for the write lock.
-        _fence_off(using, row)
-    answer, row.state = _ask(limited, row)
-    if row.state == State.RESERVED:
-        row.lease_until = from_now(lease + meterly_settings.LEASE_GRACE)
-    else:
-        row.settled_at = DatabaseNow()
-    return answer
+    with _opened(using, row):
+        if client.transport.joins(using):
+            return _ask_and_record(client, limited, row, lease)
+    return _ask_and_record(client, limited, row, lease)
 
 
-def _ask_then_record(
+def _ask_and_record(
     client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
 ) -> Held | MeterlyError:
-    """Ask a ledger for *row*, which is written, and record what came of it.
-
-    But for an outage, which is returned as it is.
-    """
-    try:
-        answer, state = _ask(limited, row)
-    except OUTAGE as exc:
-        return exc
+    answer, state = _ask(limited, row)
     # From the moment the intent was written: the hold cannot be older.
     seconds = dt.timedelta(seconds=lease - meterly_settings.DEADLINE)
     recorded = _move(
@@ -487,12 +452,14 @@ def _ask_then_record(
     return answer
 
 
-def _trust(row: Reservation, lease: float) -> bool:
+def _trust(using: str, row: Reservation, lease: float) -> bool:
     """Let the work of *row* run on trust, if ``UNAVAILABLE_CAP`` has room for it.
 
     What the customer has had on trust in this unit, and not paid for yet, counts.
     """
-    using = alias()
+
+    def written() -> bool:
+        return Reservation.objects.using(using).filter(pk=row.pk).exists()
 
     @transaction.atomic(using=using)
     def trust() -> bool:
@@ -516,12 +483,14 @@ def _trust(row: Reservation, lease: float) -> bool:
             lease_until=from_now(lease + meterly_settings.LEASE_GRACE),
         )
 
+    if not on_live_connection(using, written):
+        # The outage has rolled the intent back, or came before it was written.
+        with _opened(using, row):
+            pass
     return on_live_connection(using, trust)
 
 
-def _give_up(
-    row: Reservation, exc: MeterlyError, *, lapses: bool
-) -> MeterlyUnavailableError:
+def _give_up(row: Reservation, exc: MeterlyError, *, lapses: bool) -> None:
     """Record that the work does not run, for the ledger could not be asked."""
     if not isinstance(
         exc, MeterlyUnknownOutcomeError | MeterlyIdempotencyInProgressError
@@ -532,7 +501,6 @@ def _give_up(
         _move(row, [State.INTENT], State.RELEASE_PENDING, **_decided())
     # Else there may be a hold. The row keeps its lease; the sweeper sends the
     # same reserve again to learn the hold's id, and releases it.
-    return _unavailable(exc)
 
 
 def _give_back(client: MeterlyClient, row: Reservation, held: Held) -> None:
@@ -564,9 +532,7 @@ def _customer_id(client: MeterlyClient, row: Reservation) -> str:
 def _unavailable(exc: MeterlyError) -> MeterlyUnavailableError:
     # At INFO: the client says at WARNING when an outage begins.
     logger.info("The ledger cannot be asked for credits: %s", exc)
-    unavailable = MeterlyUnavailableError(f"The ledger cannot be asked: {exc}")
-    unavailable.__cause__ = exc
-    return unavailable
+    return MeterlyUnavailableError(f"The ledger cannot be asked: {exc}")
 
 
 # Handing over, and the lease of work that beats
@@ -676,50 +642,38 @@ def extend(
 # Decisions
 
 
-def record_success(
-    row: Reservation,
-    charge: int,
-    *,
-    fence: int | None = None,
-    mover: MeterlyClient | None = None,
-) -> bool:
+def record_success(row: Reservation, charge: int, *, fence: int | None = None) -> bool:
     """Record that the work succeeded and *charge* credits are owed.
 
     Also after the lease has lapsed, and after the release: work that was done
     is paid for; but not when somebody else has the *fence*. Returns whether the
-    row took the decision. With a *mover*, whose ledger joins the transaction that is
-    open, it is carried out as well, unless something stands in the way: then the row
-    is left to ``settle``.
+    row took the decision.
     """
-    return _decide(
+    return _move(
         row,
         [State.RESERVED, State.RELEASE_PENDING, State.RELEASED],
         State.COMMIT_PENDING,
         fence,
-        mover,
-        charge=charge,
-        lapsed=False,
+        **_decided(charge=charge, lapsed=False),
     )
 
 
-def record_failure(
-    row: Reservation, *, fence: int | None = None, mover: MeterlyClient | None = None
-) -> bool:
+def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
     """Record that the work failed, or is to cost nothing.
 
     Returns whether the row took the decision; if not, the row has another one,
-    which stands, or somebody else has the *fence*. *mover* is as for a success.
+    which stands, or somebody else has the *fence*.
     """
-    return _decide(row, [State.RESERVED], State.RELEASE_PENDING, fence, mover)
+    return _move(row, [State.RESERVED], State.RELEASE_PENDING, fence, **_decided())
 
 
-def conclude(
+def settle_at_once(
     client: MeterlyClient, row: Reservation, charge: int | None, *, fence: int
 ) -> bool:
     """Decide and settle *row* in one statement, if that is all there is to it.
 
-    A success that costs *charge*, or with ``None`` a failure. Returns whether it was
-    done. If not, something is out of the ordinary, and nothing was. Raises what the
+    A success costs *charge*, and ``None`` is a failure. Returns whether it was done.
+    If not, something is out of the ordinary, and nothing was. Raises what the
     database raises; then it may have been done.
     """
     if row.state != State.RESERVED or not row.reservation_id:
@@ -754,35 +708,6 @@ def conclude(
     return True
 
 
-def _decide(
-    row: Reservation,
-    sources: Iterable[str],
-    decision: str,
-    fence: int | None,
-    mover: MeterlyClient | None,
-    **fields: Any,
-) -> bool:
-    if mover is None or not row.reservation_id:
-        return _move(row, sources, decision, fence, **_decided(**fields))
-    succeeded = decision == State.COMMIT_PENDING
-    outcome = State.COMMITTED if succeeded else State.RELEASED
-    # First the UPDATE, and with the outcome: it locks the row, and nobody sees it
-    # before the movement is made.
-    fields = _decided(next_attempt_at=None, **fields)
-    if not _move(row, sources, outcome, fence, **fields):
-        return False
-    client = mover.within(SETTLE_TIMEOUT, attempts=1)
-    try:
-        _pay(client, row) if succeeded else _release(client, row)
-    except MeterlyError as exc:
-        fields = _decided(settled_at=None, last_error=str(exc))
-        if not _move(row, [outcome], decision, **fields):
-            raise DatabaseError("The transaction was rolled back.") from exc
-    else:
-        _announce(_OUTCOMES[outcome], row)
-    return True
-
-
 def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
     """Give up the open rows whose lease has run out; return how many.
 
@@ -806,10 +731,9 @@ def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> i
 
 
 def _decided(**fields: Any) -> dict[str, Any]:
-    if "next_attempt_at" not in fields:
-        # Whoever decides settles at once; the sweeper leaves them the time for it.
-        fields["next_attempt_at"] = from_now(meterly_settings.DEADLINE)
     return {
+        # Whoever decides settles at once; the sweeper leaves them the time for it.
+        "next_attempt_at": from_now(meterly_settings.DEADLINE),
         "lease_until": None,
         "decided_at": DatabaseNow(),
         # The ledger may have refused the decision before this one.
@@ -899,7 +823,20 @@ def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> N
         logger.exception("Reservation %s could not be committed either", row.pk)
 
 
-def settle(client: MeterlyClient, row: Reservation, *, timeout: float | None) -> None:
+class Outcome(Enum):
+    """What became of one attempt to settle a row."""
+
+    #: The ledger has answered, and the row says what: it is final, or a debt.
+    ANSWERED = "answered"
+    #: The ledger has refused, for a reason that may pass.
+    REFUSED = "refused"
+    #: The ledger could not be asked.
+    UNREACHED = "unreached"
+
+
+def settle(
+    client: MeterlyClient, row: Reservation, *, timeout: float | None
+) -> Outcome:
     """Carry out the decision that *row* records, once, and record the outcome.
 
     Anything that stands in the way is recorded and left to the sweeper; nothing
@@ -907,7 +844,7 @@ def settle(client: MeterlyClient, row: Reservation, *, timeout: float | None) ->
     all of them together may take that many seconds.
     """
     if row.state not in State.pending():
-        return
+        return Outcome.ANSWERED
     if timeout is not None:
         client = client.within(timeout, attempts=1)
     try:
@@ -916,9 +853,10 @@ def settle(client: MeterlyClient, row: Reservation, *, timeout: float | None) ->
         else:
             _settle_commit(client, row)
     except OUTAGE as exc:
-        _postpone(row, exc, refused=False)
+        return _postpone(row, exc, Outcome.UNREACHED)
     except MeterlyApiError as exc:
-        _postpone(row, exc, refused=True)
+        return _postpone(row, exc, Outcome.REFUSED)
+    return Outcome.ANSWERED
 
 
 def _settle_release(client: MeterlyClient, row: Reservation) -> None:
@@ -1064,8 +1002,8 @@ def _record_debt(row: Reservation, exc: MeterlyError) -> None:
         _announce(signals.reservation_unbilled, row)
 
 
-def _postpone(row: Reservation, exc: Exception, *, refused: bool) -> None:
-    row.out_of_reach = not refused
+def _postpone(row: Reservation, exc: Exception, outcome: Outcome) -> Outcome:
+    refused = outcome is Outcome.REFUSED
     delay = min(BACKOFF_FIRST * 2 ** min(row.settle_attempts, 20), BACKOFF_MOST)
     refusals = row.refusals + refused
     stuck = refused and refusals >= meterly_settings.MAX_SETTLE_ATTEMPTS
@@ -1083,6 +1021,7 @@ def _postpone(row: Reservation, exc: Exception, *, refused: bool) -> None:
     logger.log(level, "Reservation %s is still %s: %s", row.pk, row.state, exc)
     if changed and stuck:
         _announce(signals.reservation_stuck, row)
+    return outcome
 
 
 def announce(signal: Signal, sender: Any, *, using: str, **facts: Any) -> None:
@@ -1166,7 +1105,7 @@ def settle_due(
 
     At most *limit* rows, only those that are due for *older_than* seconds, and
     for *seconds* at most. *on_row* is called with the number of rows tried so far.
-    May run in any number of processes at once. A row is claimed by moving its
+    May run in any number of processes at once. A row is taken by moving its
     next attempt into the future, so a settler that dies delays it, no more.
     """
     using = alias()
@@ -1188,14 +1127,14 @@ def settle_due(
         for row in batch:
             if done.taken == limit or time.monotonic() >= until:
                 return done
-            tried = _sweep_row(client, using, row)
-            if tried is None:
+            outcome = _sweep_row(client, using, row)
+            if outcome is None:
                 continue
             done.taken += 1
-            done.settled += tried.state in State.final()
+            done.settled += row.state in State.final()
             if on_row is not None:
                 on_row(done.taken)
-            unreached = unreached + 1 if tried.out_of_reach else 0
+            unreached = unreached + 1 if outcome is Outcome.UNREACHED else 0
             if unreached == OUTAGE_AFTER:
                 # What was not tried stays due, and is as it was when the ledger is
                 # back: one row after the other, for each sweeper.
@@ -1206,33 +1145,27 @@ def settle_due(
             return done
 
 
-def _sweep_row(
-    client: MeterlyClient, using: str, row: Reservation
-) -> Reservation | None:
-    """Try *row*; return it as it is then, or ``None`` if it is somebody else's."""
+def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome | None:
+    """Try *row*; return what became of it, or ``None`` if it is somebody else's."""
     try:
-        # Claimed inside: with a ledger in the same database all of it is one
+        # Taken inside: with a ledger in the same database all of it is one
         # transaction, which begins with a write.
         with client.transport.unit_of_work(using):
-            if not _claim(using, row):
-                return None
-            _settle_claimed(client, row)
+            return _settle_taken(client, row) if _take(using, row) else None
     except Exception as exc:
         # Whatever is wrong with one row, it must not stop the others.
         logger.exception("Reservation %s could not be settled", row.pk)
-        row = Reservation.objects.using(using).get(pk=row.pk)
-        # The claim may have been rolled back.
-        claimed = _claim(using, row)
+        row.refresh_from_db(using=using)
+        # The rollback may have given the row back.
+        taken = _take(using, row)
         if isinstance(exc, DatabaseError):
-            row.out_of_reach = True
-            return row if claimed else None
-        _postpone(row, exc, refused=True)
-    return row
+            return Outcome.UNREACHED if taken else None
+        return _postpone(row, exc, Outcome.REFUSED)
 
 
-def _claim(using: str, row: Reservation) -> bool:
-    """Take *row* up, unless somebody has done anything with it since it was read."""
-    claimed = (
+def _take(using: str, row: Reservation) -> bool:
+    """Take *row* to settle it, unless somebody has changed it since it was read."""
+    taken = (
         Reservation.objects.using(using)
         .due()
         .filter(pk=row.pk, state=row.state, settle_attempts=row.settle_attempts)
@@ -1243,14 +1176,14 @@ def _claim(using: str, row: Reservation) -> bool:
             settle_attempts=F("settle_attempts") + 1,
         )
     )
-    row.settle_attempts += claimed
-    return bool(claimed)
+    row.settle_attempts += taken
+    return bool(taken)
 
 
-def _settle_claimed(client: MeterlyClient, row: Reservation) -> None:
-    settle(client, row, timeout=None)
-    if row.state != State.UNBILLED or row.out_of_reach:
-        return
+def _settle_taken(client: MeterlyClient, row: Reservation) -> Outcome:
+    outcome = settle(client, row, timeout=None)
+    if row.state != State.UNBILLED or outcome is Outcome.UNREACHED:
+        return outcome
     over = from_now(-meterly_settings.JOURNAL_RETENTION)
     debt = Reservation.objects.using(alias()).filter(
         Q(decided_at__lt=over) | Q(decided_at=None, created_at__lt=over),
@@ -1259,6 +1192,7 @@ def _settle_claimed(client: MeterlyClient, row: Reservation) -> None:
     )
     if debt.update(stuck_at=DatabaseNow()):
         _announce(signals.reservation_stuck, row)
+    return outcome
 
 
 def sweep(client: MeterlyClient, *, limit: int | None = None) -> tuple[int, int]:

@@ -340,9 +340,6 @@ class Reservation(models.Model):
 
     objects = ReservationQuerySet.as_manager()
 
-    #: Not a column: whether the ledger could not be asked when this row was tried.
-    out_of_reach = False
-
     class Meta:
         verbose_name = _("reservation")
         verbose_name_plural = _("reservations")

@@ -284,7 +284,13 @@ class World:
             self.owed = HELD
         elif self.scenario.raises:
             guard.settle(self.scenario.charge)
-            guard.decide()
+            try:
+                # The view's own, as far as the ledger joins it.
+                with get_client().transport.unit_of_work(world_alias()):
+                    guard.decide()
+            except OperationalError:
+                # The work was rolled back together with its decision.
+                self.owed = None
             guard.fail()
         else:
             guard.settle(self.scenario.charge)
@@ -421,15 +427,15 @@ class World:
 
         record_success, trust = journal.record_success, journal._trust
 
-        def trusted(row: Reservation, lease: float) -> bool:
+        def trusted(using: str, row: Reservation, lease: float) -> bool:
             # One transaction, and so one step: there is but one connection.
             actor = self.running
             if actor is None:
-                return trust(row, lease)
+                return trust(using, row, lease)
             actor.point("write")
             actor.in_ledger = True
             try:
-                taken = trust(row, lease)
+                taken = trust(using, row, lease)
             finally:
                 actor.in_ledger = False
             actor.note(taken)

@@ -86,7 +86,14 @@ def test_promises_hold_on_every_path(
 @pytest.mark.django_db
 @pytest.mark.parametrize(
     "scenario",
-    [Scenario(HELD), Scenario(HELD + 5), Scenario(None), Scenario(HELD, credits=0)],
+    [
+        Scenario(HELD),
+        Scenario(HELD + 5),
+        Scenario(HELD + 5, credits=HELD),
+        Scenario(HELD, raises=True),
+        Scenario(None),
+        Scenario(HELD, credits=0),
+    ],
     ids=str,
 )
 def test_promises_hold_in_process_when_any_statement_fails(scenario: Scenario) -> None:
