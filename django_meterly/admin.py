@@ -456,7 +456,7 @@ class ReservationAdmin(ReadOnlyAdmin):
             {
                 "fields": [
                     "id",
-                    "work",
+                    "name",
                     "key",
                     "attempt",
                     "reservation_id",

@@ -112,7 +112,7 @@ def _check_values() -> Iterator[CheckMessage]:
             "METERLY['ON_UNAVAILABLE'] is 'allow', but UNAVAILABLE_CAP is 0: nothing "
             "is allowed.",
             hint="Set UNAVAILABLE_CAP to the credits a customer may have on trust.",
-            id="meterly.W005",
+            id="meterly.W004",
         )
     for name in ("TRANSPORT", "SIGNER", "CUSTOMER_RESOLVER", "EXTERNAL_ID"):
         path = getattr(meterly_settings, name)
@@ -178,7 +178,7 @@ def check_enforcement(**kwargs: Any) -> list[CheckMessage]:
         CheckWarning(
             f"METERLY['ENFORCEMENT'] is {enforcement!r}: work runs without credits.",
             hint="Set it to 'enforce' where credits are to be paid.",
-            id="meterly.W006",
+            id="meterly.W005",
         )
     ]
 
@@ -478,7 +478,7 @@ def check_sweeping(
                 "django_meterly.tasks.beat_schedule(). If one of them runs, the "
                 "ledger is out of reach: see its log."
             ),
-            id="meterly.W010",
+            id="meterly.W007",
         )
     ]
 
@@ -497,7 +497,7 @@ def check_beat(**kwargs: Any) -> list[CheckMessage]:
                 "Take all of django_meterly.tasks.beat_schedule(): the one gives up "
                 "what crashed work left behind, the other asks again for grants."
             ),
-            id="meterly.W011",
+            id="meterly.W008",
         )
         for name in missing_from_beat()
     ]

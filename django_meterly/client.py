@@ -52,11 +52,11 @@ from .transports.signing import Secret
 from .types import (
     Balance,
     Balances,
-    Customer,
+    CustomerResult,
     EntryPage,
     GrantResult,
-    Movement,
-    Reservation,
+    MovementResult,
+    ReservationResult,
 )
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class MeterlyClient:
         credit_unit: str,
         *,
         idempotency_key: str | None = None,
-    ) -> Customer:
+    ) -> CustomerResult:
         """Register a customer under *your* stable id, with a default unit.
 
         Raises ``MeterlyCustomerExistsError`` (with the existing ``customer_id``)
@@ -201,7 +201,7 @@ class MeterlyClient:
         """
         return self._post(
             "create_customer",
-            Customer.from_wire,
+            CustomerResult.from_wire,
             {
                 "customerExternalId": check_text(
                     customer_external_id, "customer_external_id"
@@ -213,7 +213,7 @@ class MeterlyClient:
 
     acreate_customer = _twin(create_customer)
 
-    def find_customer(self, customer_external_id: str) -> Customer | None:
+    def find_customer(self, customer_external_id: str) -> CustomerResult | None:
         """Return the customer with *your* id, or ``None``."""
         return self._send(
             "find_customer",
@@ -295,7 +295,7 @@ class MeterlyClient:
         reference: str | None = None,
         *,
         idempotency_key: str | None = None,
-    ) -> Movement:
+    ) -> MovementResult:
         """Add credits, once per *reference* (a random one when not given)."""
         return self._move(
             "add_credits", customer_id, amount, unit, reference, idempotency_key
@@ -311,7 +311,7 @@ class MeterlyClient:
         reference: str | None = None,
         *,
         idempotency_key: str | None = None,
-    ) -> Movement:
+    ) -> MovementResult:
         """Use credits at once, without a hold; *reference* is a label.
 
         Raises ``MeterlyInsufficientCreditsError`` when too few are available.
@@ -333,7 +333,7 @@ class MeterlyClient:
         reference: str | None = None,
         idempotency_key: str | None = None,
         ttl_seconds: int | None = None,
-    ) -> Reservation:
+    ) -> ReservationResult:
         """Hold credits for *ttl_seconds* (1 to 86400; the ledger's default else).
 
         Replaying a key returns the same reservation with its present *status*,
@@ -350,16 +350,16 @@ class MeterlyClient:
         if ttl_seconds is not None:
             arguments["ttlSeconds"] = check_ttl(ttl_seconds)
         return self._post(
-            "reserve_credits", Reservation.from_wire, arguments, idempotency_key
+            "reserve_credits", ReservationResult.from_wire, arguments, idempotency_key
         )
 
     areserve_credits = _twin(reserve_credits)
 
-    def get_reservation(self, reservation_id: str) -> Reservation:
+    def get_reservation(self, reservation_id: str) -> ReservationResult:
         """Return a reservation as it is now."""
         return self._send(
             "get_reservation",
-            Reservation.from_wire,
+            ReservationResult.from_wire,
             {"reservationId": _reservation(reservation_id)},
         )
 
@@ -371,7 +371,7 @@ class MeterlyClient:
         *,
         amount: int | None = None,
         idempotency_key: str | None = None,
-    ) -> Reservation:
+    ) -> ReservationResult:
         """Charge a reservation: all of it, or *amount* (0 charges nothing).
 
         What is not charged is available again. Committing a committed
@@ -387,14 +387,17 @@ class MeterlyClient:
                 return self._commit_and_refund(reservation_id, amount, idempotency_key)
             arguments["amount"] = amount
         return self._post(
-            "commit_reservation", Reservation.from_wire, arguments, idempotency_key
+            "commit_reservation",
+            ReservationResult.from_wire,
+            arguments,
+            idempotency_key,
         )
 
     acommit_reservation = _twin(commit_reservation)
 
     def _commit_and_refund(
         self, reservation_id: str, amount: int, idempotency_key: str | None
-    ) -> Reservation:
+    ) -> ReservationResult:
         """Charge *amount* at a ledger that can only commit a hold as a whole."""
         held = self.get_reservation(reservation_id)
         if amount > held.amount:
@@ -427,7 +430,7 @@ class MeterlyClient:
 
     def release_reservation(
         self, reservation_id: str, *, idempotency_key: str | None = None
-    ) -> Reservation:
+    ) -> ReservationResult:
         """Give the held credits back.
 
         Releasing a released reservation succeeds. Raises
@@ -435,7 +438,7 @@ class MeterlyClient:
         """
         return self._post(
             "release_reservation",
-            Reservation.from_wire,
+            ReservationResult.from_wire,
             {"reservationId": _reservation(reservation_id)},
             idempotency_key,
         )
@@ -448,7 +451,7 @@ class MeterlyClient:
         ttl_seconds: int,
         *,
         idempotency_key: str | None = None,
-    ) -> Reservation:
+    ) -> ReservationResult:
         """Hold the credits for *ttl_seconds* (1 to 86400) from now.
 
         This sets the time to live and never adds to it, so a replay does no harm.
@@ -457,7 +460,7 @@ class MeterlyClient:
         """
         return self._post(
             "extend_reservation",
-            Reservation.from_wire,
+            ReservationResult.from_wire,
             {
                 "reservationId": _reservation(reservation_id),
                 "ttlSeconds": check_ttl(ttl_seconds),
@@ -476,7 +479,7 @@ class MeterlyClient:
         reference: str | None = ...,
         idempotency_key: str | None = ...,
         ttl_seconds: int | None = ...,
-    ) -> AbstractContextManager[Reservation]: ...
+    ) -> AbstractContextManager[ReservationResult]: ...
 
     @overload
     def guard(
@@ -531,7 +534,7 @@ class MeterlyClient:
         reference: str | None = ...,
         idempotency_key: str | None = ...,
         ttl_seconds: int | None = ...,
-    ) -> AbstractAsyncContextManager[Reservation]: ...
+    ) -> AbstractAsyncContextManager[ReservationResult]: ...
 
     @overload
     def aguard(
@@ -576,7 +579,7 @@ class MeterlyClient:
         unit: str | None,
         reference: str | None,
         idempotency_key: str | None,
-    ) -> Movement:
+    ) -> MovementResult:
         arguments: dict[str, Any] = {
             "customerId": _customer(customer_id),
             "amount": check_amount(amount),
@@ -584,7 +587,9 @@ class MeterlyClient:
         }
         if unit is not None:
             arguments["unit"] = check_unit(unit)
-        return self._post(operation, Movement.from_wire, arguments, idempotency_key)
+        return self._post(
+            operation, MovementResult.from_wire, arguments, idempotency_key
+        )
 
     def _post(
         self,
@@ -670,7 +675,7 @@ class _Held(Generic[T]):
             ttl_seconds=ttl_seconds,
         )
 
-    def __enter__(self) -> Reservation:
+    def __enter__(self) -> ReservationResult:
         reservation = self._reserve()
         if reservation.status != "reserved":
             raise MeterlyUnknownOutcomeError(
@@ -692,7 +697,7 @@ class _Held(Generic[T]):
             # The work is done, so nothing here may release it.
             self._commit()
 
-    async def __aenter__(self) -> Reservation:
+    async def __aenter__(self) -> ReservationResult:
         try:
             return await self._to_its_end(self.__enter__)
         except asyncio.CancelledError:
@@ -784,8 +789,8 @@ def _reference(value: str | None) -> str:
     return str(uuid.uuid4()) if value is None else check_text(value, "reference")
 
 
-def _first_customer(data: dict[str, Any]) -> Customer | None:
-    customers = [Customer.from_wire(item) for item in data["customers"]]
+def _first_customer(data: dict[str, Any]) -> CustomerResult | None:
+    customers = [CustomerResult.from_wire(item) for item in data["customers"]]
     return customers[0] if customers else None
 
 

@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
 #: Policies: one of these words.
 CHOICES = {
     "OVERAGE": ("charge", "cap"),
-    "ON_DISCONNECT": ("release", "commit", "settled"),
+    "ON_DISCONNECT": ("release", "commit", "charged"),
     "ENFORCEMENT": ("enforce", "shadow", "off"),
     "ON_UNAVAILABLE": ("deny", "allow"),
 }

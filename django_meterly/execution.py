@@ -146,16 +146,16 @@ class _ViewGuard:
     """The guard of one view: its name, and what it is to do for a request."""
 
     def __init__(self, view: View, options_for: OptionsFor) -> None:
-        #: The names of the work: for people, and with its module for the journal.
-        self.name, self.work = _names(view)
+        #: The view's name: for people, and with its module for the journal.
+        self.name, self.full_name = _names(view)
         self.options_for = options_for
 
     def costs(self, request: HttpRequest) -> bool:
         options = self.options_for(request)
         return options is not None and options.costs(request.method)
 
-    def begin(self, call: _Call) -> Work | HttpResponseBase | None:
-        """Reserve; return what is to be concluded, or the answer that refuses.
+    def begin(self, call: _Call) -> Execution | HttpResponseBase | None:
+        """Reserve; return what runs the view, or the response that refuses it.
 
         A request that costs nothing has neither. DRF has its refusals raised.
         """
@@ -168,21 +168,21 @@ class _ViewGuard:
                 request.meterly = NoGuard(_FREE.format(request.method))
             return None
         try:
-            work = options.guard(self.name, call.given, *call.args, **call.kwargs)
-            if work is None:
+            guard = options.guard(self.name, call.given, *call.args, **call.kwargs)
+            if guard is None:
                 return self._refuse_nobody(call)
-            work.work = self.work
-            work.reserve()
+            guard.name = self.full_name
+            guard.reserve()
         except responses.RENDERED as exc:
             if call.rest:
                 from .rest_framework.exceptions import counterpart
 
                 raise counterpart(exc) from exc
             return responses.render(request, exc)
-        request.meterly = work
+        request.meterly = guard
         if dispatch := _Dispatch.of(request):
-            dispatch.begun.append(work)
-        return Work(work, options, head=request.method == "HEAD")
+            dispatch.begun.append(guard)
+        return Execution(guard, options, head=request.method == "HEAD")
 
     def _refuse_nobody(self, call: _Call) -> HttpResponseBase:
         if call.rest:
@@ -211,7 +211,7 @@ def _guard_sync(view: View, begin: Callable[[_Call], Any]) -> View:
         if isinstance(begun, HttpResponseBase):
             return begun
         if called.dispatched:
-            aliases = _Dispatch.hand_over(called.request, view)
+            aliases = _Dispatch.take_aliases(called.request, view)
         else:
             aliases = _atomic_aliases(exempt | taken_over.exempted)
         if begun is None and not aliases:
@@ -235,8 +235,8 @@ def _guard_async(view: View, begin: Callable[[_Call], Any]) -> View:
         try:
             begun = await to_the_end(begin, called)
         except asyncio.CancelledError:
-            if isinstance(work := getattr(called.request, "meterly", None), Guard):
-                await to_the_end(work.abandon)
+            if isinstance(guard := getattr(called.request, "meterly", None), Guard):
+                await to_the_end(guard.abandon)
             raise
         if isinstance(begun, HttpResponseBase):
             return begun
@@ -276,7 +276,7 @@ class _Dispatch:
         return dispatch
 
     @classmethod
-    def hand_over(cls, request: Any, handler: Any) -> list[str]:
+    def take_aliases(cls, request: Any, handler: Any) -> list[str]:
         """Return the transactions that the guard of *handler* is to open.
 
         The innermost guard opens them, for those around it do not reserve inside.
@@ -292,7 +292,7 @@ class _Dispatch:
         # Else a dispatch() tries its handler again: another piece of work.
         return guard.begin(call)
 
-    def conclude(self, response: Any, *, rest: bool) -> None:
+    def refuse_bypass(self, response: Any, *, rest: bool) -> None:
         """Raise ``MeterlyUsageError`` for work that went past its guard.
 
         A ``dispatch()`` of Django's may answer by itself: with a log-in page, say.
@@ -340,7 +340,7 @@ def _guard_handlers(view: View, guard: _ViewGuard | None) -> View:
             dispatch = _Dispatch.prepare(request, guard, [])
             try:
                 response = await call()
-                dispatch.conclude(response, rest=rest)
+                dispatch.refuse_bypass(response, rest=rest)
             except GeneratorExit:
                 raise
             except BaseException:
@@ -368,7 +368,7 @@ def _guard_handlers(view: View, guard: _ViewGuard | None) -> View:
             try:
                 with _unspoiled(aliases):
                     response = call()
-                dispatch.conclude(response, rest=rest)
+                dispatch.refuse_bypass(response, rest=rest)
             except BaseException:
                 dispatch.abandon()
                 raise
@@ -414,8 +414,8 @@ def _hook_initial(cls: Any) -> None:
     cls.initial = initial_and_guards
 
 
-class Work:
-    """A view at work under its guard."""
+class Execution:
+    """One run of a view under its guard."""
 
     def __init__(
         self, guard: Guard, options: GuardOptions, *, head: bool = False

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: The header of a task's message that names the reservation handed off to it.
-HEADER = "meterly_reservation"
+RESERVATION_HEADER = "meterly_reservation"
 #: What stands there instead of an id, for work that nobody is charged for.
 UNCHARGED = "uncharged"
 
@@ -50,7 +50,7 @@ class Guard:
     """One guarded piece of work: what ``guard()`` returns and ``request.meterly`` is.
 
     *amount* credits of *unit* are held while the work runs. The work may call
-    ``settle`` to be charged for what it used, or ``release`` to be free.
+    ``charge`` to be charged for what it used, or ``release`` to be free.
     """
 
     def __init__(
@@ -78,18 +78,18 @@ class Guard:
         #: ``None``, here and below, is what the setting says when it is needed.
         self.overage = overage
         #: The name of the view or the task that this is for.
-        self.work = ""
+        self.name = ""
         self.on_unavailable = on_unavailable
         self.enforcement = enforcement or meterly_settings.ENFORCEMENT
         #: How many seconds the work may take without a beat; ``None`` is ttl_seconds.
         self.lease: float | None = None
         self.reservation: Reservation | None = None
-        #: The fence of the reservation that is ours. Who writes elsewhere, too, may
-        #: send it along, to have what an outrun copy writes refused.
+        #: A fencing token: pass it to other systems so that they can reject writes of
+        #: a worker that has been superseded.
         self.fence = 0
         self._balance: Balance | None = None
         self._charge: int | None = amount
-        self._settled = False
+        self._charged = False
         self._decided = False
         self._concluded = False
         # Why the work would not have been run; only in shadow.
@@ -112,22 +112,18 @@ class Guard:
         """The credits that were left for other work when these were reserved."""
         return self._balance.available if self._balance else 0
 
-    @property
-    def charge(self) -> int:
-        """What success costs: the amount held, unless the work said otherwise."""
-        return self._charge or 0
-
-    def settle(self, amount: int) -> None:
+    def charge(self, amount: int) -> None:
         """Charge *amount* on success, instead of the amount held.
 
-        Less than was held: the rest returns. More: ``OVERAGE`` decides whether
-        the rest is charged too (``"charge"``) or the hold is the most
-        (``"cap"``). 0 is free. Raises ``ValueError`` for anything that is not a
-        whole number of credits, and ``MeterlyUsageError`` once the work has ended.
+        If *amount* is below the hold, the remainder is returned; 0 is free. If it is
+        above, ``OVERAGE`` decides: ``"charge"`` charges it all, ``"cap"`` charges
+        the hold. The last call counts. For example, after ``charge(80)`` a hold of
+        100 credits costs 80. Raises ``ValueError`` for anything that is not a whole
+        number of credits, and ``MeterlyUsageError`` once the work has ended.
         """
         charge = check_amount(amount, minimum=0)
-        self._refuse_if_decided("settle")
-        self._refuse_if_handed_off("settle")
+        self._refuse_if_decided("charge")
+        self._refuse_if_handed_off("charge")
         overage = self.overage or meterly_settings.OVERAGE
         if charge > self.amount and overage == "cap":
             logger.warning(
@@ -139,7 +135,7 @@ class Guard:
             )
             charge = self.amount
         self._charge = charge
-        self._settled = True
+        self._charged = True
 
     def release(self) -> None:
         """Let the work be free, even if it succeeds.
@@ -263,29 +259,29 @@ class Guard:
             reference=self.reference,
             key=self.idempotency_key,
             ttl_seconds=self.ttl_seconds,
-            work=self.work,
+            name=self.name,
             on_unavailable=self.on_unavailable or meterly_settings.ON_UNAVAILABLE,
             lease=self.lease,
         )
 
     def adopt(self, row: Reservation) -> None:
-        """Go on under a reservation that was taken up, instead of ``reserve``."""
+        """Go on under a reservation that was claimed, instead of ``reserve``."""
         self.reservation = row
         self.fence = row.fence
 
-    def hand_over(self, lease: float) -> bool:
-        """Let somebody else take the work up, within *lease* seconds.
+    def offer(self, lease: float) -> bool:
+        """Offer the work to somebody else, for *lease* seconds.
 
-        Until somebody has, it can still be failed here.
+        Until it is claimed, it can still be failed here.
         """
-        if not journal.hand_over(self._row, fence=self.fence, lease=lease):
+        if not journal.offer(self._row, fence=self.fence, lease=lease):
             return False
         self.fence = self._row.fence
         return True
 
     @property
-    def outrun(self) -> bool:
-        """Whether somebody else has taken the work up, and decides."""
+    def superseded(self) -> bool:
+        """Whether somebody else has claimed the work, and decides."""
         row = self.reservation
         return row is not None and self._message is None and row.fence != self.fence
 
@@ -304,7 +300,11 @@ class Guard:
         settles = (
             self._message is None and transport.joins(using) and _reads_committed(using)
         )
-        if settles and transport.carries_statements(using) and self._settle_at_once():
+        if (
+            settles
+            and transport.carries_statements(using)
+            and self._decide_in_one_statement()
+        ):
             return
         if self._record(succeeded=True) and settles:
             self._settle_now()
@@ -335,7 +335,7 @@ class Guard:
         """
         try:
             self._conclude(succeeded=False)
-            if self._is_handed_over:
+            if self._is_offered:
                 # The exception came after the COMMIT.
                 self._deliver()
         except Exception:
@@ -349,7 +349,7 @@ class Guard:
         *policy* is one of the words of ``ON_DISCONNECT``, which is the default.
         """
         policy = policy or meterly_settings.ON_DISCONNECT
-        if policy == "commit" or (policy == "settled" and self._settled):
+        if policy == "commit" or (policy == "charged" and self._charged):
             self.succeed()
         else:
             self.fail()
@@ -397,7 +397,7 @@ class Guard:
             )
 
     @property
-    def _is_handed_over(self) -> bool:
+    def _is_offered(self) -> bool:
         row = self.reservation
         return (
             self._message is not None
@@ -424,7 +424,7 @@ class Guard:
             message.send(UNCHARGED)
             return
         row = self._row
-        if not self._is_handed_over:
+        if not self._is_offered:
             # Given up meanwhile, or nobody knows: then the task would run for free.
             raise MeterlyUnavailableError(
                 f"{self.reference} was not handed off: its reservation is {row.state}."
@@ -460,14 +460,16 @@ class Guard:
             raise
 
     def _record_and_settle(self, using: str, *, succeeded: bool) -> None:
-        if journal.at_once(self._client, using) and self._settle_at_once(succeeded):
+        if journal.fits_one_statement(
+            self._client, using
+        ) and self._decide_in_one_statement(succeeded):
             return
         transport = self._client.transport
         with transport.unit_of_work(using):
             if not self._record(succeeded=succeeded):
                 # The row has another decision, and that one stands.
                 self._row.refresh_from_db(using=using)
-            if self._is_handed_over:
+            if self._is_offered:
                 return
             if self.durable or transport.joins(using):
                 self._settle_now()
@@ -477,16 +479,16 @@ class Guard:
 
     def _record(self, *, succeeded: bool) -> bool:
         if succeeded and self._message is not None:
-            return journal.hand_over(self._row, fence=self.fence)
+            return journal.offer(self._row, fence=self.fence)
         if succeeded and self._charge is not None:
             return journal.record_success(self._row, self._charge, fence=self.fence)
         return journal.record_failure(self._row, fence=self.fence)
 
-    def _settle_at_once(self, succeeded: bool = True) -> bool:
+    def _decide_in_one_statement(self, succeeded: bool = True) -> bool:
         """Decide and settle in one statement; return whether that was all."""
         charge = self._charge if succeeded else None
         # What is handed off is not settled here.
-        return self._message is None and journal.settle_at_once(
+        return self._message is None and journal.decide_in_one_statement(
             self._client, self._row, charge, fence=self.fence
         )
 
@@ -519,7 +521,8 @@ class Message:
         """Send it, with the id of the reservation and nothing else of ours."""
         headers = self._signature.options.get("headers") or {}
         self._signature.apply_async(
-            task_id=self.task_id, headers={**headers, HEADER: reservation_id}
+            task_id=self.task_id,
+            headers={**headers, RESERVATION_HEADER: reservation_id},
         )
 
 
@@ -561,9 +564,9 @@ def guard(
 
     Use it as a context manager::
 
-        with guard(user, 100, "gpu_seconds", reference="render-42") as work:
+        with guard(user, 100, "gpu_seconds", reference="render-42") as reservation:
             ...
-            work.settle(80)
+            reservation.charge(80)
 
     *customer* is an instance of ``CUSTOMER_MODEL``, a ``Customer`` or an
     external id; *amount* a positive whole number of credits; *unit* defaults to
@@ -572,7 +575,7 @@ def guard(
     most. An *idempotency_key* (up to 200 visible ASCII characters, unique for
     the customer) runs the work once: after a success it is refused, after a
     refusal or a failure it may be tried again. *overage* (``"charge"`` or
-    ``"cap"``, default ``OVERAGE``) is what becomes of a ``settle`` above the hold.
+    ``"cap"``, default ``OVERAGE``) is what becomes of a ``charge`` above the hold.
     In ``async`` code it is ``async with``, and the same. *on_unavailable* and
     *enforcement* stand above the settings of these names.
 

@@ -1,4 +1,4 @@
-"""A job under its guard: taking it up, its heartbeat, and who may settle it.
+"""A job under its guard: claiming it, its heartbeat, and who may settle it.
 
 What of it is Celery's is in ``tasks``.
 """
@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from django.db import DatabaseError, connections
 
-from . import journal
+from . import guards, journal
 from .client import get_client
 from .conf import meterly_settings
 from .errors import MeterlyIdempotencyMismatchError, MeterlyUsageError
-from .guards import UNCHARGED, guard
 from .models import MAX_CALLER_KEY_LENGTH, Customer, Reservation
 from .transports.base import MAX_TTL_SECONDS, check_key
 
@@ -51,7 +50,7 @@ class Job:
         self.request_id = request_id
         self.outer = outer
         self.guard: Guard | None = None
-        self.passed_on = False
+        self.kept = False
         self._reservation_id = reservation_id
         self._heart: Heart | None = None
 
@@ -68,38 +67,40 @@ class Job:
             return f"task:{hashlib.sha256(key.encode()).hexdigest()}"
 
     def begin(self, options: GuardOptions, args: Any, kwargs: Any) -> None:
-        """Take up what was handed over or left lying, or else reserve.
+        """Claim what was offered or abandoned, or else reserve.
 
         Raises ``MeterlyDuplicateError`` when another copy of this job is at work or
         has been, and what ``journal.reserve`` raises.
         """
-        if self._reservation_id == UNCHARGED:
+        if self._reservation_id == guards.UNCHARGED:
             # Nobody is charged for what handed it off: not for this, either.
-            self.guard = guard(None, 1, options.unit or UNCHARGED, enforcement="off")
+            self.guard = guards.guard(
+                None, 1, options.unit or guards.UNCHARGED, enforcement="off"
+            )
             self.guard.reserve()
             return
-        customer, work = self._guard(options, args, kwargs)
+        customer, guard = self._guard(options, args, kwargs)
         # Whoever beats needs no longer lease than that of a beat.
-        work.lease = 0
-        self.guard = work
+        guard.lease = 0
+        self.guard = guard
         row = None
-        key = None if work.enforcement == "off" else work.idempotency_key
+        key = None if guard.enforcement == "off" else guard.idempotency_key
         if customer is not None and key is not None:
             client = get_client()
             journal.refuse_open_transaction(client)
-            row = journal.take_up(client, customer, key)
+            row = journal.claim(client, customer, key)
         if row is None:
             try:
-                work.reserve()
+                guard.reserve()
             except MeterlyIdempotencyMismatchError as exc:
                 # The amount is another one by now, but the job is the same.
                 if customer is None or key is None:
                     raise
                 raise (journal.in_the_way(customer, key) or exc) from exc
         else:
-            work.adopt(row)
-        if work.reservation is not None:
-            self._heart = Heart(work.reservation, work.fence)
+            guard.adopt(row)
+        if guard.reservation is not None:
+            self._heart = Heart(guard.reservation, guard.fence)
             self._heart.start()
 
     def _guard(
@@ -119,7 +120,7 @@ class Job:
             return option(*args, **kwargs) if callable(option) else option
 
         customer = None if payer is None else Customer.objects.resolve(payer)
-        work = guard(
+        guard = guards.guard(
             customer,
             value(options.amount),
             options.unit,
@@ -131,8 +132,8 @@ class Job:
             on_unavailable=options.on_unavailable,
             enforcement=enforcement,
         )
-        work.work = self.name
-        return customer, work
+        guard.name = self.name
+        return customer, guard
 
     def _guard_handed_off(
         self, options: GuardOptions, reservation_id: str
@@ -149,7 +150,7 @@ class Job:
                 f"{self.name} was handed off with the reservation {reservation_id}, "
                 "which is not in the journal."
             )
-        work = guard(
+        guard = guards.guard(
             row.customer,
             row.amount,
             row.unit,
@@ -160,44 +161,44 @@ class Job:
             on_unavailable=options.on_unavailable,
             enforcement=options.enforcement,
         )
-        work.work = row.work
-        return row.customer, work
+        guard.name = row.name
+        return row.customer, guard
 
-    def pass_on(self, delay: float) -> None:
+    def keep(self, delay: float) -> None:
         """Keep the credits for the job's own retry, *delay* seconds from now."""
-        work = self.guard
-        if work is None or work.reservation is None or self.passed_on:
+        guard = self.guard
+        if guard is None or guard.reservation is None or self.kept:
             return
         self._stop()
-        held = int(delay) + 1 + work.ttl_seconds
+        held = int(delay) + 1 + guard.ttl_seconds
         if held > MAX_TTL_SECONDS:
             # No hold lasts that long: the retry reserves anew.
-            work.fail()
+            guard.fail()
             return
-        self.passed_on = work.hand_over(held + meterly_settings.LEASE_GRACE)
-        if self.passed_on and delay:
-            journal.extend(get_client(), work.reservation, f"{work.fence}", held)
+        self.kept = guard.offer(held + meterly_settings.LEASE_GRACE)
+        if self.kept and delay:
+            journal.extend(get_client(), guard.reservation, f"{guard.fence}", held)
 
     def succeed(self) -> None:
-        """Settle, unless the job has been passed on."""
+        """Settle, unless the credits are kept for the job's retry."""
         self._stop()
-        if self.guard is not None and not self.passed_on:
+        if self.guard is not None and not self.kept:
             self.guard.succeed()
 
     def fail(self) -> None:
-        """Release; of a job that was passed on only if nobody has taken it up."""
+        """Release, unless the job's retry has claimed the credits kept for it."""
         self._stop()
         if self.guard is not None:
             self.guard.abandon()
 
     @property
-    def outrun(self) -> bool:
-        """Whether another copy has taken the job up, and decides."""
+    def superseded(self) -> bool:
+        """Whether another copy has claimed the job, and decides."""
         # Its own retry may have, too; and in shadow every copy counts.
-        work = self.guard
-        if work is None or self.passed_on or work.enforcement == "shadow":
+        guard = self.guard
+        if guard is None or self.kept or guard.enforcement == "shadow":
             return False
-        return work.outrun
+        return guard.superseded
 
     def _stop(self) -> None:
         if self._heart is not None:

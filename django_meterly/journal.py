@@ -23,11 +23,11 @@ reservation id. That column is written once: with the hold's id, or with
 ``NO_HOLD`` when the ledger has refused the reserve. Only the hold that stands there
 is committed, and only a row with ``NO_HOLD`` is charged without one.
 
-Who decides is said by the row's *fence*: an even number is somebody's who works
-under it, an odd one means that the work was handed over and that nobody has taken
-it up yet. Handing over and taking up are conditional UPDATEs, too, and so is the
-next attempt of a key, which fences the earlier ones off: of all who ever worked
-on one thing, only the last may decide.
+The row's *fence* says who may decide. An even number belongs to the process that
+works under it. An odd number means that the work is offered and not yet claimed. To
+offer, to claim and to withdraw are conditional UPDATEs, too, and so is the next
+attempt of a key, which fences the earlier ones off: of all processes that ever
+worked on one thing, only the last may decide.
 """
 
 from __future__ import annotations
@@ -85,8 +85,7 @@ if TYPE_CHECKING:
 
     from .client import MeterlyClient
     from .models import ReservationQuerySet
-    from .types import Balance
-    from .types import Reservation as Held
+    from .types import Balance, ReservationResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -162,13 +161,13 @@ def reserve(
     reference: str,
     key: str | None,
     ttl_seconds: int,
-    work: str = "",
+    name: str = "",
     on_unavailable: str = "deny",
     lease: float | None = None,
 ) -> tuple[Reservation, Balance | None]:
     """Ask the ledger to hold *amount*; return the row that it is on record in.
 
-    Without a *key*, a random one is used. *work* names the view or the task. *lease*
+    Without a *key*, a random one is used. *name* is that of the view or task. *lease*
     is how many seconds the work may take without a ``beat``; *ttl_seconds* by
     default. Returns the row, which is ``reserved``, and the balance after the hold.
 
@@ -193,7 +192,7 @@ def reserve(
         unit=unit,
         amount=amount,
         reference=reference,
-        work=work,
+        name=name,
         key=key or str(uuid.uuid4()),
         ttl_seconds=ttl_seconds,
     )
@@ -201,8 +200,8 @@ def reserve(
         row.attempt = _next_attempt(using, row)
     try:
         customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
-        if not key and at_once(client, using):
-            answer = _reserve_at_once(using, client, row, lease)
+        if not key and fits_one_statement(client, using):
+            answer = _reserve_in_one_statement(using, client, row, lease)
         else:
             answer = _reserve_by_intent(using, client, limited, row, lease)
     except OUTAGE as exc:
@@ -262,14 +261,14 @@ def _next_attempt(using: str, row: Reservation) -> int:
     given_up = (*State.free(), State.RELEASE_PENDING)
     # Nothing came of an attempt that was given up: the next may cost another amount.
     if (
-        last.work != row.work
+        last.name != row.name
         or last.unit != row.unit
         or (last.amount != row.amount and last.state not in given_up)
     ):
         raise MeterlyIdempotencyMismatchError(
             f"The idempotency key {row.key!r} was used for something else before: "
-            f"{last.amount} {last.unit} for {last.work or 'guard()'!r}, and not "
-            f"{row.amount} {row.unit} for {row.work or 'guard()'!r}."
+            f"{last.amount} {last.unit} for {last.name or 'guard()'!r}, and not "
+            f"{row.amount} {row.unit} for {row.name or 'guard()'!r}."
         )
     if last.state not in State.free():
         raise _duplicate(last)
@@ -312,7 +311,7 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
     )
 
 
-def at_once(client: MeterlyClient, using: str) -> bool:
+def fits_one_statement(client: MeterlyClient, using: str) -> bool:
     """Return whether a movement and its row can be one statement, and its own.
 
     In a transaction of the caller's they need a savepoint: a statement that failed
@@ -326,9 +325,9 @@ def at_once(client: MeterlyClient, using: str) -> bool:
     )
 
 
-def _reserve_at_once(
+def _reserve_in_one_statement(
     using: str, client: MeterlyClient, row: Reservation, lease: float
-) -> Held | MeterlyError:
+) -> ReservationResult | MeterlyError:
     """Ask a ledger that writes *row* in the statement that holds the credits."""
     insert = _insert(using, row, lease + meterly_settings.LEASE_GRACE)
     try:
@@ -381,7 +380,9 @@ def _insert_sql(using: str) -> tuple[str, list[Any]]:
     return sql, fields
 
 
-def _ask(limited: MeterlyClient, row: Reservation) -> tuple[Held | MeterlyError, str]:
+def _ask(
+    limited: MeterlyClient, row: Reservation
+) -> tuple[ReservationResult | MeterlyError, str]:
     """Send the reserve, by the *limited* client; return what it comes to.
 
     That is the answer, and the state it brings *row* to; what else is to be on
@@ -415,7 +416,7 @@ def _reserve_by_intent(
     limited: MeterlyClient,
     row: Reservation,
     lease: float,
-) -> Held | MeterlyError:
+) -> ReservationResult | MeterlyError:
     """Write *row* as an intent, ask the ledger, and record what it answered.
 
     A ledger that joins is asked in the transaction that writes the row. Rows are
@@ -431,7 +432,7 @@ def _reserve_by_intent(
 
 def _ask_and_record(
     client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
-) -> Held | MeterlyError:
+) -> ReservationResult | MeterlyError:
     answer, state = _ask(limited, row)
     # From the moment the intent was written: the hold cannot be older.
     seconds = dt.timedelta(seconds=lease - meterly_settings.DEADLINE)
@@ -503,7 +504,9 @@ def _give_up(row: Reservation, exc: MeterlyError, *, lapses: bool) -> None:
     # same reserve again to learn the hold's id, and releases it.
 
 
-def _give_back(client: MeterlyClient, row: Reservation, held: Held) -> None:
+def _give_back(
+    client: MeterlyClient, row: Reservation, held: ReservationResult
+) -> None:
     """Release a hold that the row knows nothing of."""
     try:
         client.within(SETTLE_TIMEOUT, attempts=1).release_reservation(
@@ -513,7 +516,7 @@ def _give_back(client: MeterlyClient, row: Reservation, held: Held) -> None:
         logger.warning("Reservation %s ends with its time: %s", row.pk, exc)
 
 
-def _hold(client: MeterlyClient, row: Reservation) -> Held:
+def _hold(client: MeterlyClient, row: Reservation) -> ReservationResult:
     """Send the reserve of *row*: the same key and body whoever sends it."""
     return client.reserve_credits(
         _customer_id(client, row),
@@ -535,15 +538,15 @@ def _unavailable(exc: MeterlyError) -> MeterlyUnavailableError:
     return MeterlyUnavailableError(f"The ledger cannot be asked: {exc}")
 
 
-# Handing over, and the lease of work that beats
+# Offering work, and the lease of work that beats
 
 
-def hand_over(
+def offer(
     row: Reservation, *, fence: int, lease: float | None = None, **fields: Any
 ) -> bool:
-    """Let whoever comes for it take the work of *row* up, and decide.
+    """Offer the work of *row*: the process that claims it decides.
 
-    For *lease* seconds, or for as long as the row had. Afterwards it lapses.
+    The offer lasts *lease* seconds, or as long as the row's lease. Then it lapses.
     """
     if lease is not None:
         fields["lease_until"] = from_now(lease)
@@ -552,19 +555,19 @@ def hand_over(
     )
 
 
-def take_back(client: MeterlyClient, reservation_id: str) -> None:
-    """Release what was handed over, unless somebody has taken it up."""
+def withdraw(client: MeterlyClient, reservation_id: str) -> None:
+    """Release what was offered, unless it was claimed."""
     row = Reservation.objects.using(alias()).filter(pk=reservation_id).first()
-    if row is not None and row.is_waiting and record_failure(row, fence=row.fence):
+    if row is not None and row.is_offered and record_failure(row, fence=row.fence):
         settle(client, row, timeout=SETTLE_TIMEOUT)
 
 
-def take_up(client: MeterlyClient, customer: Customer, key: str) -> Reservation | None:
-    """Take up the work of *key* that was handed over, or that was left lying.
+def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | None:
+    """Claim the work of *key* that was offered, or whose worker has died.
 
-    The row's fence is then the caller's. ``None`` when there is nothing to take
-    up: the last attempt is somebody's whose lease is good, or is decided, or was
-    never made, or its hold is gone, and it is given up.
+    The row's fence is then the caller's. Returns ``None`` if there is nothing to
+    claim: the last attempt has a good lease, or is decided, or does not exist. If
+    its hold is gone, the attempt is released, and there is nothing to claim either.
     """
     using = alias()
     row = (
@@ -576,20 +579,20 @@ def take_up(client: MeterlyClient, customer: Customer, key: str) -> Reservation 
     )
     if row is None or row.state != State.RESERVED:
         return None
-    waiting = row.is_waiting
+    offered = row.is_offered
     free = Reservation.objects.using(using).filter(
         pk=row.pk, state=State.RESERVED, fence=row.fence
     )
-    if not waiting:
+    if not offered:
         free = free.lapsed()
-    fence = row.fence + (1 if waiting else 2)
+    fence = row.fence + (1 if offered else 2)
     if not free.update(fence=fence, lease_until=from_now(meterly_settings.LEASE_GRACE)):
         return None
     row.fence = fence
     age = (timezone.now() - row.created_at).total_seconds()
-    # A hold that was handed over a moment ago is there. One that was left lying may
+    # A hold that was offered a moment ago is there. One whose worker has died may
     # have been charged while the database was down.
-    if (waiting and age < row.ttl_seconds / 2) or extend(client, row, f"{fence}"):
+    if (offered and age < row.ttl_seconds / 2) or extend(client, row, f"{fence}"):
         return row
     # It would be paid for by a debit, which may find nothing: rather try again.
     if _move(
@@ -667,7 +670,7 @@ def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
     return _move(row, [State.RESERVED], State.RELEASE_PENDING, fence, **_decided())
 
 
-def settle_at_once(
+def decide_in_one_statement(
     client: MeterlyClient, row: Reservation, charge: int | None, *, fence: int
 ) -> bool:
     """Decide and settle *row* in one statement, if that is all there is to it.

@@ -12,7 +12,7 @@ from .transports.base import check_key
 if TYPE_CHECKING:
     from django.http import HttpRequest
 
-HEADER = "Idempotency-Key"
+KEY_HEADER = "Idempotency-Key"
 #: The name of the hidden field that ``{% meterly_form_key %}`` renders.
 FORM_FIELD = "meterly_form_key"
 #: What the journal puts before a client's key, so that no client can use up a key
@@ -33,7 +33,7 @@ def requested_key(request: HttpRequest) -> str | None:
     """
     # REST framework's request, seen through: what Django's has parsed is the point.
     request = getattr(request, "_request", request)
-    key = request.headers.get(HEADER)
+    key = request.headers.get(KEY_HEADER)
     if key is None:
         key = _form_key(request)
     elif key.startswith('"'):
@@ -43,7 +43,7 @@ def requested_key(request: HttpRequest) -> str | None:
     if key is None:
         return None
     try:
-        check_key(key, HEADER, length=MAX_CALLER_KEY_LENGTH)
+        check_key(key, KEY_HEADER, length=MAX_CALLER_KEY_LENGTH)
     except ValueError:
         return key
     named = PREFIX + key

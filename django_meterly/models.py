@@ -302,8 +302,8 @@ class Reservation(models.Model):
         help_text=_("What was decided to be charged; empty until then."),
     )
     reference = ExactCharField(_("reference"), max_length=MAX_TEXT_LENGTH)
-    work = ExactCharField(
-        _("work"),
+    name = ExactCharField(
+        _("view or task"),
         max_length=MAX_TEXT_LENGTH,
         blank=True,
         default="",
@@ -326,7 +326,7 @@ class Reservation(models.Model):
     fence = models.PositiveIntegerField(
         _("fence"),
         default=0,
-        help_text=_("Counts who has taken the work up; only the last may decide."),
+        help_text=_("Counts who has claimed the work; only the last may decide."),
     )
     lease_until = models.DateTimeField(_("lease until"), null=True, blank=True)
     next_attempt_at = models.DateTimeField(_("next attempt at"), null=True, blank=True)
@@ -389,8 +389,8 @@ class Reservation(models.Model):
         return f"{self.reference} ({self.get_state_display()})"
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether the work was handed over, and nobody has taken it up yet."""
+    def is_offered(self) -> bool:
+        """Whether the work is offered, and nobody has claimed it yet."""
         return self.state == self.State.RESERVED and self.fence % 2 == 1
 
     def wire_key(self, operation: str) -> str:

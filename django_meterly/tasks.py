@@ -67,7 +67,7 @@ def meterly_task(
         @meterly_task("gpu_seconds", 100, customer=owner_of, bind=True)
         def render_video(self, job_id):
             ...
-            self.meterly.settle(used)
+            self.meterly.charge(used)
 
     *unit*, *amount*, *overage*, *on_unavailable* and *enforcement* are those of
     ``meterly_guard``. *customer*,
@@ -165,12 +165,12 @@ def _guard_of(task: Any) -> Guard:
 
 
 def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run *task*, and conclude when all that Celery puts around it is done.
+    """Run *task*, and settle when everything that Celery puts around it is done.
 
     Workers, ``apply`` and plain calls come here. Only out here it is known whether
     an exception is a retry.
     """
-    from .guards import HEADER
+    from .guards import RESERVATION_HEADER
     from .jobs import Job
 
     request, outer = task.request, _job_of(task)
@@ -186,7 +186,9 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
         task.name,
         None if direct else task_id,
         request_id=request.id,
-        reservation_id=None if direct else (request.headers or {}).get(HEADER),
+        reservation_id=None
+        if direct
+        else (request.headers or {}).get(RESERVATION_HEADER),
         outer=_current.get(),
     )
     if not direct:
@@ -198,24 +200,24 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
         result = super(type(task), task).__call__(*args, **kwargs)
         job.succeed()
     except BaseException as exc:
-        if job.passed_on and isinstance(exc, Retry):
+        if job.kept and isinstance(exc, Retry):
             raise
         job.fail()
-        if not (job.outrun and isinstance(exc, Exception)):
+        if not (job.superseded and isinstance(exc, Exception)):
             raise
         _drop(task, exc)
     finally:
         _current.reset(token)
-    if job.outrun:
+    if job.superseded:
         _drop(task)
     return result
 
 
 def _drop(task: Any, exc: Exception | None = None) -> NoReturn:
-    """End a copy whose work another one has taken up, whatever came of it."""
+    """End a copy whose work another copy has claimed, whatever became of it."""
     logger.warning(
-        "%s[%s] was taken up by another copy meanwhile: this one settles nothing, and "
-        "what became of it is dropped.",
+        "%s[%s] was claimed by another copy meanwhile: this one settles nothing, and "
+        "its result is dropped.",
         task.name,
         task.request.id,
         exc_info=exc,
@@ -225,7 +227,7 @@ def _drop(task: Any, exc: Exception | None = None) -> NoReturn:
     # would do the work. The message of a retry looks again, too.
     if not isinstance(exc, Retry):
         _look_again(task)
-    raise Ignore("Another copy of this task has taken it up.") from exc
+    raise Ignore("Another copy of this task has claimed it.") from exc
 
 
 def _look_again(task: Any) -> None:
@@ -263,7 +265,7 @@ def _retry(
     max_retries: int | None = None,
     **options: Any,
 ) -> Any:
-    """Hand the credits over, or give them back, and then retry as Celery does.
+    """Keep the credits for the retry, or release them, and then retry as Celery does.
 
     Before the message is sent: the retry may start at once, elsewhere.
     """
@@ -274,7 +276,7 @@ def _retry(
                 delay = (eta - dt.datetime.now(eta.tzinfo)).total_seconds()
             else:
                 delay = task.default_retry_delay if countdown is None else countdown
-            job.pass_on(max(delay, 0))
+            job.keep(max(delay, 0))
         else:
             job.fail()
     return super(type(task), task).retry(
@@ -322,20 +324,20 @@ def settle_reservations(seconds: float = 60.0) -> None:
 def release_handed_off(reservation_id: str) -> None:
     """Release what was handed off to a task that will not run.
 
-    Unless somebody has taken it up.
+    Unless the task has claimed it.
     """
     from . import journal
     from .client import get_client
 
-    journal.take_back(get_client(), reservation_id)
+    journal.withdraw(get_client(), reservation_id)
 
 
 @task_revoked.connect
 def _release_revoked(sender: Any = None, request: Any = None, **kwargs: Any) -> None:
     """Have the credits released of a hand-off that was revoked, or has expired."""
-    from .guards import HEADER, UNCHARGED
+    from .guards import RESERVATION_HEADER, UNCHARGED
 
-    reservation_id = (request.headers or {}).get(HEADER)
+    reservation_id = (request.headers or {}).get(RESERVATION_HEADER)
     if reservation_id not in (None, UNCHARGED):
         # This is the worker's main process, which cannot wait for a database.
         release_handed_off.apply_async((reservation_id,), retry=False)
@@ -352,7 +354,7 @@ def check_tasks(**kwargs: Any) -> list[CheckMessage]:
                 "lease is still good. Set on_duplicate to 'retry', or acks_late to "
                 "False."
             ),
-            id="meterly.W008",
+            id="meterly.W006",
         )
         for task in guarded_tasks()
         if task.meterly_on_duplicate == "ignore" and task.acks_late

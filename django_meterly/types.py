@@ -11,13 +11,13 @@ from .transports.base import check_identifier
 __all__ = [
     "Balance",
     "Balances",
-    "Customer",
+    "CustomerResult",
     "EntryPage",
-    "Grant",
     "GrantResult",
+    "GrantedCredits",
     "LedgerEntry",
-    "Movement",
-    "Reservation",
+    "MovementResult",
+    "ReservationResult",
 ]
 
 
@@ -26,7 +26,7 @@ def _time(value: str) -> dt.datetime:
 
 
 @dataclass(frozen=True, slots=True)
-class Customer:
+class CustomerResult:
     """Who pays with credits, as the ledger knows them."""
 
     customer_id: str
@@ -35,7 +35,7 @@ class Customer:
     created_at: dt.datetime
 
     @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> Customer:
+    def from_wire(cls, data: dict[str, Any]) -> CustomerResult:
         return cls(
             customer_id=check_identifier(data["customerId"], "customerId"),
             customer_external_id=data["customerExternalId"],
@@ -79,7 +79,7 @@ class Balances:
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class GrantedCredits:
     """Credits added once per *reference*."""
 
     grant_id: str
@@ -91,7 +91,7 @@ class Grant:
     created_at: dt.datetime
 
     @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> Grant:
+    def from_wire(cls, data: dict[str, Any]) -> GrantedCredits:
         return cls(
             grant_id=data["grantId"],
             customer_id=data["customerId"],
@@ -107,13 +107,13 @@ class Grant:
 class GrantResult:
     """A grant, and the balance right after it."""
 
-    grant: Grant
+    grant: GrantedCredits
     balance: Balance
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> GrantResult:
         return cls(
-            grant=Grant.from_wire(data["grant"]),
+            grant=GrantedCredits.from_wire(data["grant"]),
             balance=Balance.from_wire(data["balance"]),
         )
 
@@ -165,14 +165,14 @@ class EntryPage:
 
 
 @dataclass(frozen=True, slots=True)
-class Movement:
+class MovementResult:
     """Credits added or used: the ledger's entry, and the balance right after it."""
 
     entry: LedgerEntry
     balance: Balance
 
     @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> Movement:
+    def from_wire(cls, data: dict[str, Any]) -> MovementResult:
         return cls(
             entry=LedgerEntry.from_wire(data["entry"]),
             balance=Balance.from_wire(data["balance"]),
@@ -180,7 +180,7 @@ class Movement:
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
+class ReservationResult:
     """Credits held for work in progress.
 
     *status* is ``reserved``, ``committed``, ``released`` or ``expired``, as of
@@ -197,7 +197,7 @@ class Reservation:
     balance: Balance
 
     @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> Reservation:
+    def from_wire(cls, data: dict[str, Any]) -> ReservationResult:
         return cls(
             reservation_id=check_identifier(data["reservationId"], "reservationId"),
             customer_id=data["customerId"],

@@ -54,7 +54,7 @@ def work(request: HttpRequest) -> HttpResponse:
     pass_by("work")
     transaction.on_commit(lambda: pass_by("commit"))
     if "used" in request.POST:
-        request.meterly.settle(int(request.POST["used"]))  # type: ignore[attr-defined]
+        request.meterly.charge(int(request.POST["used"]))  # type: ignore[attr-defined]
     return HttpResponse("done", status=int(request.POST.get("status", "200")))
 
 

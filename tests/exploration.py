@@ -283,7 +283,7 @@ class World:
                 return
             self.owed = HELD
         elif self.scenario.raises:
-            guard.settle(self.scenario.charge)
+            guard.charge(self.scenario.charge)
             try:
                 # The view's own, as far as the ledger joins it.
                 with get_client().transport.unit_of_work(world_alias()):
@@ -293,7 +293,7 @@ class World:
                 self.owed = None
             guard.fail()
         else:
-            guard.settle(self.scenario.charge)
+            guard.charge(self.scenario.charge)
             guard.succeed()
 
     def sweep(self) -> None:

@@ -54,7 +54,7 @@ def wait_for(folder: str, name: str) -> None:
 @meterly_task(amount=25, customer=payer, name="jobs.plain")
 def plain(external_id: str, used: int | None = None) -> str:
     if used is not None:
-        current_task.meterly.settle(used)
+        current_task.meterly.charge(used)
     return f"done for {external_id}"
 
 
@@ -80,7 +80,7 @@ def fails(self: Any, external_id: str, folder: str | None = None) -> None:
 def handed_off(folder: str | None = None, used: int | None = None) -> None:
     at_work(folder)
     if used is not None:
-        current_task.meterly.settle(used)
+        current_task.meterly.charge(used)
 
 
 @meterly_task(amount=25, name="jobs.handed_off_retries", bind=True)
@@ -88,7 +88,7 @@ def handed_off_retries(self: Any, folder: str | None = None) -> None:
     at_work(folder)
     if not self.request.retries:
         raise self.retry(countdown=0)
-    self.meterly.settle(7)
+    self.meterly.charge(7)
 
 
 @meterly_task(
@@ -150,8 +150,8 @@ def rejects(external_id: str) -> None:
 @meterly_task(amount=25, customer=payer, name="jobs.nested", bind=True)
 def nested(self: Any, external_id: str) -> int:
     plain(external_id, used=1)
-    self.meterly.settle(2)
-    return int(self.meterly.charge)
+    self.meterly.charge(2)
+    return int(self.meterly._charge)
 
 
 @meterly_task(amount=25, customer=payer, name="jobs.long", ttl_seconds=2)

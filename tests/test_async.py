@@ -72,7 +72,7 @@ def test_f24_async_work_is_awaited_before_it_is_charged(
     async def body(request: Any) -> HttpResponse:
         await asyncio.sleep(0)
         seen.extend(await sync_to_async(movements)())
-        request.meterly.settle(7)
+        request.meterly.charge(7)
         return HttpResponse("done")
 
     view = meterly_guard("image_credits", 25)(kind(body))
@@ -205,7 +205,7 @@ def streaming(**options: Any) -> Any:
     async def view(request: Any) -> StreamingHttpResponse:
         async def chunks() -> AsyncIterator[bytes]:
             yield b"one"
-            request.meterly.settle(5)
+            request.meterly.charge(5)
             yield b"two"
             if request.POST.get("break"):
                 raise views.Boom("in the stream")
@@ -231,7 +231,7 @@ def test_f21_an_async_stream_is_charged_after_its_last_chunk(
 
 @pytest.mark.parametrize("way", ["closed", "cancelled"])
 @pytest.mark.parametrize(
-    ("policy", "left"), [("release", 100), ("commit", 95), ("settled", 95)]
+    ("policy", "left"), [("release", 100), ("commit", 95), ("charged", 95)]
 )
 def test_f21_a_disconnected_async_stream_follows_the_policy(
     request_: Any, customer: Any, policy: str, left: int, way: str
@@ -273,7 +273,7 @@ def test_f21_an_async_stream_that_breaks_or_never_starts_is_released(
 def test_async_with_guard_charges_and_releases(user: User, customer: Any) -> None:
     async def scenario() -> None:
         async with guard(user, 10) as work:
-            work.settle(4)
+            work.charge(4)
         with pytest.raises(views.Boom):
             async with guard(user, 10):
                 raise views.Boom

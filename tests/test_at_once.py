@@ -95,7 +95,7 @@ def test_the_row_is_the_same_as_by_several_statements(
         lasts = rows[-1].pop("lease_until") - rows[-1].pop("created_at")
         assert 119 < lasts.total_seconds() < 121
         if charge is not None:
-            work.settle(charge)
+            work.charge(charge)
         with CaptureQueriesContext(connection) as log:
             getattr(work, end)()
         assert log[0]["sql"].startswith("WITH") == enabled
@@ -138,7 +138,7 @@ def test_holds_past_their_time_make_room_for_a_new_one(customer: Customer) -> No
 def test_a_hold_that_is_gone_is_debited(customer: Customer, charge: int) -> None:
     work = guard(customer, 25)
     work.reserve()
-    work.settle(charge)
+    work.charge(charge)
     expire()
     work.succeed()
     assert states() == ["committed"]

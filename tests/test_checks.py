@@ -66,7 +66,7 @@ def test_the_suites_settings_are_fine() -> None:
         ({**HTTP, "API_KEY": "x", "LOW_BALANCE": {"tokens": 0}}, "meterly.E003"),
         ({**HTTP, "API_KEY": "x", "LOW_BALANCE": {"tokens": "5"}}, "meterly.E003"),
         ({**HTTP, "API_KEY": "x", "LOW_BALANCE_COOLDOWN": 0}, "meterly.E003"),
-        ({**HTTP, "API_KEY": "x", "ON_UNAVAILABLE": "allow"}, "meterly.W005"),
+        ({**HTTP, "API_KEY": "x", "ON_UNAVAILABLE": "allow"}, "meterly.W004"),
     ],
 )
 def test_a_mistake_is_found(value: Any, expected: str) -> None:
@@ -112,7 +112,7 @@ def test_what_runs_for_nothing_is_warned_of_when_deployed(
 
     assert deployed() == []
     settings.METERLY = {**settings.METERLY, "ENFORCEMENT": word}
-    assert deployed() == ["meterly.W006"]
+    assert deployed() == ["meterly.W005"]
     settings.METERLY = []
     assert deployed() == ["meterly.E001"]
 
@@ -332,7 +332,7 @@ def test_rows_that_nobody_sweeps_are_warned_of(state: str, since: str) -> None:
     Reservation.objects.update(**overdue)
     assert ids() == []
     (message,) = checks.check_sweeping(databases=["default"])
-    assert message.id == "meterly.W010"
+    assert message.id == "meterly.W007"
     assert "1 reservations" in str(message.msg)
     assert "5.0 hours" in str(message.msg)
     # Whoever is stuck waits for people, and not for a sweeper.
@@ -357,9 +357,9 @@ def beat() -> Any:
     ("left_out", "expected"),
     [
         ([], []),
-        (["meterly-settle-reservations"], ["meterly.W011"]),
-        (["meterly-release-stale-reservations"], ["meterly.W011"]),
-        # Perhaps cron does it; if nothing does, W010 finds out.
+        (["meterly-settle-reservations"], ["meterly.W008"]),
+        (["meterly-release-stale-reservations"], ["meterly.W008"]),
+        # Perhaps cron does it; if nothing does, W007 finds out.
         (["meterly-settle-reservations", "meterly-release-stale-reservations"], []),
     ],
 )

@@ -252,8 +252,8 @@ def test_f21_a_stream_is_charged_after_its_last_chunk(
         ("release", None, 100),
         ("release", 5, 100),
         ("commit", None, 75),
-        ("settled", None, 100),
-        ("settled", 5, 95),
+        ("charged", None, 100),
+        ("charged", 5, 95),
     ],
 )
 def test_f21_a_disconnect_follows_the_policy(
@@ -602,7 +602,7 @@ def test_a_method_of_no_view_is_refused(user: User) -> None:
 def test_a_free_request_says_that_it_is_free(user: User) -> None:
     @meterly_guard("image_credits", 25)
     def view(request: Any) -> HttpResponse:
-        request.meterly.settle(3)
+        request.meterly.charge(3)
         return HttpResponse()
 
     request = RequestFactory().get("/")

@@ -104,7 +104,7 @@ class TestWork:
         with guard(user, 25) as work:
             pass
         with pytest.raises(MeterlyUsageError, match="too late"):
-            work.settle(1)
+            work.charge(1)
         with pytest.raises(MeterlyUsageError, match="too late"):
             work.release()
         work.fail()
@@ -473,7 +473,7 @@ class TestLedgerTrouble:
         self, user: User, customer: Any, remote: Any, loss: str, used: int
     ) -> None:
         with guard(user, 25) as work:
-            work.settle(used)
+            work.charge(used)
             _lose_hold(loss)
         assert states() == ["committed"]
         assert balance(customer) == (100 - used, 0)
@@ -537,7 +537,7 @@ class TestLedgerTrouble:
     ) -> None:
         remote.meet("use_credits", "unanswered", "unanswered")
         with guard(user, 25) as work:
-            work.settle(40)
+            work.charge(40)
         assert states() == ["commit_pending"]
         sweep()
         sweep()
@@ -753,7 +753,7 @@ class TestArguments:
     @pytest.mark.parametrize("amount", [True, 1.5, "10", -1, 2**63], ids=repr)
     def test_f11_settled_amounts_are_whole_numbers(self, amount: Any) -> None:
         with pytest.raises(ValueError, match="amount must be"):
-            guard("user_1", 1).settle(amount)
+            guard("user_1", 1).charge(amount)
 
     def test_no_unit_anywhere_names_the_remedy(self, settings: Any) -> None:
         settings.METERLY = {}

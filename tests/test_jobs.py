@@ -208,7 +208,7 @@ def test_a_task_whose_next_run_would_be_ignored_is_found(
     assert check_tasks() == []
     monkeypatch.setattr(jobs.works_alone._get_current_object(), "acks_late", True)
     [message] = check_tasks()
-    assert message.id == "meterly.W008"
+    assert message.id == "meterly.W006"
     assert "'jobs.works_alone'" in message.msg
 
 
@@ -242,7 +242,7 @@ def test_f32_a_task_whose_attempt_was_released_runs_under_the_next(
 def left_by_a_worker() -> Any:
     """Return the guard of a run of ``jobs.plain`` with the id "one"."""
     left = guard("user_1", 25, idempotency_key="task:jobs.plain:one")
-    left.work = "jobs.plain"
+    left.name = "jobs.plain"
     return left
 
 
@@ -266,7 +266,7 @@ def test_f32_a_task_whose_worker_died_goes_on_under_the_same_hold(
     assert movements() == ["reserved", "committed"]
     # The copy that was taken for dead has nothing to say any more.
     left.succeed()
-    assert left.outrun
+    assert left.superseded
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
     verify()
@@ -324,7 +324,7 @@ def test_f33_of_two_attempts_of_a_key_only_the_later_one_settles(
     for work in (early, late) if ends == "first" else (late, early):
         work.succeed()
     assert sorted(states()) == ["committed", "released"]
-    assert (early.outrun, late.outrun) == (True, False)
+    assert (early.superseded, late.superseded) == (True, False)
     assert balance(customer) == (75, 0)
     verify()
 
@@ -365,9 +365,9 @@ def test_f33_an_attempt_that_succeeds_while_the_next_is_opened_is_the_only_one(
 def test_f33_only_one_of_two_takes_up_what_was_handed_over(customer: Customer) -> None:
     work = guard("user_1", 25, idempotency_key="k")
     work.reserve()
-    assert work.hand_over(60)
+    assert work.offer(60)
     client = get_client()
-    taken = [journal.take_up(client, customer, "k") for _ in range(2)]
+    taken = [journal.claim(client, customer, "k") for _ in range(2)]
     assert taken[0] is not None
     assert taken[0].fence == 2
     assert taken[1] is None
@@ -380,7 +380,7 @@ def outrun(customer: Customer, error: Exception | None) -> Any:
 
     def freeze() -> None:
         let_lapse()
-        assert journal.take_up(get_client(), customer, "task:jobs.long:one")
+        assert journal.claim(get_client(), customer, "task:jobs.long:one")
         if error is not None:
             raise error
 
@@ -392,7 +392,7 @@ def test_f33_nobody_hears_what_became_of_a_copy_that_was_outrun(
     error: Exception | None, customer: Customer, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert outrun(customer, error).state == "IGNORED"
-    [record] = [r for r in caplog.records if "taken up by another copy" in r.message]
+    [record] = [r for r in caplog.records if "claimed by another copy" in r.message]
     # Celery says no word of it.
     assert error is None or (record.exc_info and record.exc_info[1] is error)
     assert states() == ["reserved"]
@@ -488,7 +488,7 @@ class Copy:
 
     def start(self) -> None:
         work = guard(self.customer, 25, idempotency_key="one")
-        row = journal.take_up(get_client(), self.customer, "one")
+        row = journal.claim(get_client(), self.customer, "one")
         try:
             if row is None:
                 work.reserve()
@@ -508,7 +508,7 @@ class Copy:
 
     def retry(self) -> None:
         if self.work:
-            self.work.hand_over(60)
+            self.work.offer(60)
 
     def lapse(self) -> None:
         let_lapse()
@@ -682,7 +682,7 @@ def test_a_heart_stops_when_the_work_is_somebody_elses(
     heart = Heart(work.reservation, work.fence)
     heart.start()
     wait_until(lambda: len(said) >= 2)
-    assert work.hand_over(60)
+    assert work.offer(60)
     wait_until(lambda: not heart.is_alive())
     assert said[-1] is False
 
@@ -902,7 +902,7 @@ def test_f36_what_was_handed_off_is_taken_back_unless_it_was_taken_up(
         with guard("user_1", 25) as work:
             work.hand_off(jobs.handed_off)
     taken = Reservation.objects.latest("created_at")
-    assert journal.take_up(get_client(), customer, taken.key)
+    assert journal.claim(get_client(), customer, taken.key)
     for row in Reservation.objects.all():
         release_handed_off(str(row.pk))
         release_handed_off(str(row.pk))
@@ -993,7 +993,7 @@ def test_what_was_handed_off_is_out_of_the_views_hands(
         work.hand_off(jobs.handed_off)
         for verb in (
             work.release,
-            lambda: work.settle(1),
+            lambda: work.charge(1),
             lambda: work.hand_off(jobs.handed_off),
         ):
             with pytest.raises(MeterlyUsageError, match="handed off"):

@@ -358,8 +358,8 @@ def test_the_views_name_is_kept_with_the_reservation(
     request = RequestFactory().post("/")
     request.user = user
     meterly_guard("image_credits", 25)(partial(_partial, "x"))(request)
-    work = Reservation.objects.order_by("created_at").values_list("work", flat=True)
-    assert list(work) == [
+    names = Reservation.objects.order_by("created_at").values_list("name", flat=True)
+    assert list(names) == [
         f"tests.test_keys.{n}" for n in ("draw", "Resource", "_partial")
     ]
 

@@ -42,11 +42,11 @@ def leave_behind(customer: Customer, count: int) -> None:
 
 def test_f31_a_lapsed_reservation_is_released(customer: Customer) -> None:
     leave_behind(customer, 1)
-    assert meterly_settle() == "0 lapsed, 0 taken up, 0 pending grants asked again.\n"
+    assert meterly_settle() == "0 lapsed, 0 tried, 0 pending grants asked again.\n"
     assert states() == ["reserved"]
 
     let_lapse()
-    assert meterly_settle() == "1 lapsed, 1 taken up, 0 pending grants asked again.\n"
+    assert meterly_settle() == "1 lapsed, 1 tried, 0 pending grants asked again.\n"
     assert states() == ["released"]
     assert movements() == ["reserved", "released"]
     assert balance(customer) == (1000, 0)
@@ -56,9 +56,9 @@ def test_f31_a_lapsed_reservation_is_released(customer: Customer) -> None:
 def test_a_limit_leaves_the_rest_for_the_next_time(customer: Customer) -> None:
     leave_behind(customer, 3)
     let_lapse()
-    assert meterly_settle(limit=2).startswith("3 lapsed, 2 taken up")
+    assert meterly_settle(limit=2).startswith("3 lapsed, 2 tried")
     assert sorted(states()) == ["release_pending", "released", "released"]
-    assert meterly_settle(limit=2).startswith("0 lapsed, 1 taken up")
+    assert meterly_settle(limit=2).startswith("0 lapsed, 1 tried")
     assert states() == ["released"] * 3
     assert balance(customer) == (1000, 0)
 
@@ -85,12 +85,12 @@ def test_an_outage_leaves_the_decisions_for_the_next_time(remote: Any) -> None:
     leave_behind(customer, 3)
     let_lapse()
     remote.meet("release_reservation", "lost", "unsent", "unanswered")
-    assert meterly_settle().startswith("3 lapsed, 3 taken up")
+    assert meterly_settle().startswith("3 lapsed, 3 tried")
     assert states() == ["release_pending"] * 3
-    assert meterly_settle().startswith("0 lapsed, 0 taken up")
+    assert meterly_settle().startswith("0 lapsed, 0 tried")
 
     let_lapse()
-    assert meterly_settle().startswith("0 lapsed, 3 taken up")
+    assert meterly_settle().startswith("0 lapsed, 3 tried")
     assert states() == ["released"] * 3
     assert movements() == ["reserved"] * 3 + ["released"] * 3
     assert balance(customer) == (1000, 0)
@@ -129,7 +129,7 @@ def test_f38_two_sweepers_settle_each_row_once(
 
     counts = [
         [int(count) for count in found]
-        for found in re.findall(r"(\d+) lapsed, (\d+) taken up", said)
+        for found in re.findall(r"(\d+) lapsed, (\d+) tried", said)
     ]
     times = re.findall(r"from ([\d.]+) until ([\d.]+)", said)
     begun, ended = zip(*(map(float, pair) for pair in times), strict=True)

@@ -40,7 +40,7 @@ def render(request: Any) -> HttpResponse:
 
 
 async def asynchronous(request: Any) -> HttpResponse:
-    request.meterly.settle(7)
+    request.meterly.charge(7)
     return HttpResponse("done")
 
 
@@ -77,7 +77,7 @@ def block(request: Any) -> HttpResponse:
 
 
 def uses(request: Any) -> HttpResponse:
-    request.meterly.settle(3)
+    request.meterly.charge(3)
     return HttpResponse("done")
 
 
@@ -356,7 +356,7 @@ def test_what_guard_raises_is_answered(
 def test_an_unguarded_view_is_told_so(payer: Any, settings: Any) -> None:
     settings.MIDDLEWARE = settings.MIDDLEWARE[:-1]
     with pytest.raises(
-        MeterlyUsageError, match=r"request\.meterly\.settle .* not guarded: put @"
+        MeterlyUsageError, match=r"request\.meterly\.charge .* not guarded: put @"
     ):
         payer.post("/uses/")
 

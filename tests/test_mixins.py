@@ -36,7 +36,7 @@ class Boom(Exception):
 def _answer(request: Any) -> HttpResponse:
     Group.objects.create(name=request.POST.get("trace", "trace"))
     if request.POST.get("used"):
-        request.meterly.settle(int(request.POST["used"]))
+        request.meterly.charge(int(request.POST["used"]))
     if request.POST.get("boom"):
         raise Boom
     return HttpResponse(str(connection.in_atomic_block))
@@ -128,7 +128,7 @@ class Asynchronous(MeterlyGuardMixin, View):
     async def post(self, request: Any) -> HttpResponse:
         if request.POST.get("boom"):
             raise Boom
-        request.meterly.settle(7)
+        request.meterly.charge(7)
         return HttpResponse("done")
 
 

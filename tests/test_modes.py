@@ -49,7 +49,7 @@ pytestmark = [
 def view(request: HttpRequest) -> HttpResponse:
     work = request.meterly  # type: ignore[attr-defined]
     if "used" in request.POST:
-        work.settle(int(request.POST["used"]))
+        work.charge(int(request.POST["used"]))
     held = work.reservation is not None
     return HttpResponse("held" if held else "free")
 
@@ -231,7 +231,7 @@ class TestOnTrust:
     ) -> None:
         remote.meet("reserve_credits", *["unsent"] * 4)
         with guard(user, 25) as work:
-            work.settle(10)
+            work.charge(10)
         assert states() == ["commit_pending"]
         with pytest.raises(MeterlyUnavailableError):
             guard(user, 21).reserve()
@@ -310,7 +310,7 @@ class TestOnTrust:
         remote.meet("reserve_credits", "unsent")
         remote.meet("use_credits", "unanswered")
         with guard(user, 25) as work:
-            work.settle(20)
+            work.charge(20)
         assert states() == ["commit_pending"]
         assert movements() == ["used"]
         fund(user, 100)
@@ -326,7 +326,7 @@ class TestOnTrust:
         customer = fund(user, 20)
         remote.meet("reserve_credits", "unsent", "unsent")
         with guard(user, 25) as work:
-            work.settle(20)
+            work.charge(20)
 
         def overtaken() -> None:
             # The other settler is refused, and then there are more credits.
@@ -380,7 +380,7 @@ class TestOnTrust:
         fund(user, 10)
         remote.meet("reserve_credits", "unsent")
         with guard(user, 25) as work:
-            work.settle(0)
+            work.charge(0)
         assert states() == ["committed"]
         assert movements() == []
 
@@ -509,7 +509,7 @@ class TestShadow:
         customer = fund(user, 10)
         with guard(user, 25, reference="poster-1") as work:
             assert work.available == 0
-            work.settle(20)
+            work.charge(20)
         assert states() == ["denied"]
         assert balance(customer) == (10, 0)
         [denial] = denials
@@ -520,7 +520,7 @@ class TestShadow:
         assert isinstance(denial["error"], MeterlyInsufficientCreditsError)
         assert "poster-1 would have been denied" in caplog.text
         with pytest.raises(MeterlyUsageError, match="too late"):
-            work.settle(1)
+            work.charge(1)
         with pytest.raises(MeterlyUsageError, match="one piece of work"), work:
             pass
         assert sweep() == (0, 0)
@@ -612,11 +612,11 @@ class TestOff:
     def test_nothing_is_asked_and_nothing_written(self, user: User) -> None:
         with CaptureQueriesContext(connection) as log:
             with guard(user, 25, idempotency_key="a b") as work:
-                assert (work.available, work.charge) == (0, 25)
+                assert (work.available, work._charge) == (0, 25)
                 with pytest.raises(ValueError, match="amount"):
-                    work.settle(1.5)  # type: ignore[arg-type]
-                work.settle(20)
-                assert work.charge == 20
+                    work.charge(1.5)  # type: ignore[arg-type]
+                work.charge(20)
+                assert work._charge == 20
                 work.release()
             with pytest.raises(ZeroDivisionError), guard(user, 25):
                 raise ZeroDivisionError
@@ -625,14 +625,14 @@ class TestOff:
         assert list(log) == []
         assert work.reservation is None
         with pytest.raises(MeterlyUsageError, match="too late"):
-            work.settle(1)
+            work.charge(1)
         with pytest.raises(MeterlyUsageError, match="one piece of work"), work:
             pass
 
     @in_loop
     async def test_async_blocks_as_well(self, user: User) -> None:
         async with guard(user, 25) as work:
-            work.settle(20)
+            work.charge(20)
         assert work.reservation is None
 
     def test_views_are_free_for_everybody(

@@ -279,10 +279,10 @@ def test_f38_a_sweeper_that_dies_within_a_row_loses_nothing(
     # good; in one database it went with the transaction.
     claimed = 1 if any_ledger else 0
     call_command("meterly_settle", stdout=(out := StringIO()))
-    assert out.getvalue().startswith(f"0 lapsed, {3 - claimed} taken up")
+    assert out.getvalue().startswith(f"0 lapsed, {3 - claimed} tried")
     assert states().count("release_pending") == claimed
 
-    assert sweep().startswith(f"0 lapsed, {claimed} taken up")
+    assert sweep().startswith(f"0 lapsed, {claimed} tried")
     assert states() == ["released"] * 3
     assert movements() == ["reserved"] * 3 + ["released"] * 3
     assert balance(customer) == (100, 0)
@@ -297,8 +297,8 @@ def test_a_grant_whose_process_died_is_granted_once(
     assert died.state == Grant.State.PENDING
     assert balance(customer) == (150, 0)
 
-    assert sweep() == "0 lapsed, 0 taken up, 1 pending grants asked again.\n"
-    assert sweep() == "0 lapsed, 0 taken up, 0 pending grants asked again.\n"
+    assert sweep() == "0 lapsed, 0 tried, 1 pending grants asked again.\n"
+    assert sweep() == "0 lapsed, 0 tried, 0 pending grants asked again.\n"
     died.refresh_from_db()
     assert died.state == Grant.State.GRANTED
     assert balance(customer) == (150, 0)

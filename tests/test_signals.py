@@ -72,7 +72,7 @@ class TestReservations:
     def test_a_success(self, user: User, customer: Any, heard: Heard) -> None:
         with guard(user, 25, reference="poster-1") as work:
             assert heard.names() == ["credits_reserved"]
-            work.settle(20)
+            work.charge(20)
         assert heard.names() == ["credits_reserved", "credits_committed"]
         for _, facts in heard:
             assert set(facts) == {"reservation"}
@@ -318,7 +318,7 @@ class TestLowBalance:
     def test_overage_crosses_as_well(self, user: User, heard: Heard) -> None:
         customer = fund(user)
         with guard(user, 40) as work:
-            work.settle(60)
+            work.charge(60)
         assert balance(customer) == (40, 0)
         assert [h["available"] for h in heard.of("low_balance")] == [40]
 

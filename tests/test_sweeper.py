@@ -172,7 +172,7 @@ def test_f38_two_sweepers_settle_many_rows_once_each(
     leave_behind(fund("user_1", ROWS), ROWS)
     settings.METERLY = remote
     said = settled_by_two(tmp_path / "log", timeout=60 + ROWS / 10)
-    taken = [int(count) for count in re.findall(r"(\d+) taken up", said)]
+    taken = [int(count) for count in re.findall(r"(\d+) tried", said)]
     assert sum(taken) == ROWS
     # Both had their share.
     assert min(taken) > ROWS / 10, said
@@ -340,7 +340,7 @@ def test_the_back_off_grows_up_to_an_hour(remote: Any) -> None:
 def owe(customer: Customer) -> Reservation:
     """Leave a debt behind, as old as the journal keeps anything."""
     with guard(customer, 5, reference="owed") as work:
-        work.settle(5 + 1000)
+        work.charge(5 + 1000)
     (row,) = Reservation.objects.all()
     assert row.state == State.UNBILLED
     Reservation.objects.update(decided_at=timezone.now() - 91 * DAY)

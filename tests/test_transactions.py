@@ -244,7 +244,7 @@ class InTestCase(TestCase):
 
     async def test_f16_an_async_block_just_works(self) -> None:
         async with guard(self.user, 10) as work:
-            work.settle(4)
+            work.charge(4)
         with pytest.raises(views.Boom):
             async with guard(self.user, 10):
                 raise views.Boom

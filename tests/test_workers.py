@@ -351,7 +351,7 @@ def test_f33_a_copy_that_was_taken_for_dead_settles_nothing(
 
     os.kill(child, signal.SIGCONT)
     site.go()
-    site.wait_until(lambda: "was taken up by another copy" in site.said())
+    site.wait_until(lambda: "was claimed by another copy" in site.said())
     assert site.noted("done 1")
     assert_charged_once(customer, 2, site)
 
@@ -372,7 +372,7 @@ def test_f33_work_is_done_when_the_copy_dies_that_took_it_up(
     os.kill(child, signal.SIGCONT)
     site.go()
     # It acknowledges the message of both: they have one delivery tag.
-    site.wait_until(lambda: "was taken up by another copy" in site.said())
+    site.wait_until(lambda: "was claimed by another copy" in site.said())
     kill_group(second)
     site.wait_until(lambda: "committed" in states())
     assert_charged_once(customer, 3, site)

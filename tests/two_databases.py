@@ -73,7 +73,7 @@ def main() -> None:
     assert states() == []
 
     with guard(user, 10) as work:
-        work.settle(4)
+        work.charge(4)
     assert (states(), balance(customer)) == (["committed"], (96, 0))
 
     # A view's transactions, on both: what it did and its charge stand or fall.

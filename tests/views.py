@@ -37,7 +37,7 @@ def paid(request: HttpRequest) -> HttpResponse:
 
 @meterly_guard("image_credits", 25)
 def settles(request: HttpRequest) -> HttpResponse:
-    request.meterly.settle(int(request.POST["used"]))  # type: ignore[attr-defined]
+    request.meterly.charge(int(request.POST["used"]))  # type: ignore[attr-defined]
     return HttpResponse("done")
 
 
@@ -101,7 +101,7 @@ def stream(request: HttpRequest) -> HttpResponseBase:
     def chunks() -> Any:
         yield b"one"
         if request.POST.get("used"):
-            request.meterly.settle(int(request.POST["used"]))  # type: ignore[attr-defined]
+            request.meterly.charge(int(request.POST["used"]))  # type: ignore[attr-defined]
         yield b"two"
         if request.POST.get("break"):
             raise Boom("in the stream")

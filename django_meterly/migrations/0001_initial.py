@@ -192,6 +192,16 @@ class Migration(migrations.Migration):
                     ),
                 ),
                 (
+                    "name",
+                    django_meterly.db.ExactCharField(
+                        blank=True,
+                        default="",
+                        help_text="The view or the task that this was reserved for.",
+                        max_length=255,
+                        verbose_name="view or task",
+                    ),
+                ),
+                (
                     "key",
                     django_meterly.db.ExactCharField(
                         max_length=200, verbose_name="idempotency key"
@@ -240,6 +250,16 @@ class Migration(migrations.Migration):
                         default=False,
                         help_text="The lease ran out before anybody decided.",
                         verbose_name="lapsed",
+                    ),
+                ),
+                (
+                    "fence",
+                    models.PositiveIntegerField(
+                        default=0,
+                        help_text=(
+                            "Counts who has claimed the work; only the last may decide."
+                        ),
+                        verbose_name="fence",
                     ),
                 ),
                 (
@@ -352,6 +372,47 @@ class Migration(migrations.Migration):
                         ),
                         name="meterly_reservation_swept",
                     ),
+                ],
+            },
+        ),
+        migrations.CreateModel(
+            name="LowBalance",
+            fields=[
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True,
+                        primary_key=True,
+                        serialize=False,
+                        verbose_name="ID",
+                    ),
+                ),
+                (
+                    "unit",
+                    django_meterly.db.ExactCharField(
+                        max_length=64, verbose_name="unit"
+                    ),
+                ),
+                (
+                    "announced_at",
+                    models.DateTimeField(null=True, verbose_name="announced at"),
+                ),
+                (
+                    "customer",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        to="meterly.customer",
+                        verbose_name="customer",
+                    ),
+                ),
+            ],
+            options={
+                "verbose_name": "low balance",
+                "verbose_name_plural": "low balances",
+                "constraints": [
+                    models.UniqueConstraint(
+                        fields=("customer", "unit"), name="meterly_low_balance_once"
+                    )
                 ],
             },
         ),

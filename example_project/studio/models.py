@@ -65,7 +65,7 @@ class Animation(models.Model):
     @staticmethod
     def stage(reservation: Reservation | None) -> str:
         """Say in one word how far a job with this *reservation* has come."""
-        if reservation is None or reservation.is_waiting:
+        if reservation is None or reservation.is_offered:
             return "waiting"
         if reservation.state == State.RELEASED:
             return "lost" if reservation.lapsed else "failed"

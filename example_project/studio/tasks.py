@@ -49,7 +49,7 @@ def render_animation(self: Any, pk: int) -> None:
         animation.frames_done = number + 1
         animation.save(update_fields=["frames_done"])
     animation.image.save(f"{animation.reference}.png", _moving(frames))
-    self.meterly.settle(math.ceil(time.monotonic() - started))
+    self.meterly.charge(math.ceil(time.monotonic() - started))
 
 
 def _moving(frames: list[Image]) -> ContentFile[bytes]:

@@ -504,7 +504,10 @@ class Conductor:
             ("runs", f"{len(world.runs)}, finished {len(finished)}"),
             ("runs again, retries apart", str(len(world.runs) - len(runs) - planned)),
             ("copies that were left alone", str(said.count("is left alone"))),
-            ("runs that were outrun", str(said.count("was taken up by another copy"))),
+            (
+                "runs that were superseded",
+                str(said.count("was claimed by another copy")),
+            ),
             ("attempts in the journal", str(len(world.rows))),
             ("taken of a hold, and by a debit", _movements(world)),
             *((f"kills: {name}", str(n)) for name, n in sorted(self._kills.items())),

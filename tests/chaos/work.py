@@ -57,8 +57,8 @@ def _work(self: Any, number: int, external_id: str, plan: dict[str, Any]) -> Non
             raise Broken
         if plan["charge"] is not None:
             # Each run another amount, so that it can be seen whose was charged.
-            work.settle(random.randint(*plan["charge"]))
-        note("finished", run=_run, charge=work.charge)
+            work.charge(random.randint(*plan["charge"]))
+        note("finished", run=_run, charge=work._charge)
         # Done, and nobody knows yet: the worst of moments.
         time.sleep(plan["linger"])
     except BaseException:

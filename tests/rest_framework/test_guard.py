@@ -40,7 +40,7 @@ def _answer(request: Any) -> Response:
     """Work: leave a trace, and tell what was seen."""
     Group.objects.create(name=request.data.get("trace", "trace"))
     if "used" in request.data:
-        request.meterly.settle(int(request.data["used"]))
+        request.meterly.charge(int(request.data["used"]))
     if "invalid" in request.data:
         raise serializers.ValidationError({"invalid": ["so it is"]})
     return Response(

@@ -95,7 +95,7 @@ def _chunks(request: HttpRequest) -> Iterator[bytes]:
     for number in range(int(request.GET.get("chunks", "3"))):
         yield b"%d\n" % number
         if number == 0 and (used := request.GET.get("used")):
-            request.meterly.settle(int(used))  # type: ignore[attr-defined]
+            request.meterly.charge(int(used))  # type: ignore[attr-defined]
 
 
 def stream(request: HttpRequest) -> HttpResponseBase:
@@ -139,7 +139,7 @@ urlpatterns = [
     *[
         _streaming(view, policy)
         for view in (stream, astream)
-        for policy in ("release", "commit", "settled")
+        for policy in ("release", "commit", "charged")
     ],
     path("breaks_at_commit/", views.breaks_at_commit),
     path("loses_connection/", views.loses_connection),

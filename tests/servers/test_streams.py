@@ -35,8 +35,8 @@ by_policy = pytest.mark.parametrize(
         ("release", "&used=5", 0),
         ("commit", "", 25),
         ("commit", "&used=5", 5),
-        ("settled", "", 0),
-        ("settled", "&used=5", 5),
+        ("charged", "", 0),
+        ("charged", "&used=5", 5),
     ],
 )
 

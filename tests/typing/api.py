@@ -28,12 +28,12 @@ from django_meterly.transports.signing import BearerSigner, HmacSigner
 from django_meterly.types import (
     Balance,
     Balances,
-    Customer,
+    CustomerResult,
     EntryPage,
     GrantResult,
     LedgerEntry,
-    Movement,
-    Reservation,
+    MovementResult,
+    ReservationResult,
 )
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class Own(Transport):
 
 def calling(meterly: MeterlyClient) -> None:
     customer = meterly.create_customer("user_1", "tokens", idempotency_key="k")
-    assert_type(customer, Customer)
-    assert_type(meterly.find_customer("user_1"), Customer | None)
+    assert_type(customer, CustomerResult)
+    assert_type(meterly.find_customer("user_1"), CustomerResult | None)
     granted = meterly.grant_credits("user_1", 5, "tokens", "signup", "Welcome")
     assert_type(granted, GrantResult)
     assert_type(granted.grant.customer_id, str)
@@ -97,14 +97,16 @@ def calling(meterly: MeterlyClient) -> None:
     assert_type(page, EntryPage)
     assert_type(page.entries, tuple[LedgerEntry, ...])
     assert_type(page.next_cursor, str | None)
-    assert_type(meterly.add_credits("c", 5, "tokens", "r"), Movement)
-    assert_type(meterly.use_credits("c", 5, unit="tokens", reference="r"), Movement)
+    assert_type(meterly.add_credits("c", 5, "tokens", "r"), MovementResult)
+    assert_type(
+        meterly.use_credits("c", 5, unit="tokens", reference="r"), MovementResult
+    )
     held = meterly.reserve_credits("c", 5, unit="tokens", ttl_seconds=60)
-    assert_type(held, Reservation)
-    assert_type(meterly.get_reservation("r"), Reservation)
-    assert_type(meterly.commit_reservation("r", amount=0), Reservation)
-    assert_type(meterly.release_reservation("r"), Reservation)
-    assert_type(meterly.extend_reservation("r", 60), Reservation)
+    assert_type(held, ReservationResult)
+    assert_type(meterly.get_reservation("r"), ReservationResult)
+    assert_type(meterly.commit_reservation("r", amount=0), ReservationResult)
+    assert_type(meterly.release_reservation("r"), ReservationResult)
+    assert_type(meterly.extend_reservation("r", 60), ReservationResult)
 
     meterly.use_credits("c", "5")  # type: ignore[arg-type]
     meterly.use_credits("c", 1.5)  # type: ignore[arg-type]
@@ -117,21 +119,21 @@ async def awaiting(meterly: MeterlyClient) -> None:
     async with meterly as same:
         assert_type(same, MeterlyClient)
     customer = await meterly.acreate_customer("user_1", "tokens", idempotency_key="k")
-    assert_type(customer, Customer)
-    assert_type(await meterly.afind_customer("user_1"), Customer | None)
+    assert_type(customer, CustomerResult)
+    assert_type(await meterly.afind_customer("user_1"), CustomerResult | None)
     granted = await meterly.agrant_credits("user_1", 5, "tokens", "signup")
     assert_type(granted, GrantResult)
     assert_type(await meterly.aget_balance("c"), Balance)
     assert_type(await meterly.aget_balances("c"), Balances)
     assert_type(await meterly.alist_entries("c", "tokens", cursor="e"), EntryPage)
-    assert_type(await meterly.aadd_credits("c", 5, "tokens"), Movement)
-    assert_type(await meterly.ause_credits("c", 5, reference="r"), Movement)
+    assert_type(await meterly.aadd_credits("c", 5, "tokens"), MovementResult)
+    assert_type(await meterly.ause_credits("c", 5, reference="r"), MovementResult)
     held = await meterly.areserve_credits("c", 5, unit="tokens", ttl_seconds=60)
-    assert_type(held, Reservation)
-    assert_type(await meterly.aget_reservation("r"), Reservation)
-    assert_type(await meterly.acommit_reservation("r", amount=0), Reservation)
-    assert_type(await meterly.arelease_reservation("r"), Reservation)
-    assert_type(await meterly.aextend_reservation("r", 60), Reservation)
+    assert_type(held, ReservationResult)
+    assert_type(await meterly.aget_reservation("r"), ReservationResult)
+    assert_type(await meterly.acommit_reservation("r", amount=0), ReservationResult)
+    assert_type(await meterly.arelease_reservation("r"), ReservationResult)
+    assert_type(await meterly.aextend_reservation("r", 60), ReservationResult)
     await meterly.aclose()
 
     await meterly.ause_credits("c", "5")  # type: ignore[arg-type]
@@ -140,17 +142,17 @@ async def awaiting(meterly: MeterlyClient) -> None:
 
 
 def guarding(meterly: MeterlyClient) -> None:
-    assert_type(meterly.guard("c", 5), AbstractContextManager[Reservation])
+    assert_type(meterly.guard("c", 5), AbstractContextManager[ReservationResult])
     with meterly.guard("c", 5, "tokens", "r", "k", 60) as held:
-        assert_type(held, Reservation)
+        assert_type(held, ReservationResult)
     assert_type(meterly.guard("c", 5, callback=lambda: "done"), str)
     meterly.guard("c", 5, callback="done")  # type: ignore[call-overload]
 
 
 async def awaiting_a_guard(meterly: MeterlyClient) -> None:
-    assert_type(meterly.aguard("c", 5), AbstractAsyncContextManager[Reservation])
+    assert_type(meterly.aguard("c", 5), AbstractAsyncContextManager[ReservationResult])
     async with meterly.aguard("c", 5, "tokens", "r", "k", 60) as held:
-        assert_type(held, Reservation)
+        assert_type(held, ReservationResult)
 
     async def work() -> str:
         return "done"

@@ -123,7 +123,7 @@ class Command(BaseCommand):
             self.stdout.write(json.dumps(found))
         else:
             self.stdout.write(
-                f"{lapsed} lapsed, {done.taken} taken up, "
+                f"{lapsed} lapsed, {done.taken} tried, "
                 f"{granted} pending grants asked again."
             )
             if retried:
