@@ -113,7 +113,7 @@ class ApiKey(models.Model):
         return f"{self.prefix}{self.key_id}_…"
 
 
-class Customer(models.Model):
+class LedgerCustomer(models.Model):
     """Who pays with credits, under the stable id that *you* gave them."""
 
     workspace = models.ForeignKey(
@@ -134,6 +134,8 @@ class Customer(models.Model):
     )
 
     class Meta:
+        # The SQL functions name the table.
+        db_table = "meterly_ledger_customer"
         verbose_name = _("customer")
         verbose_name_plural = _("customers")
         constraints = [
@@ -158,7 +160,7 @@ class Account(models.Model):
     """One customer's credits in one unit."""
 
     customer = models.ForeignKey(
-        Customer,
+        LedgerCustomer,
         models.PROTECT,
         related_name="accounts",
         # The unique constraint below begins with it.

@@ -50,9 +50,9 @@ from . import postgresql
 from .conf import ledger_settings
 from .models import (
     Account,
-    Customer,
     Entry,
     Hold,
+    LedgerCustomer,
     Record,
     Workspace,
     entry_id,
@@ -103,7 +103,7 @@ class AccountBalance:
 
 
 @dataclass(frozen=True, slots=True)
-class Movement:
+class EntryRecord:
     """One line of the ledger; *replayed* when an earlier call wrote it."""
 
     entry_id: str
@@ -119,7 +119,7 @@ class Movement:
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
+class HoldRecord:
     """A hold as it is now; *account* is as it was right after the movement."""
 
     reservation_id: str
@@ -236,11 +236,11 @@ def find_customer(workspace_id: int, *, external_id: str) -> CustomerRecord | No
 
 
 def _customers(workspace_id: int) -> Any:
-    return Customer.objects.using(write_alias()).filter(workspace_id=workspace_id)
+    return LedgerCustomer.objects.using(write_alias()).filter(workspace_id=workspace_id)
 
 
-def _customer(workspace_id: int, public_id: str) -> Customer:
-    customer: Customer | None = (
+def _customer(workspace_id: int, public_id: str) -> LedgerCustomer:
+    customer: LedgerCustomer | None = (
         _customers(workspace_id).filter(public_id=public_id).first()
     )
     if customer is None:
@@ -250,12 +250,12 @@ def _customer(workspace_id: int, public_id: str) -> Customer:
 
 def _ensure_customer(
     workspace_id: int, external_id: str, credit_unit: str
-) -> tuple[Customer, bool]:
+) -> tuple[LedgerCustomer, bool]:
     customers = _customers(workspace_id)
     customer = customers.filter(external_id=external_id).first()
     if customer is not None:
         return customer, False
-    new = Customer(
+    new = LedgerCustomer(
         workspace_id=workspace_id, external_id=external_id, credit_unit=credit_unit
     )
     customers.bulk_create([new], ignore_conflicts=True)
@@ -264,7 +264,7 @@ def _ensure_customer(
     return customer, customer.public_id == new.public_id
 
 
-def _customer_record(customer: Customer, created: bool) -> CustomerRecord:
+def _customer_record(customer: LedgerCustomer, created: bool) -> CustomerRecord:
     return CustomerRecord(
         customer_id=customer.public_id,
         external_id=customer.external_id,
@@ -274,7 +274,7 @@ def _customer_record(customer: Customer, created: bool) -> CustomerRecord:
     )
 
 
-def _ensure_account(customer: Customer, unit: str) -> Account:
+def _ensure_account(customer: LedgerCustomer, unit: str) -> Account:
     accounts = Account.objects.using(write_alias())
     account = accounts.filter(customer=customer, unit=unit).first()
     if account is None:
@@ -306,7 +306,7 @@ def default_balance(workspace_id: int, customer_id: str) -> AccountBalance:
     return _balance_of(customer, customer.credit_unit)
 
 
-def _balance_of(customer: Customer, unit: str) -> AccountBalance:
+def _balance_of(customer: LedgerCustomer, unit: str) -> AccountBalance:
     accounts = Account.objects.using(write_alias())
     account = accounts.filter(customer=customer, unit=unit).first()
     if account is None:
@@ -321,7 +321,7 @@ def entries(
     *,
     unit: str | None = None,
     before: str | None = None,
-) -> list[Movement]:
+) -> list[EntryRecord]:
     """Return up to ``PAGE_SIZE`` entries of the customer, the newest first.
 
     *before* is the id of the last entry of the page before. Raises
@@ -336,13 +336,13 @@ def entries(
         page = page.filter(pk__lt=last)
     if unit is not None:
         page = page.filter(account__unit=unit)
-    return [_movement(entry) for entry in page.order_by("-pk")[:PAGE_SIZE]]
+    return [_entry_record(entry) for entry in page.order_by("-pk")[:PAGE_SIZE]]
 
 
 @_retried
-def get_reservation(workspace_id: int, reservation_id: str) -> Reservation:
+def get_reservation(workspace_id: int, reservation_id: str) -> HoldRecord:
     """Return a reservation as it is now."""
-    return _reservation(_hold(workspace_id, reservation_id))
+    return _hold_record(_hold(workspace_id, reservation_id))
 
 
 def _entries() -> Any:
@@ -377,8 +377,8 @@ def _present_holds() -> Any:
     )
 
 
-def _movement(entry: Entry, replayed: bool = False) -> Movement:
-    return Movement(
+def _entry_record(entry: Entry, replayed: bool = False) -> EntryRecord:
+    return EntryRecord(
         entry_id=entry.public_id,
         kind=entry.kind,
         amount=entry.amount,
@@ -402,11 +402,11 @@ def _account_after(entry: Entry) -> AccountBalance:
     )
 
 
-def _reservation(
+def _hold_record(
     hold: Hold, entry: Entry | None = None, replayed: bool = False
-) -> Reservation:
+) -> HoldRecord:
     account = hold.account
-    return Reservation(
+    return HoldRecord(
         reservation_id=hold.public_id,
         amount=hold.amount,
         status=hold.present_status,  # type: ignore[attr-defined]
@@ -560,7 +560,7 @@ def grant(
     reference: str,
     description: str = "",
     idempotency_key: str,
-) -> Movement:
+) -> EntryRecord:
     """Add credits, once per *reference*; a new customer is created.
 
     Raises ``MeterlyReferenceConflictError`` and ``MeterlyInvalidRequestError``
@@ -577,7 +577,7 @@ def grant(
         description=description,
     )
     if (entry := request.recorded()) is not None:
-        return _movement(entry, replayed=True)
+        return _entry_record(entry, replayed=True)
     customer, _ = _ensure_customer(workspace_id, external_id, credit_unit)
     account = _ensure_account(customer, credit_unit)
     return _increase(
@@ -601,7 +601,7 @@ def add(
     reference: str,
     description: str = "",
     idempotency_key: str,
-) -> Movement:
+) -> EntryRecord:
     """Add credits of *unit* (or the customer's own), once per *reference*.
 
     Raises ``MeterlyNotFoundError``, ``MeterlyReferenceConflictError`` and
@@ -618,7 +618,7 @@ def add(
         description=description,
     )
     if (entry := request.recorded()) is not None:
-        return _movement(entry, replayed=True)
+        return _entry_record(entry, replayed=True)
     customer = _customer(workspace_id, customer_id)
     account = _ensure_account(customer, unit or customer.credit_unit)
     return _increase(
@@ -641,7 +641,7 @@ def _increase(
     description: str,
     *,
     field: str,
-) -> Movement:
+) -> EntryRecord:
     def referred() -> Entry | None:
         """Return the entry of an earlier call with this reference."""
         entry: Entry | None = (
@@ -659,7 +659,7 @@ def _increase(
 
     using = write_alias()
     if (entry := referred()) is not None:
-        return _movement(entry, replayed=True)
+        return _entry_record(entry, replayed=True)
     try:
         with transaction.atomic(using=using):
             if (
@@ -667,7 +667,7 @@ def _increase(
                 .filter(pk=account.pk, balance__lte=MAX_AMOUNT - amount)
                 .update(balance=F("balance") + amount)
             ):
-                return _movement(
+                return _entry_record(
                     _write(
                         account.pk,
                         kind,
@@ -681,9 +681,9 @@ def _increase(
     except IntegrityError:
         if (entry := request.recorded() or referred()) is None:
             raise
-        return _movement(entry, replayed=True)
+        return _entry_record(entry, replayed=True)
     if (entry := request.recorded() or referred()) is not None:
-        return _movement(entry, replayed=True)
+        return _entry_record(entry, replayed=True)
     raise _invalid(field, "The balance would exceed 2**63 - 1.")
 
 
@@ -703,7 +703,7 @@ def use(
     reference: str,
     description: str = "",
     idempotency_key: str,
-) -> Movement:
+) -> EntryRecord:
     """Take credits of *unit* (or the customer's own) at once, without a hold.
 
     Raises ``MeterlyNotFoundError`` and ``MeterlyInsufficientCreditsError``.
@@ -720,7 +720,7 @@ def use(
     )
     if postgresql.serves(write_alias()):
         row = _call_spend(request, customer_id, unit, amount, reference, description)
-        return Movement(
+        return EntryRecord(
             entry_id=row.entry_id,
             kind=Entry.Kind.USED.value,
             amount=amount,
@@ -748,7 +748,7 @@ def use(
         )
 
     entry, replayed = _spend(request, customer_id, unit, amount, move)
-    return _movement(entry, replayed)
+    return _entry_record(entry, replayed)
 
 
 @_retried
@@ -762,7 +762,7 @@ def reserve(
     ttl_seconds: int | None = None,
     idempotency_key: str,
     statement: Statement | None = None,
-) -> Reservation:
+) -> HoldRecord:
     """Hold credits of *unit* (or the customer's own) for *ttl_seconds*.
 
     300 seconds when not given, or ``METERLY_LEDGER["MAX_TTL"]`` if that is less.
@@ -792,7 +792,7 @@ def reserve(
             ttl_seconds=seconds,
             statement=statement,
         )
-        return Reservation(
+        return HoldRecord(
             reservation_id=row.hold_id,
             amount=amount,
             status=row.status,
@@ -824,7 +824,7 @@ def reserve(
         )
 
     entry, replayed = _spend(request, customer_id, unit, amount, move)
-    return _reservation(_present_holds().get(pk=entry.hold_id), entry, replayed)
+    return _hold_record(_present_holds().get(pk=entry.hold_id), entry, replayed)
 
 
 def _call_spend(
@@ -917,7 +917,7 @@ def commit(
     amount: int | None = None,
     idempotency_key: str,
     statement: Statement | None = None,
-) -> Reservation:
+) -> HoldRecord:
     """Charge a hold: all of it, or *amount* (from 0); the rest is given back.
 
     Committing a committed one moves nothing. Raises ``MeterlyNotFoundError``,
@@ -941,7 +941,7 @@ def release(
     *,
     idempotency_key: str,
     statement: Statement | None = None,
-) -> Reservation:
+) -> HoldRecord:
     """Give the held credits back.
 
     Releasing a released hold moves nothing. Raises ``MeterlyNotFoundError``,
@@ -975,14 +975,14 @@ def _close(
     statement: Statement | None = None,
     *,
     again: bool = True,
-) -> Reservation:
+) -> HoldRecord:
     using = write_alias()
     if postgresql.serves(using):
         return _call_close(request, reservation_id, status, amount, statement)
     entry = request.recorded()
     hold = _hold(request.workspace_id, reservation_id)
     if entry is not None:
-        return _reservation(hold, entry, replayed=True)
+        return _hold_record(hold, entry, replayed=True)
     charged = hold.amount if amount is None else amount
     if charged > hold.amount:
         raise _too_much(hold.amount)
@@ -1009,11 +1009,11 @@ def _close(
     except IntegrityError:
         if (entry := request.recorded()) is None:
             raise
-        return _reservation(
+        return _hold_record(
             _hold(request.workspace_id, reservation_id), entry, replayed=True
         )
     if entry is not None:
-        return _reservation(_hold(request.workspace_id, reservation_id), entry)
+        return _hold_record(_hold(request.workspace_id, reservation_id), entry)
     # Closed already, perhaps by this very key just now; or it is past its time.
     entry = request.recorded()
     if entry is None:
@@ -1024,7 +1024,7 @@ def _close(
         return _close(request, reservation_id, status, amount, again=False)
     if hold.status != status:
         raise _CLOSED[hold.status]
-    return _reservation(hold, entry, replayed=True)
+    return _hold_record(hold, entry, replayed=True)
 
 
 def _call_close(
@@ -1033,7 +1033,7 @@ def _call_close(
     status: Hold.Status,
     amount: int | None,
     statement: Statement | None,
-) -> Reservation:
+) -> HoldRecord:
     """Return the hold that PostgreSQL's function has closed, or found closed."""
     # Once more after the hold was found to be due.
     for _attempt in range(2):
@@ -1059,7 +1059,7 @@ def _call_close(
         raise _too_much(row.amount)
     if row.code in {"closed", "due"}:
         raise _CLOSED.get(row.status, MeterlyReservationExpiredError)
-    return Reservation(
+    return HoldRecord(
         reservation_id=reservation_id,
         amount=row.amount,
         status=row.status,
@@ -1076,7 +1076,7 @@ def _call_close(
 @_retried
 def extend(
     workspace_id: int, reservation_id: str, *, ttl_seconds: int, idempotency_key: str
-) -> Reservation:
+) -> HoldRecord:
     """Let a live hold last *ttl_seconds* from now; that may be less than it had.
 
     Raises ``MeterlyNotFoundError``, ``MeterlyReservationExpiredError``,
@@ -1092,7 +1092,7 @@ def extend(
     request.recorded()
     hold = _hold(workspace_id, reservation_id)
     if request.is_recorded():
-        return _reservation(hold, replayed=True)
+        return _hold_record(hold, replayed=True)
     using = write_alias()
     live = Hold.objects.using(using).live().filter(pk=hold.pk)
     try:
@@ -1105,13 +1105,13 @@ def extend(
     except IntegrityError:
         if not request.is_recorded():
             raise
-        return _reservation(_hold(workspace_id, reservation_id), replayed=True)
+        return _hold_record(_hold(workspace_id, reservation_id), replayed=True)
     if not extended:
         _expire_due(pk=hold.pk)
     hold = _hold(workspace_id, reservation_id)
     if not extended:
         raise _CLOSED[hold.status]
-    return _reservation(hold)
+    return _hold_record(hold)
 
 
 # Expiry

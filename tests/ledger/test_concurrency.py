@@ -13,7 +13,7 @@ from django.db import connection
 from django_meterly import errors
 from django_meterly.db import from_now
 from django_meterly.ledger import operations
-from django_meterly.ledger.models import Customer, Entry, Hold, Workspace
+from django_meterly.ledger.models import Entry, Hold, LedgerCustomer, Workspace
 from tests.ledger.spender import run, start_spender
 
 pytestmark = [
@@ -50,7 +50,7 @@ def together(*calls):
 def top_up(workspace, amount):
     operations.add(
         workspace.pk,
-        Customer.objects.get().public_id,
+        LedgerCustomer.objects.get().public_id,
         amount=amount,
         reference="top-up",
         idempotency_key="top-up",
@@ -96,7 +96,7 @@ def test_f41_six_deliveries_of_one_grant_at_once_are_one_grant(workspace):
     assert len({result.entry_id for result in results}) == 1
     assert sorted(result.replayed for result in results) == [False] + [True] * 5
     assert Entry.objects.count() == 1
-    assert Customer.objects.count() == 1
+    assert LedgerCustomer.objects.count() == 1
     call_command("meterly_ledger_verify")
 
 

@@ -5,7 +5,7 @@ from django.db import IntegrityError, transaction
 
 from django_meterly import errors
 from django_meterly.ledger import operations
-from django_meterly.ledger.models import Account, Customer, Entry, Hold, Workspace
+from django_meterly.ledger.models import Account, Entry, Hold, LedgerCustomer, Workspace
 from django_meterly.transports.base import MAX_AMOUNT
 from tests.ledger.holds import numbers, reserve
 
@@ -474,7 +474,7 @@ def test_the_database_refuses_an_account_that_holds_more_than_it_has(customer, c
 
 def test_a_customer_with_entries_cannot_be_deleted(customer):
     with pytest.raises(IntegrityError), transaction.atomic():
-        Customer.objects.all().delete()
+        LedgerCustomer.objects.all().delete()
 
 
 # Inside a caller's transaction
