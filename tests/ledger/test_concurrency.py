@@ -122,6 +122,73 @@ def test_f41_of_six_holds_at_once_only_those_covered_succeed(workspace, customer
     assert (account.balance, account.reserved) == (100, 80)
 
 
+def test_f75_all_who_come_when_a_hold_ends_are_served(workspace, customer):
+    threads, calls = 8, 10
+    for number in range(4):
+        held = operations.reserve(
+            workspace.pk,
+            customer,
+            amount=100,
+            reference="job",
+            idempotency_key=f"all-{number}",
+        )
+        Hold.objects.live().update(expires_at=from_now(-1))
+
+        def spend(thread, number=number):
+            def reserve_and_release():
+                for call in range(calls):
+                    one = operations.reserve(
+                        workspace.pk,
+                        customer,
+                        amount=1,
+                        reference="job",
+                        idempotency_key=f"one-{number}-{thread}-{call}",
+                    )
+                    operations.release(
+                        workspace.pk,
+                        one.reservation_id,
+                        idempotency_key=f"end-{number}-{thread}-{call}",
+                    )
+                return "served"
+
+            return reserve_and_release
+
+        served = together(*(spend(thread) for thread in range(threads)))
+
+        assert served == ["served"] * threads
+        assert Hold.objects.get(public_id=held.reservation_id).status == "expired"
+    call_command("meterly_ledger_verify")
+
+
+def test_f75_a_refusal_never_contradicts_its_details(workspace, customer):
+    refusals = []
+
+    def spend(thread):
+        def reserve_and_release():
+            for call in range(40):
+                try:
+                    held = operations.reserve(
+                        workspace.pk,
+                        customer,
+                        amount=60,
+                        reference="job",
+                        idempotency_key=f"reserve-{thread}-{call}",
+                    )
+                except errors.MeterlyInsufficientCreditsError as exc:
+                    refusals.append(exc)
+                else:
+                    operations.release(
+                        workspace.pk,
+                        held.reservation_id,
+                        idempotency_key=f"release-{thread}-{call}",
+                    )
+
+        return reserve_and_release
+
+    assert together(*map(spend, range(6))) == [None] * 6
+    assert [exc for exc in refusals if exc.details["available"] >= 60] == []
+
+
 @pytest.mark.parametrize("amount", [40, 100])
 def test_f42_one_key_six_times_at_once_is_one_movement(workspace, customer, amount):
     def hold():
