@@ -67,8 +67,7 @@ PAGE_SIZE = 100
 
 _RETRY_SECONDS = 10.0
 _LONGEST_PAUSE = 0.5
-#: How often a movement is tried while due holds are in its way. Every try expires
-#: them all, so that a third one is rare.
+#: Each try expires all holds that are due and in the way. A third one is rare.
 _MOST_TRIES = 20
 
 
@@ -486,19 +485,7 @@ def _increase(
     field: str,
 ) -> EntryRecord:
     def referred() -> Entry | None:
-        """Return the entry of an earlier call with this reference."""
-        entry: Entry | None = (
-            _entries().filter(account=account, unique_reference=reference).first()
-        )
-        if entry is not None and (entry.kind, entry.amount, entry.description) != (
-            kind,
-            amount,
-            description,
-        ):
-            raise MeterlyReferenceConflictError(
-                f"Reference {reference!r} was used before, with other values."
-            )
-        return entry
+        return _referred(account, kind, amount, reference, description)
 
     def written() -> Entry | None:
         """Return the entry of this call, or of an earlier one."""
@@ -534,6 +521,20 @@ def _increase(
     if entry is None:
         raise _invalid(field, "The balance would exceed 2**63 - 1.")
     return _entry_record(entry, replayed=entry.public_id != public_id)
+
+
+def _referred(
+    account: Account, kind: Entry.Kind, amount: int, reference: str, description: str
+) -> Entry | None:
+    """Return the entry of an earlier call with the reference and the same values."""
+    entries = _entries().filter(account=account, unique_reference=reference)
+    entry: Entry | None = entries.first()
+    values = kind, amount, description
+    if entry and (entry.kind, entry.amount, entry.description) != values:
+        raise MeterlyReferenceConflictError(
+            f"Reference {reference!r} was used before, with other values."
+        )
+    return entry
 
 
 # Spending and holding
@@ -769,7 +770,7 @@ def _close(closing: Closing, statement: Statement | None) -> HoldRecord:
     if answer.code == "not_found":
         raise _no_reservation(closing.hold_id)
     if answer.code == "too_much":
-        raise _too_much(answer.amount)
+        raise _invalid("amount", f"The reservation holds {answer.amount} credits.")
     if answer.code in {"closed", "due"}:
         raise _CLOSED.get(answer.status, MeterlyReservationExpiredError)
     assert answer.expires_at is not None
@@ -925,10 +926,6 @@ def prune_records() -> int:
 
 def _invalid(field: str, message: str) -> MeterlyInvalidRequestError:
     return MeterlyInvalidRequestError(message, details={"fields": {field: [message]}})
-
-
-def _too_much(held: int) -> MeterlyInvalidRequestError:
-    return _invalid("amount", f"The reservation holds {held} credits.")
 
 
 def _no_customer(customer_id: str) -> MeterlyNotFoundError:

@@ -123,7 +123,7 @@ def test_f41_of_six_holds_at_once_only_those_covered_succeed(workspace, customer
 
 
 def test_f75_all_who_come_when_a_hold_ends_are_served(workspace, customer):
-    threads, calls = 8, 10
+    threads, calls = 8, 5
     for number in range(4):
         held = operations.reserve(
             workspace.pk,
@@ -165,7 +165,7 @@ def test_f75_a_refusal_never_contradicts_its_details(workspace, customer):
 
     def spend(thread):
         def reserve_and_release():
-            for call in range(40):
+            for call in range(25):
                 try:
                     held = operations.reserve(
                         workspace.pk,

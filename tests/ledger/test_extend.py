@@ -117,8 +117,10 @@ def test_f76_a_hold_extended_by_another_call_at_its_very_end_is_extended(
     assert Hold.objects.get().status == "reserved"
 
 
-def test_f76_extensions_at_the_end_have_one_outcome_each(workspace, held, monkeypatch):
-    # Never ends, as it may look in a transaction with an old snapshot.
+def test_f76_a_hold_that_nobody_expires_is_not_tried_for_ever(
+    workspace, held, monkeypatch
+):
+    # As it may look in a transaction with an old snapshot.
     monkeypatch.setattr(operations, "_expire_due", lambda **lookup: 0)
     Hold.objects.update(expires_at=from_now(-1))
     with pytest.raises(errors.MeterlyReservationExpiredError):
