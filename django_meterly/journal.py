@@ -76,7 +76,7 @@ from .errors import (
     MeterlyUsageError,
 )
 from .models import Customer, LowBalance, Reservation
-from .transports.base import Statement, Unclaimed
+from .transports.base import NothingLocked, Statement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -692,9 +692,9 @@ def decide_in_one_statement(
             "decided_at = STATEMENT_TIMESTAMP(), settled_at = STATEMENT_TIMESTAMP() "
             "FROM movement WHERE id = %s",
             (outcome.value, charge, row.pk),
-            claim=f"SELECT id FROM {table} "  # noqa: S608
+            lock=f"SELECT id FROM {table} "  # noqa: S608
             "WHERE id = %s AND state = %s AND fence = %s FOR NO KEY UPDATE",
-            claim_parameters=(row.pk, State.RESERVED.value, fence),
+            lock_parameters=(row.pk, State.RESERVED.value, fence),
         )
     )
     try:
@@ -704,7 +704,7 @@ def decide_in_one_statement(
             )
         else:
             _commit(carrying, row, charge)
-    except (MeterlyError, Unclaimed):
+    except (MeterlyError, NothingLocked):
         return False
     row.state, row.charge = outcome, charge
     _announce(_OUTCOMES[outcome], row)

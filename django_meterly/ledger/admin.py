@@ -9,7 +9,7 @@ from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
 
 from ..db import DatabaseNow
-from .models import Account, ApiKey, Customer, Entry, Hold, Workspace
+from .models import Account, ApiKey, Entry, Hold, LedgerCustomer, Workspace
 
 if TYPE_CHECKING:
     from django.db.models import QuerySet
@@ -100,8 +100,8 @@ class ApiKeyAdmin(ReadOnlyAdmin):
         )
 
 
-@admin.register(Customer)
-class CustomerAdmin(ReadOnlyAdmin):
+@admin.register(LedgerCustomer)
+class LedgerCustomerAdmin(ReadOnlyAdmin):
     list_display = [
         "external_id",
         "public_id",

@@ -113,7 +113,7 @@ class ApiKey(models.Model):
         return f"{self.prefix}{self.key_id}_…"
 
 
-class Customer(models.Model):
+class LedgerCustomer(models.Model):
     """Who pays with credits, under the stable id that *you* gave them."""
 
     workspace = models.ForeignKey(
@@ -134,6 +134,8 @@ class Customer(models.Model):
     )
 
     class Meta:
+        # The SQL functions name the table.
+        db_table = "meterly_ledger_customer"
         verbose_name = _("customer")
         verbose_name_plural = _("customers")
         constraints = [
@@ -158,7 +160,7 @@ class Account(models.Model):
     """One customer's credits in one unit."""
 
     customer = models.ForeignKey(
-        Customer,
+        LedgerCustomer,
         models.PROTECT,
         related_name="accounts",
         # The unique constraint below begins with it.
@@ -193,12 +195,33 @@ class Account(models.Model):
         return self.balance - self.reserved
 
 
+def _present_status(hold: str = "") -> models.Case:
+    """Return the status of a hold by the database's clock.
+
+    A hold whose time is over has expired, whether or not a sweep has recorded it.
+    *hold* is the lookup that leads to the hold, for example ``"hold__"``.
+    """
+    due = {
+        f"{hold}status": Hold.Status.RESERVED,
+        f"{hold}expires_at__lte": DatabaseNow(),
+    }
+    return models.Case(
+        models.When(**due, then=models.Value(Hold.Status.EXPIRED.value)),
+        default=models.F(f"{hold}status"),
+    )
+
+
 class HoldQuerySet(models.QuerySet["Hold"]):
     def live(self) -> HoldQuerySet:
         return self.filter(status=Hold.Status.RESERVED)
 
     def due(self) -> HoldQuerySet:
         return self.live().filter(expires_at__lte=DatabaseNow())
+
+    def current(self) -> HoldQuerySet:
+        """Return the holds with their account, customer and ``present_status``."""
+        holds = self.select_related("account__customer")
+        return holds.annotate(present_status=_present_status())  # type: ignore[no-redef]
 
 
 class Hold(models.Model):
@@ -229,6 +252,9 @@ class Hold(models.Model):
 
     objects = HoldQuerySet.as_manager()
 
+    #: Only set by ``current()``.
+    present_status: str
+
     class Meta:
         verbose_name = _("hold")
         verbose_name_plural = _("holds")
@@ -250,6 +276,11 @@ class Hold(models.Model):
 
 
 class EntryQuerySet(models.QuerySet["Entry"]):
+    def current(self) -> EntryQuerySet:
+        """Return the entries with account, customer, hold and ``hold_status``."""
+        entries = self.select_related("account__customer", "hold")
+        return entries.annotate(hold_status=_present_status("hold__"))  # type: ignore[no-redef]
+
     def update(self, **kwargs: Any) -> NoReturn:
         """Refuse: entries are append-only."""
         raise MeterlyUsageError("Ledger entries are append-only.")
@@ -327,6 +358,9 @@ class Entry(models.Model):
     )
 
     objects = EntryQuerySet.as_manager()
+
+    #: Only set by ``current()``; ``None`` for an entry without a hold.
+    hold_status: str | None
 
     class Meta:
         verbose_name = _("entry")

@@ -1,16 +1,7 @@
-"""What the ledger can do. The only module that moves credits.
+"""What the ledger can do. The only module that has credits moved.
 
-A movement is one guarded ``UPDATE`` of an account, with its hold and its entry,
-in one transaction; nothing is read first to be written later. What must hold
-stands in the ``UPDATE``'s ``WHERE``, and a match of no row is an answer.
-
-The entry is also the record of its idempotency key. It is looked up *before* the
-transaction, so that the transaction's first statement is a write: on SQLite a
-transaction that has read cannot wait for the write lock. Inside, the unique
-constraint decides between two calls with one key.
-
-On PostgreSQL using, reserving and closing are one function each
-(``postgresql``), which does the same in one round trip.
+It moves them through ``portable``, or through PostgreSQL's functions (``postgresql``):
+the two answer alike, and here their codes become errors.
 
 Locks are taken in one order everywhere: holds (by primary key), then accounts.
 Times are the database's.
@@ -18,10 +9,7 @@ Times are the database's.
 
 from __future__ import annotations
 
-import datetime as dt
 import functools
-import hashlib
-import json
 import logging
 import random
 import time
@@ -31,7 +19,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from django.db import DatabaseError, IntegrityError, connections, router, transaction
-from django.db.models import Case, F, Q, Value, When
+from django.db.models import F
 
 from ..db import DatabaseNow, from_now
 from ..errors import (
@@ -46,20 +34,23 @@ from ..errors import (
     MeterlyReservationReleasedError,
 )
 from ..transports.base import MAX_AMOUNT
-from . import postgresql
+from . import portable, postgresql
 from .conf import ledger_settings
+from .idempotency import Request, fingerprint_of
 from .models import (
     Account,
-    Customer,
     Entry,
     Hold,
+    LedgerCustomer,
     Record,
     Workspace,
     entry_id,
     hold_id,
 )
+from .movements import Closed, Closing, Spending, Spent
 
 if TYPE_CHECKING:
+    import datetime as dt
     from collections.abc import Callable
 
     from ..errors import MeterlyApiError
@@ -67,6 +58,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+AnswerT = TypeVar("AnswerT", Spent, Closed)
 
 logger = logging.getLogger("django_meterly.ledger")
 
@@ -75,6 +67,8 @@ PAGE_SIZE = 100
 
 _RETRY_SECONDS = 10.0
 _LONGEST_PAUSE = 0.5
+#: Each try expires all holds that are due and in the way. A third one is rare.
+_MOST_TRIES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +97,7 @@ class AccountBalance:
 
 
 @dataclass(frozen=True, slots=True)
-class Movement:
+class EntryRecord:
     """One line of the ledger; *replayed* when an earlier call wrote it."""
 
     entry_id: str
@@ -119,7 +113,7 @@ class Movement:
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
+class HoldRecord:
     """A hold as it is now; *account* is as it was right after the movement."""
 
     reservation_id: str
@@ -212,7 +206,7 @@ def create_customer(
         external_id=external_id,
         credit_unit=credit_unit,
     )
-    request.recorded()
+    recorded = request.recorded()
     customer, created = _ensure_customer(workspace_id, external_id, credit_unit)
     if customer.credit_unit != credit_unit:
         raise MeterlyCustomerExistsError(
@@ -220,11 +214,11 @@ def create_customer(
             f"{customer.credit_unit!r}.",
             details={"customerId": customer.public_id},
         )
-    try:
-        if not request.is_recorded():
+    if recorded is None:
+        try:
             request.record()
-    except IntegrityError:
-        request.is_recorded()
+        except IntegrityError:
+            request.recorded()
     return _customer_record(customer, created)
 
 
@@ -236,11 +230,11 @@ def find_customer(workspace_id: int, *, external_id: str) -> CustomerRecord | No
 
 
 def _customers(workspace_id: int) -> Any:
-    return Customer.objects.using(write_alias()).filter(workspace_id=workspace_id)
+    return LedgerCustomer.objects.using(write_alias()).filter(workspace_id=workspace_id)
 
 
-def _customer(workspace_id: int, public_id: str) -> Customer:
-    customer: Customer | None = (
+def _customer(workspace_id: int, public_id: str) -> LedgerCustomer:
+    customer: LedgerCustomer | None = (
         _customers(workspace_id).filter(public_id=public_id).first()
     )
     if customer is None:
@@ -250,12 +244,12 @@ def _customer(workspace_id: int, public_id: str) -> Customer:
 
 def _ensure_customer(
     workspace_id: int, external_id: str, credit_unit: str
-) -> tuple[Customer, bool]:
+) -> tuple[LedgerCustomer, bool]:
     customers = _customers(workspace_id)
     customer = customers.filter(external_id=external_id).first()
     if customer is not None:
         return customer, False
-    new = Customer(
+    new = LedgerCustomer(
         workspace_id=workspace_id, external_id=external_id, credit_unit=credit_unit
     )
     customers.bulk_create([new], ignore_conflicts=True)
@@ -264,7 +258,7 @@ def _ensure_customer(
     return customer, customer.public_id == new.public_id
 
 
-def _customer_record(customer: Customer, created: bool) -> CustomerRecord:
+def _customer_record(customer: LedgerCustomer, created: bool) -> CustomerRecord:
     return CustomerRecord(
         customer_id=customer.public_id,
         external_id=customer.external_id,
@@ -274,7 +268,7 @@ def _customer_record(customer: Customer, created: bool) -> CustomerRecord:
     )
 
 
-def _ensure_account(customer: Customer, unit: str) -> Account:
+def _ensure_account(customer: LedgerCustomer, unit: str) -> Account:
     accounts = Account.objects.using(write_alias())
     account = accounts.filter(customer=customer, unit=unit).first()
     if account is None:
@@ -293,25 +287,21 @@ def balances(workspace_id: int, customer_id: str) -> list[AccountBalance]:
     """Return the balance of every account of the customer, by unit."""
     customer = _customer(workspace_id, customer_id)
     accounts = Account.objects.using(write_alias()).filter(customer=customer)
-    return [
-        AccountBalance(customer_id, account.unit, account.balance, account.reserved)
-        for account in accounts.order_by("unit")
-    ]
+    return [_balance(customer_id, account) for account in accounts.order_by("unit")]
 
 
 @_retried
 def default_balance(workspace_id: int, customer_id: str) -> AccountBalance:
     """Return the balance of the account the customer was created with."""
     customer = _customer(workspace_id, customer_id)
-    return _balance_of(customer, customer.credit_unit)
-
-
-def _balance_of(customer: Customer, unit: str) -> AccountBalance:
     accounts = Account.objects.using(write_alias())
-    account = accounts.filter(customer=customer, unit=unit).first()
-    if account is None:
-        return AccountBalance(customer.public_id, unit, 0, 0)
-    return AccountBalance(customer.public_id, unit, account.balance, account.reserved)
+    account = accounts.filter(customer=customer, unit=customer.credit_unit).first()
+    # A crash may have left a new customer without it.
+    return _balance(customer_id, account or Account(unit=customer.credit_unit))
+
+
+def _balance(customer_id: str, found: Account | Spent | Closed) -> AccountBalance:
+    return AccountBalance(customer_id, found.unit, found.balance, found.reserved)
 
 
 @_retried
@@ -321,7 +311,7 @@ def entries(
     *,
     unit: str | None = None,
     before: str | None = None,
-) -> list[Movement]:
+) -> list[EntryRecord]:
     """Return up to ``PAGE_SIZE`` entries of the customer, the newest first.
 
     *before* is the id of the last entry of the page before. Raises
@@ -336,13 +326,13 @@ def entries(
         page = page.filter(pk__lt=last)
     if unit is not None:
         page = page.filter(account__unit=unit)
-    return [_movement(entry) for entry in page.order_by("-pk")[:PAGE_SIZE]]
+    return [_entry_record(entry) for entry in page.order_by("-pk")[:PAGE_SIZE]]
 
 
 @_retried
-def get_reservation(workspace_id: int, reservation_id: str) -> Reservation:
+def get_reservation(workspace_id: int, reservation_id: str) -> HoldRecord:
     """Return a reservation as it is now."""
-    return _reservation(_hold(workspace_id, reservation_id))
+    return _hold_record(_hold(workspace_id, reservation_id))
 
 
 def _entries() -> Any:
@@ -350,41 +340,25 @@ def _entries() -> Any:
 
 
 def _hold(workspace_id: int, reservation_id: str) -> Hold:
-    hold: Hold | None = (
-        _present_holds()
-        .filter(public_id=reservation_id, account__customer__workspace=workspace_id)
-        .first()
+    holds = Hold.objects.using(write_alias()).filter(
+        public_id=reservation_id, account__customer__workspace=workspace_id
     )
+    hold = holds.current().first()
     if hold is None:
         raise _no_reservation(reservation_id)
     return hold
 
 
-def _present_holds() -> Any:
-    """Return the holds, each with its *present_status*.
-
-    A hold past its time is expired whether or not a sweep has come by.
-    """
-    due = Q(status=Hold.Status.RESERVED, expires_at__lte=DatabaseNow())
-    return (
-        Hold.objects.using(write_alias())
-        .select_related("account__customer")
-        .annotate(
-            present_status=Case(
-                When(due, then=Value(Hold.Status.EXPIRED.value)), default=F("status")
-            )
-        )
-    )
-
-
-def _movement(entry: Entry, replayed: bool = False) -> Movement:
-    return Movement(
+def _entry_record(entry: Entry, replayed: bool = False) -> EntryRecord:
+    customer_id, unit = entry.account.customer.public_id, entry.account.unit
+    balance, reserved = entry.balance_after, entry.reserved_after
+    return EntryRecord(
         entry_id=entry.public_id,
         kind=entry.kind,
         amount=entry.amount,
         balance_delta=entry.balance_delta,
         reserved_delta=entry.reserved_delta,
-        account=_account_after(entry),
+        account=AccountBalance(customer_id, unit, balance, reserved),
         reference=entry.reference,
         description=entry.description,
         created_at=entry.created_at,
@@ -392,159 +366,27 @@ def _movement(entry: Entry, replayed: bool = False) -> Movement:
     )
 
 
-def _account_after(entry: Entry) -> AccountBalance:
-    account = entry.account
-    return AccountBalance(
-        account.customer.public_id,
-        account.unit,
-        entry.balance_after,
-        entry.reserved_after,
-    )
-
-
-def _reservation(
-    hold: Hold, entry: Entry | None = None, replayed: bool = False
-) -> Reservation:
-    account = hold.account
-    return Reservation(
+def _hold_record(hold: Hold, replayed: bool = False) -> HoldRecord:
+    return HoldRecord(
         reservation_id=hold.public_id,
         amount=hold.amount,
-        status=hold.present_status,  # type: ignore[attr-defined]
+        status=hold.present_status,
         reference=hold.reference,
         expires_at=hold.expires_at,
-        account=(
-            AccountBalance(
-                account.customer.public_id,
-                account.unit,
-                account.balance,
-                account.reserved,
-            )
-            if entry is None
-            else _account_after(entry)
-        ),
+        account=_balance(hold.account.customer.public_id, hold.account),
         replayed=replayed,
     )
 
 
-# Idempotency
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What a call was asked with, and whether its key was used before.
-
-    A movement's key is in its entry, for ever; that of another call is in a
-    ``Record``, for ``METERLY_LEDGER["RECORD_RETENTION"]``.
-    """
-
-    workspace: int | str
-    idempotency_key: str
-    fingerprint: str
-
-    @functools.cached_property
-    def workspace_id(self) -> int:
-        """The primary key, also of a workspace that was named."""
-        if isinstance(self.workspace, int):
-            return self.workspace
-        return ensure_workspace(self.workspace).pk
-
-    def recorded(self) -> Entry | None:
-        """Return the entry of an earlier movement with this key.
-
-        Raises ``MeterlyIdempotencyMismatchError`` when that call was another.
-        """
-        entry: Entry | None = (
-            _entries()
-            .filter(
-                workspace_id=self.workspace_id, idempotency_key=self.idempotency_key
-            )
-            .first()
-        )
-        if entry is None:
-            self.is_recorded()
-        elif entry.fingerprint != self.fingerprint:
-            raise MeterlyIdempotencyMismatchError
-        return entry
-
-    def is_recorded(self) -> bool:
-        """Return whether an earlier call, no movement, had this key.
-
-        Raises ``MeterlyIdempotencyMismatchError`` when that call was another.
-        """
-        record = self._records().first()
-        if record is not None and record.fingerprint != self.fingerprint:
-            raise MeterlyIdempotencyMismatchError
-        return record is not None
-
-    def record(self) -> None:
-        """Keep the key of a call that is no movement.
-
-        Raises ``IntegrityError`` when it is kept already.
-        """
-        with transaction.atomic(using=write_alias()):
-            self._records().create(
-                workspace_id=self.workspace_id,
-                idempotency_key=self.idempotency_key,
-                fingerprint=self.fingerprint,
-            )
-
-    def _records(self) -> Any:
-        return Record.objects.using(write_alias()).filter(
-            workspace_id=self.workspace_id, idempotency_key=self.idempotency_key
-        )
-
-
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
-
-
 def _request(
-    workspace: int | str, idempotency_key: str, operation: str, **arguments: Any
-) -> _Request:
-    text = _encode([operation, arguments])
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    return _Request(workspace, idempotency_key, fingerprint)
-
-
-def _write(
-    account_id: int,
-    kind: Entry.Kind,
-    amount: int,
-    request: _Request,
-    *,
-    reference: str,
-    description: str = "",
-    balance_delta: int = 0,
-    reserved_delta: int = 0,
-    hold: Hold | None = None,
-) -> Entry:
-    """Write the entry of a movement that the account has just made."""
-    using = write_alias()
-    # The UPDATE before holds the row's lock, so this is what it left behind.
-    balance, reserved = (
-        Account.objects.using(using)
-        .filter(pk=account_id)
-        .values_list("balance", "reserved")
-        .get()
+    workspace_id: int, idempotency_key: str, operation: str, **arguments: Any
+) -> Request:
+    return Request(
+        write_alias(),
+        workspace_id,
+        idempotency_key,
+        fingerprint_of(operation, **arguments),
     )
-    additive = kind in {Entry.Kind.GRANTED, Entry.Kind.ADDED}
-    entry = Entry.objects.using(using).create(
-        workspace_id=request.workspace_id,
-        account_id=account_id,
-        hold=hold,
-        kind=kind,
-        amount=amount,
-        balance_delta=balance_delta,
-        reserved_delta=reserved_delta,
-        balance_after=balance,
-        reserved_after=reserved,
-        reference=reference,
-        description=description,
-        unique_reference=reference if additive else None,
-        idempotency_key=request.idempotency_key,
-        fingerprint=request.fingerprint,
-    )
-    written: Entry = _entries().get(pk=entry.pk)
-    return written
 
 
 # Grants and other additions
@@ -560,7 +402,7 @@ def grant(
     reference: str,
     description: str = "",
     idempotency_key: str,
-) -> Movement:
+) -> EntryRecord:
     """Add credits, once per *reference*; a new customer is created.
 
     Raises ``MeterlyReferenceConflictError`` and ``MeterlyInvalidRequestError``
@@ -576,8 +418,8 @@ def grant(
         reference=reference,
         description=description,
     )
-    if (entry := request.recorded()) is not None:
-        return _movement(entry, replayed=True)
+    if isinstance(entry := request.recorded(), Entry):
+        return _entry_record(entry, replayed=True)
     customer, _ = _ensure_customer(workspace_id, external_id, credit_unit)
     account = _ensure_account(customer, credit_unit)
     return _increase(
@@ -601,7 +443,7 @@ def add(
     reference: str,
     description: str = "",
     idempotency_key: str,
-) -> Movement:
+) -> EntryRecord:
     """Add credits of *unit* (or the customer's own), once per *reference*.
 
     Raises ``MeterlyNotFoundError``, ``MeterlyReferenceConflictError`` and
@@ -617,8 +459,8 @@ def add(
         reference=reference,
         description=description,
     )
-    if (entry := request.recorded()) is not None:
-        return _movement(entry, replayed=True)
+    if isinstance(entry := request.recorded(), Entry):
+        return _entry_record(entry, replayed=True)
     customer = _customer(workspace_id, customer_id)
     account = _ensure_account(customer, unit or customer.credit_unit)
     return _increase(
@@ -636,61 +478,69 @@ def _increase(
     account: Account,
     kind: Entry.Kind,
     amount: int,
-    request: _Request,
+    request: Request,
     reference: str,
     description: str,
     *,
     field: str,
-) -> Movement:
+) -> EntryRecord:
     def referred() -> Entry | None:
-        """Return the entry of an earlier call with this reference."""
-        entry: Entry | None = (
-            _entries().filter(account=account, unique_reference=reference).first()
-        )
-        if entry is not None and (entry.kind, entry.amount, entry.description) != (
-            kind,
-            amount,
-            description,
-        ):
-            raise MeterlyReferenceConflictError(
-                f"Reference {reference!r} was used before, with other values."
-            )
-        return entry
+        return _referred(account, kind, amount, reference, description)
 
-    using = write_alias()
+    def written() -> Entry | None:
+        """Return the entry of this call, or of an earlier one."""
+        entry = request.recorded()
+        return entry if isinstance(entry, Entry) else referred()
+
     if (entry := referred()) is not None:
-        return _movement(entry, replayed=True)
+        return _entry_record(entry, replayed=True)
+    public_id = entry_id()
+    accounts = Account.objects.using(request.using).filter(pk=account.pk)
     try:
-        with transaction.atomic(using=using):
-            if (
-                Account.objects.using(using)
-                .filter(pk=account.pk, balance__lte=MAX_AMOUNT - amount)
-                .update(balance=F("balance") + amount)
+        with transaction.atomic(using=request.using):
+            if accounts.filter(balance__lte=MAX_AMOUNT - amount).update(
+                balance=F("balance") + amount
             ):
-                return _movement(
-                    _write(
-                        account.pk,
-                        kind,
-                        amount,
-                        request,
-                        reference=reference,
-                        description=description,
-                        balance_delta=amount,
-                    )
+                portable.write_entry(
+                    request,
+                    accounts.get(),
+                    kind,
+                    amount,
+                    entry_id=public_id,
+                    balance_delta=amount,
+                    reference=reference,
+                    description=description,
+                    unique_reference=reference,
                 )
     except IntegrityError:
-        if (entry := request.recorded() or referred()) is None:
+        # Another call with the key, or with the reference, was first.
+        if (entry := written()) is None:
             raise
-        return _movement(entry, replayed=True)
-    if (entry := request.recorded() or referred()) is not None:
-        return _movement(entry, replayed=True)
-    raise _invalid(field, "The balance would exceed 2**63 - 1.")
+    else:
+        entry = written()
+    if entry is None:
+        raise _invalid(field, "The balance would exceed 2**63 - 1.")
+    return _entry_record(entry, replayed=entry.public_id != public_id)
+
+
+def _referred(
+    account: Account, kind: Entry.Kind, amount: int, reference: str, description: str
+) -> Entry | None:
+    """Return the entry of an earlier call with the reference and the same values."""
+    entries = _entries().filter(account=account, unique_reference=reference)
+    entry: Entry | None = entries.first()
+    values = kind, amount, description
+    if entry and (entry.kind, entry.amount, entry.description) != values:
+        raise MeterlyReferenceConflictError(
+            f"Reference {reference!r} was used before, with other values."
+        )
+    return entry
 
 
 # Spending and holding
 #
-# *workspace*, here and in the next section, is a primary key or a name: one that
-# is named is found, on PostgreSQL, within the same round trip.
+# *workspace*, here and in the next section, is a primary key or a name: PostgreSQL
+# finds one by its name in the same round trip.
 
 
 @_retried
@@ -703,14 +553,12 @@ def use(
     reference: str,
     description: str = "",
     idempotency_key: str,
-) -> Movement:
+) -> EntryRecord:
     """Take credits of *unit* (or the customer's own) at once, without a hold.
 
     Raises ``MeterlyNotFoundError`` and ``MeterlyInsufficientCreditsError``.
     """
-    request = _request(
-        workspace,
-        idempotency_key,
+    fingerprint = fingerprint_of(
         "use_credits",
         customer_id=customer_id,
         amount=amount,
@@ -718,37 +566,33 @@ def use(
         reference=reference,
         description=description,
     )
-    if postgresql.serves(write_alias()):
-        row = _call_spend(request, customer_id, unit, amount, reference, description)
-        return Movement(
-            entry_id=row.entry_id,
-            kind=Entry.Kind.USED.value,
-            amount=amount,
-            balance_delta=-amount,
-            reserved_delta=0,
-            account=AccountBalance(customer_id, row.unit, row.balance, row.reserved),
-            reference=reference,
-            description=description,
-            created_at=dt.datetime.fromisoformat(row.created_at),
-            replayed=row.code == "replayed",
-        )
-
-    def move(account_id: int) -> Entry | None:
-        accounts = Account.objects.using(write_alias()).filter(pk=account_id)
-        if not accounts.affording(amount).update(balance=F("balance") - amount):
-            return None
-        return _write(
-            account_id,
-            Entry.Kind.USED,
+    answer = _spend(
+        Spending(
+            workspace,
+            idempotency_key,
+            fingerprint,
+            customer_id,
+            unit,
             amount,
-            request,
-            reference=reference,
-            description=description,
-            balance_delta=-amount,
+            reference,
+            description,
+            entry_id(),
         )
-
-    entry, replayed = _spend(request, customer_id, unit, amount, move)
-    return _movement(entry, replayed)
+    )
+    assert answer.entry_id is not None
+    assert answer.created_at is not None
+    return EntryRecord(
+        entry_id=answer.entry_id,
+        kind=Entry.Kind.USED.value,
+        amount=amount,
+        balance_delta=-amount,
+        reserved_delta=0,
+        account=_balance(customer_id, answer),
+        reference=reference,
+        description=description,
+        created_at=answer.created_at,
+        replayed=answer.code == "replayed",
+    )
 
 
 @_retried
@@ -762,7 +606,7 @@ def reserve(
     ttl_seconds: int | None = None,
     idempotency_key: str,
     statement: Statement | None = None,
-) -> Reservation:
+) -> HoldRecord:
     """Hold credits of *unit* (or the customer's own) for *ttl_seconds*.
 
     300 seconds when not given, or ``METERLY_LEDGER["MAX_TTL"]`` if that is less.
@@ -770,9 +614,7 @@ def reserve(
 
     Raises ``MeterlyNotFoundError`` and ``MeterlyInsufficientCreditsError``.
     """
-    request = _request(
-        workspace,
-        idempotency_key,
+    fingerprint = fingerprint_of(
         "reserve_credits",
         customer_id=customer_id,
         amount=amount,
@@ -780,130 +622,76 @@ def reserve(
         reference=reference,
         ttl_seconds=ttl_seconds,
     )
-    seconds = ttl_seconds or min(DEFAULT_TTL_SECONDS, ledger_settings.MAX_TTL)
-    if postgresql.serves(write_alias()):
-        row = _call_spend(
-            request,
-            customer_id,
-            unit,
-            amount,
-            reference,
-            hold=hold_id(),
-            ttl_seconds=seconds,
-            statement=statement,
-        )
-        return Reservation(
-            reservation_id=row.hold_id,
-            amount=amount,
-            status=row.status,
-            reference=reference,
-            expires_at=dt.datetime.fromisoformat(row.expires_at),
-            account=AccountBalance(customer_id, row.unit, row.balance, row.reserved),
-            replayed=row.code == "replayed",
-        )
-
-    def move(account_id: int) -> Entry | None:
-        using = write_alias()
-        accounts = Account.objects.using(using).filter(pk=account_id)
-        if not accounts.affording(amount).update(reserved=F("reserved") + amount):
-            return None
-        hold = Hold.objects.using(using).create(
-            account_id=account_id,
-            amount=amount,
-            reference=reference,
-            expires_at=from_now(seconds),
-        )
-        return _write(
-            account_id,
-            Entry.Kind.RESERVED,
-            amount,
-            request,
-            reference=reference,
-            reserved_delta=amount,
-            hold=hold,
-        )
-
-    entry, replayed = _spend(request, customer_id, unit, amount, move)
-    return _reservation(_present_holds().get(pk=entry.hold_id), entry, replayed)
+    spending = Spending(
+        workspace,
+        idempotency_key,
+        fingerprint,
+        customer_id,
+        unit,
+        amount,
+        reference,
+        "",
+        entry_id(),
+        hold_id(),
+        ttl_seconds or min(DEFAULT_TTL_SECONDS, ledger_settings.MAX_TTL),
+    )
+    answer = _spend(spending, statement)
+    assert answer.hold_id is not None
+    assert answer.status is not None
+    assert answer.expires_at is not None
+    return HoldRecord(
+        reservation_id=answer.hold_id,
+        amount=amount,
+        status=answer.status,
+        reference=reference,
+        expires_at=answer.expires_at,
+        account=_balance(customer_id, answer),
+        replayed=answer.code == "replayed",
+    )
 
 
-def _call_spend(
-    request: _Request,
-    customer_id: str,
-    unit: str | None,
-    amount: int,
-    reference: str,
-    description: str = "",
-    hold: str | None = None,
-    ttl_seconds: int | None = None,
-    statement: Statement | None = None,
-) -> postgresql.Spent:
-    """Return what PostgreSQL's function has moved, or had for an earlier call.
+def _spend(spending: Spending, statement: Statement | None = None) -> Spent:
+    """Return what was moved, now or by an earlier call with the key.
 
     What was asked for is not in the answer: a replay asks for the same.
     """
-    # Once more after due holds were found.
-    for _attempt in range(2):
-        row = postgresql.spend(
-            write_alias(),
-            request.workspace,
-            request.idempotency_key,
-            request.fingerprint,
-            customer_id,
-            unit,
-            amount,
-            reference,
-            description,
-            entry_id(),
-            hold,
-            ttl_seconds,
-            statement=statement,
-        )
-        if row.code != "due" or not _expire_due(account_id=row.account_id):
-            break
-    if row.code == "mismatch":
-        raise MeterlyIdempotencyMismatchError
-    if row.code == "not_found":
-        raise _no_customer(customer_id)
-    if row.code in {"insufficient", "due"}:
-        raise _insufficient(
-            amount, AccountBalance(customer_id, row.unit, row.balance, row.reserved)
-        )
-    return row
-
-
-def _spend(
-    request: _Request,
-    customer_id: str,
-    unit: str | None,
-    amount: int,
-    move: Callable[[int], Entry | None],
-) -> tuple[Entry, bool]:
-    """Return the entry that *move* wrote, and whether an earlier call did."""
-    if (entry := request.recorded()) is not None:
-        return entry, True
     using = write_alias()
-    customer = _customer(request.workspace_id, customer_id)
-    unit = unit or customer.credit_unit
-    account = Account.objects.using(using).filter(customer=customer, unit=unit).first()
-    if account is not None:
-        # Once more after due holds were found, or credits arrived meanwhile.
-        for _attempt in range(2):
-            try:
-                with transaction.atomic(using=using):
-                    entry = move(account.pk)
-            except IntegrityError:
-                if (entry := request.recorded()) is None:
-                    raise
-                return entry, True
-            if entry is not None:
-                return entry, False
-            # A call with the same key may have taken the last credits just now.
-            if (entry := request.recorded()) is not None:
-                return entry, True
-            if not _expire_due(account_id=account.pk):
-                break
-    raise _insufficient(amount, _balance_of(customer, unit))
+    spend, _ = _ways(using)
+    answer = _answer(
+        lambda: spend(using, spending, statement),
+        lambda answer: {"account_id": answer.account_id},
+    )
+    if answer.code == "not_found":
+        raise _no_customer(spending.customer_id)
+    if answer.code in {"insufficient", "due"}:
+        account = _balance(spending.customer_id, answer)
+        raise _insufficient(spending.amount, account)
+    return answer
+
+
+def _ways(using: str) -> tuple[Callable[..., Spent], Callable[..., Closed]]:
+    """Return the functions that spend, and close, in the database *using*."""
+    if postgresql.serves(using):
+        return postgresql.spend, postgresql.close
+    return portable.spend, portable.close
+
+
+def _answer(
+    call: Callable[[], AnswerT], due: Callable[[AnswerT], dict[str, Any]]
+) -> AnswerT:
+    """Return the answer of *call*, made again while due holds are in its way.
+
+    *due* looks those holds up. It does not matter who expires them: a neighbour may
+    have done it since, and then their credits are available, too.
+    """
+    for _try in range(_MOST_TRIES):
+        answer = call()
+        if answer.code != "due":
+            break
+        _expire_due(**due(answer))
+    if answer.code == "mismatch":
+        raise MeterlyIdempotencyMismatchError
+    return answer
 
 
 # Closing a hold
@@ -917,21 +705,26 @@ def commit(
     amount: int | None = None,
     idempotency_key: str,
     statement: Statement | None = None,
-) -> Reservation:
+) -> HoldRecord:
     """Charge a hold: all of it, or *amount* (from 0); the rest is given back.
 
     Committing a committed one moves nothing. Raises ``MeterlyNotFoundError``,
     ``MeterlyInvalidRequestError`` (more than the hold),
     ``MeterlyReservationExpiredError`` and ``MeterlyReservationReleasedError``.
     """
-    request = _request(
+    fingerprint = fingerprint_of(
+        "commit_reservation", reservation_id=reservation_id, amount=amount
+    )
+    closing = Closing(
         workspace,
         idempotency_key,
-        "commit_reservation",
-        reservation_id=reservation_id,
-        amount=amount,
+        fingerprint,
+        reservation_id,
+        Hold.Status.COMMITTED.value,
+        amount,
+        entry_id(),
     )
-    return _close(request, reservation_id, Hold.Status.COMMITTED, amount, statement)
+    return _close(closing, statement)
 
 
 @_retried
@@ -941,25 +734,24 @@ def release(
     *,
     idempotency_key: str,
     statement: Statement | None = None,
-) -> Reservation:
+) -> HoldRecord:
     """Give the held credits back.
 
     Releasing a released hold moves nothing. Raises ``MeterlyNotFoundError``,
     ``MeterlyReservationExpiredError`` and ``MeterlyReservationCommittedError``.
     """
-    request = _request(
+    closing = Closing(
         workspace,
         idempotency_key,
-        "release_reservation",
-        reservation_id=reservation_id,
+        fingerprint_of("release_reservation", reservation_id=reservation_id),
+        reservation_id,
+        Hold.Status.RELEASED.value,
+        0,
+        entry_id(),
     )
-    return _close(request, reservation_id, Hold.Status.RELEASED, 0, statement)
+    return _close(closing, statement)
 
 
-_CLOSING = {
-    Hold.Status.COMMITTED: Entry.Kind.COMMITTED,
-    Hold.Status.RELEASED: Entry.Kind.RELEASED,
-}
 _CLOSED: dict[str, type[MeterlyApiError]] = {
     Hold.Status.COMMITTED: MeterlyReservationCommittedError,
     Hold.Status.RELEASED: MeterlyReservationReleasedError,
@@ -967,106 +759,29 @@ _CLOSED: dict[str, type[MeterlyApiError]] = {
 }
 
 
-def _close(
-    request: _Request,
-    reservation_id: str,
-    status: Hold.Status,
-    amount: int | None,
-    statement: Statement | None = None,
-    *,
-    again: bool = True,
-) -> Reservation:
+def _close(closing: Closing, statement: Statement | None) -> HoldRecord:
+    """Return the hold, closed now or before."""
     using = write_alias()
-    if postgresql.serves(using):
-        return _call_close(request, reservation_id, status, amount, statement)
-    entry = request.recorded()
-    hold = _hold(request.workspace_id, reservation_id)
-    if entry is not None:
-        return _reservation(hold, entry, replayed=True)
-    charged = hold.amount if amount is None else amount
-    if charged > hold.amount:
-        raise _too_much(hold.amount)
-    live = Hold.objects.using(using).live().filter(pk=hold.pk)
-    try:
-        with transaction.atomic(using=using):
-            if live.filter(expires_at__gt=DatabaseNow()).update(
-                status=status, closed_at=DatabaseNow()
-            ):
-                Account.objects.using(using).filter(pk=hold.account_id).update(
-                    balance=F("balance") - charged,
-                    reserved=F("reserved") - hold.amount,
-                )
-                entry = _write(
-                    hold.account_id,
-                    _CLOSING[status],
-                    charged if status == Hold.Status.COMMITTED else hold.amount,
-                    request,
-                    reference=hold.reference,
-                    balance_delta=-charged,
-                    reserved_delta=-hold.amount,
-                    hold=hold,
-                )
-    except IntegrityError:
-        if (entry := request.recorded()) is None:
-            raise
-        return _reservation(
-            _hold(request.workspace_id, reservation_id), entry, replayed=True
-        )
-    if entry is not None:
-        return _reservation(_hold(request.workspace_id, reservation_id), entry)
-    # Closed already, perhaps by this very key just now; or it is past its time.
-    entry = request.recorded()
-    if entry is None:
-        _expire_due(pk=hold.pk)
-    hold = _hold(request.workspace_id, reservation_id)
-    if hold.status == Hold.Status.RESERVED and again:
-        # It was extended in the moment of its expiry.
-        return _close(request, reservation_id, status, amount, again=False)
-    if hold.status != status:
-        raise _CLOSED[hold.status]
-    return _reservation(hold, entry, replayed=True)
-
-
-def _call_close(
-    request: _Request,
-    reservation_id: str,
-    status: Hold.Status,
-    amount: int | None,
-    statement: Statement | None,
-) -> Reservation:
-    """Return the hold that PostgreSQL's function has closed, or found closed."""
-    # Once more after the hold was found to be due.
-    for _attempt in range(2):
-        row = postgresql.close(
-            write_alias(),
-            request.workspace,
-            request.idempotency_key,
-            request.fingerprint,
-            reservation_id,
-            status.value,
-            amount,
-            entry_id(),
-            statement=statement,
-        )
-        if row.code != "due":
-            break
-        _expire_due(public_id=reservation_id)
-    if row.code == "mismatch":
-        raise MeterlyIdempotencyMismatchError
-    if row.code == "not_found":
-        raise _no_reservation(reservation_id)
-    if row.code == "too_much":
-        raise _too_much(row.amount)
-    if row.code in {"closed", "due"}:
-        raise _CLOSED.get(row.status, MeterlyReservationExpiredError)
-    return Reservation(
-        reservation_id=reservation_id,
-        amount=row.amount,
-        status=row.status,
-        reference=row.reference,
-        expires_at=dt.datetime.fromisoformat(row.expires_at),
-        account=AccountBalance(row.customer_id, row.unit, row.balance, row.reserved),
-        replayed=row.code == "replayed",
+    _, close = _ways(using)
+    answer = _answer(
+        lambda: close(using, closing, statement),
+        lambda answer: {"public_id": closing.hold_id},
+    )
+    if answer.code == "not_found":
+        raise _no_reservation(closing.hold_id)
+    if answer.code == "too_much":
+        raise _invalid("amount", f"The reservation holds {answer.amount} credits.")
+    if answer.code in {"closed", "due"}:
+        raise _CLOSED.get(answer.status, MeterlyReservationExpiredError)
+    assert answer.expires_at is not None
+    return HoldRecord(
+        reservation_id=closing.hold_id,
+        amount=answer.amount,
+        status=answer.status,
+        reference=answer.reference,
+        expires_at=answer.expires_at,
+        account=_balance(answer.customer_id, answer),
+        replayed=answer.code == "replayed",
     )
 
 
@@ -1076,7 +791,7 @@ def _call_close(
 @_retried
 def extend(
     workspace_id: int, reservation_id: str, *, ttl_seconds: int, idempotency_key: str
-) -> Reservation:
+) -> HoldRecord:
     """Let a live hold last *ttl_seconds* from now; that may be less than it had.
 
     Raises ``MeterlyNotFoundError``, ``MeterlyReservationExpiredError``,
@@ -1089,29 +804,36 @@ def extend(
         reservation_id=reservation_id,
         ttl_seconds=ttl_seconds,
     )
-    request.recorded()
-    hold = _hold(workspace_id, reservation_id)
-    if request.is_recorded():
-        return _reservation(hold, replayed=True)
-    using = write_alias()
-    live = Hold.objects.using(using).live().filter(pk=hold.pk)
+    for _try in range(_MOST_TRIES):
+        recorded = request.recorded()
+        hold = _hold(workspace_id, reservation_id)
+        if recorded is not None:
+            return _hold_record(hold, replayed=True)
+        if hold.status != Hold.Status.RESERVED:
+            raise _CLOSED[hold.status]
+        if _extended(request, hold, ttl_seconds):
+            return _hold_record(_hold(workspace_id, reservation_id))
+        # Its time is over, or the key was recorded meanwhile, or another call has
+        # extended the hold at its very end.
+        _expire_due(pk=hold.pk)
+    raise MeterlyReservationExpiredError
+
+
+def _extended(request: Request, hold: Hold, ttl_seconds: int) -> bool:
+    """Extend the hold, unless its time is over or the key was recorded before."""
+    live = Hold.objects.using(request.using).live().filter(pk=hold.pk)
     try:
-        with transaction.atomic(using=using):
+        with transaction.atomic(using=request.using):
             extended = live.filter(expires_at__gt=DatabaseNow()).update(
                 expires_at=from_now(ttl_seconds)
             )
             if extended:
                 request.record()
     except IntegrityError:
-        if not request.is_recorded():
+        if request.recorded() is None:
             raise
-        return _reservation(_hold(workspace_id, reservation_id), replayed=True)
-    if not extended:
-        _expire_due(pk=hold.pk)
-    hold = _hold(workspace_id, reservation_id)
-    if not extended:
-        raise _CLOSED[hold.status]
-    return _reservation(hold)
+        return False
+    return bool(extended)
 
 
 # Expiry
@@ -1204,10 +926,6 @@ def prune_records() -> int:
 
 def _invalid(field: str, message: str) -> MeterlyInvalidRequestError:
     return MeterlyInvalidRequestError(message, details={"fields": {field: [message]}})
-
-
-def _too_much(held: int) -> MeterlyInvalidRequestError:
-    return _invalid("amount", f"The reservation holds {held} credits.")
 
 
 def _no_customer(customer_id: str) -> MeterlyNotFoundError:

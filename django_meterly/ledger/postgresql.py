@@ -1,17 +1,20 @@
-"""The ledger's functions in PostgreSQL: a movement is one of them, one round trip.
+"""Movements by the ledger's functions in PostgreSQL, each in one round trip.
 
-Their text is ``sql/postgresql.sql``. A migration creates them, and every
-``migrate`` again. Only ``operations`` calls them.
+The text of the functions is ``sql/postgresql.sql``. The migration creates them, and
+every ``migrate`` replaces them. ``portable`` has the same movements for every database;
+see ``movements``.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 from importlib import resources
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from django.db import connections, router
 
-from ..transports.base import Unclaimed
+from ..transports.base import NothingLocked
+from .movements import Closed, Closing, Spending, Spent
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -22,92 +25,34 @@ if TYPE_CHECKING:
 enabled = True
 
 
-class Spent(NamedTuple):
-    """What ``meterly_spend_1`` answers; *code* tells which of it is there."""
-
-    code: str
-    account_id: int = 0
-    unit: str = ""
-    balance: int = 0
-    reserved: int = 0
-    entry_id: str = ""
-    created_at: str = ""
-    hold_id: str = ""
-    status: str = ""
-    expires_at: str = ""
-
-
-class Closed(NamedTuple):
-    """What ``meterly_close_1`` answers; *code* tells which of it is there."""
-
-    code: str
-    customer_id: str = ""
-    unit: str = ""
-    balance: int = 0
-    reserved: int = 0
-    amount: int = 0
-    reference: str = ""
-    status: str = ""
-    expires_at: str = ""
-
-
 def serves(using: str) -> bool:
     """Return whether the functions are in the database *using*."""
     return enabled and connections[using].vendor == "postgresql"
 
 
-def spend(
-    using: str,
-    workspace: int | str,
-    key: str,
-    fingerprint: str,
-    customer_id: str,
-    unit: str | None,
-    amount: int,
-    reference: str,
-    description: str,
-    entry_id: str,
-    hold_id: str | None,
-    ttl_seconds: int | None,
-    *,
-    statement: Statement | None = None,
-) -> Spent:
+def spend(using: str, spending: Spending, statement: Statement | None = None) -> Spent:
     """Use or reserve credits, as one with *statement*."""
-    arguments = (
-        *_named(workspace),
-        *(key, fingerprint, customer_id, unit, amount, reference, description),
-        *(entry_id, hold_id, ttl_seconds),
+    arguments = (*_named(spending.workspace), *spending[1:])
+    row = Spent(*_call(using, _SPEND, arguments, spending.hold_id, statement))
+    return row._replace(
+        created_at=_time(row.created_at), expires_at=_time(row.expires_at)
     )
-    return Spent(*_call(using, _SPEND, arguments, hold_id, statement))
 
 
-def close(
-    using: str,
-    workspace: int | str,
-    key: str,
-    fingerprint: str,
-    hold_id: str,
-    status: str,
-    charged: int | None,
-    entry_id: str,
-    *,
-    statement: Statement | None = None,
-) -> Closed:
+def close(using: str, closing: Closing, statement: Statement | None = None) -> Closed:
     """Commit or release a hold, as one with *statement*."""
-    arguments = (
-        *_named(workspace),
-        *(key, fingerprint, hold_id, status, charged, entry_id),
-    )
-    return Closed(*_call(using, _CLOSE, arguments, hold_id, statement))
+    arguments = (*_named(closing.workspace), *closing[1:])
+    row = Closed(*_call(using, _CLOSE, arguments, closing.hold_id, statement))
+    return row._replace(expires_at=_time(row.expires_at))
 
 
 _SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)}) AS answer"
 _CLOSE = f"SELECT meterly_close_1({', '.join(['%s'] * 8)}) AS answer"
 
-# The claim's row is locked before anything is moved: nothing of WITH that is
+# The row is locked before anything is moved: nothing of WITH that is
 # MATERIALIZED, and locks, is merged into what reads it.
-_CLAIMING = (
-    "WITH claim AS MATERIALIZED ({claim}), call AS MATERIALIZED ({call} FROM claim)"
+_LOCKING = (
+    "WITH locked AS MATERIALIZED ({lock}), call AS MATERIALIZED ({call} FROM locked)"
 )
 _CALLING = "WITH call AS MATERIALIZED ({call})"
 _WRITING = """, movement AS (
@@ -128,10 +73,10 @@ def _call(
 ) -> list[Any]:
     sql = call
     if statement is not None:
-        sql = (_CLAIMING if statement.claim else _CALLING) + _WRITING
-        sql = sql.format(claim=statement.claim, call=call, sql=statement.sql)
+        sql = (_LOCKING if statement.lock else _CALLING) + _WRITING
+        sql = sql.format(lock=statement.lock, call=call, sql=statement.sql)
         arguments = (
-            *statement.claim_parameters,
+            *statement.lock_parameters,
             *arguments,
             hold_id,
             *statement.parameters,
@@ -140,9 +85,14 @@ def _call(
         cursor.execute(sql, arguments)
         row = cursor.fetchone()
     if row is None:
-        raise Unclaimed
+        raise NothingLocked
     answer: list[Any] = row[0]
     return answer
+
+
+def _time(text: Any) -> dt.datetime | None:
+    """Return the time in an answer, which is JSON."""
+    return None if text is None else dt.datetime.fromisoformat(text)
 
 
 def create_functions(connection: BaseDatabaseWrapper) -> None:

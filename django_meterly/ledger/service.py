@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ..transports.base import Statement
     from .models import Workspace
-    from .operations import AccountBalance, CustomerRecord, Movement, Reservation
+    from .operations import AccountBalance, CustomerRecord, EntryRecord, HoldRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,12 +204,12 @@ def _list_entries(workspace_id: int, **arguments: Any) -> Answer:
     )
 
 
-def _moved(movement: Movement) -> Answer:
+def _moved(movement: EntryRecord) -> Answer:
     body = {"entry": _entry(movement), "balance": _balance(movement.account)}
     return Answer(body, 201, movement.replayed)
 
 
-def _held(reservation: Reservation, status: int = 200) -> Answer:
+def _held(reservation: HoldRecord, status: int = 200) -> Answer:
     body = {
         "reservationId": reservation.reservation_id,
         "customerId": reservation.account.customer_id,
@@ -245,7 +245,7 @@ def _balance(account: AccountBalance) -> dict[str, Any]:
     return {"customerId": account.customer_id, **_credits(account)}
 
 
-def _entry(movement: Movement) -> dict[str, Any]:
+def _entry(movement: EntryRecord) -> dict[str, Any]:
     return {
         "entryId": movement.entry_id,
         "kind": movement.kind,

@@ -48,18 +48,18 @@ class Statement:
 
     *sql* writes a row. It may read the relation ``movement``, which has one row if
     the call moved credits, and none if it did not; its column ``reservation_id`` is
-    the hold's. *claim* is a SELECT that locks what the movement depends on: where it
-    finds nothing, nothing is done, and ``Unclaimed`` is raised.
+    the hold's. *lock* is a SELECT that locks a row which the movement depends on:
+    if it finds no row, nothing is done, and ``NothingLocked`` is raised.
     """
 
     sql: str
     parameters: tuple[Any, ...] = ()
-    claim: str = ""
-    claim_parameters: tuple[Any, ...] = ()
+    lock: str = ""
+    lock_parameters: tuple[Any, ...] = ()
 
 
-class Unclaimed(Exception):
-    """The claim of a ``Statement`` found nothing, and so nothing was done."""
+class NothingLocked(Exception):
+    """The lock of a ``Statement`` found no row, and so nothing was done."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 ENGINE = settings.DATABASES["default"]["ENGINE"]
 POSTGRESQL = ENGINE == "django.db.backends.postgresql"
 PATHS = ["functions", "portable"] if POSTGRESQL else ["portable"]
-collect_ignore = [] if POSTGRESQL else ["test_postgresql.py"]
+collect_ignore = [] if POSTGRESQL else ["test_paths.py", "test_postgresql.py"]
 
 
 @pytest.fixture(params=PATHS)

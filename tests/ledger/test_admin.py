@@ -11,15 +11,15 @@ from django_meterly.ledger import operations
 from django_meterly.ledger.models import (
     Account,
     ApiKey,
-    Customer,
     Entry,
     Hold,
+    LedgerCustomer,
     Workspace,
 )
 
 pytestmark = pytest.mark.django_db
 
-MODELS = [Account, ApiKey, Customer, Entry, Hold, Workspace]
+MODELS = [Account, ApiKey, LedgerCustomer, Entry, Hold, Workspace]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_workspace_is_added(admin_client):
 @pytest.mark.parametrize(
     ("model", "query"),
     [
-        (Customer, "user_1"),
+        (LedgerCustomer, "user_1"),
         (Account, "user_1"),
         (Hold, "job"),
         (Entry, "opening"),

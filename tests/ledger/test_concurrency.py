@@ -13,7 +13,7 @@ from django.db import connection
 from django_meterly import errors
 from django_meterly.db import from_now
 from django_meterly.ledger import operations
-from django_meterly.ledger.models import Customer, Entry, Hold, Workspace
+from django_meterly.ledger.models import Entry, Hold, LedgerCustomer, Workspace
 from tests.ledger.spender import run, start_spender
 
 pytestmark = [
@@ -50,7 +50,7 @@ def together(*calls):
 def top_up(workspace, amount):
     operations.add(
         workspace.pk,
-        Customer.objects.get().public_id,
+        LedgerCustomer.objects.get().public_id,
         amount=amount,
         reference="top-up",
         idempotency_key="top-up",
@@ -96,7 +96,7 @@ def test_f41_six_deliveries_of_one_grant_at_once_are_one_grant(workspace):
     assert len({result.entry_id for result in results}) == 1
     assert sorted(result.replayed for result in results) == [False] + [True] * 5
     assert Entry.objects.count() == 1
-    assert Customer.objects.count() == 1
+    assert LedgerCustomer.objects.count() == 1
     call_command("meterly_ledger_verify")
 
 
@@ -120,6 +120,73 @@ def test_f41_of_six_holds_at_once_only_those_covered_succeed(workspace, customer
     assert len(denied) == 4
     account = operations.default_balance(workspace.pk, customer)
     assert (account.balance, account.reserved) == (100, 80)
+
+
+def test_f75_all_who_come_when_a_hold_ends_are_served(workspace, customer):
+    threads, calls = 8, 5
+    for number in range(4):
+        held = operations.reserve(
+            workspace.pk,
+            customer,
+            amount=100,
+            reference="job",
+            idempotency_key=f"all-{number}",
+        )
+        Hold.objects.live().update(expires_at=from_now(-1))
+
+        def spend(thread, number=number):
+            def reserve_and_release():
+                for call in range(calls):
+                    one = operations.reserve(
+                        workspace.pk,
+                        customer,
+                        amount=1,
+                        reference="job",
+                        idempotency_key=f"one-{number}-{thread}-{call}",
+                    )
+                    operations.release(
+                        workspace.pk,
+                        one.reservation_id,
+                        idempotency_key=f"end-{number}-{thread}-{call}",
+                    )
+                return "served"
+
+            return reserve_and_release
+
+        served = together(*(spend(thread) for thread in range(threads)))
+
+        assert served == ["served"] * threads
+        assert Hold.objects.get(public_id=held.reservation_id).status == "expired"
+    call_command("meterly_ledger_verify")
+
+
+def test_f75_a_refusal_never_contradicts_its_details(workspace, customer):
+    refusals = []
+
+    def spend(thread):
+        def reserve_and_release():
+            for call in range(25):
+                try:
+                    held = operations.reserve(
+                        workspace.pk,
+                        customer,
+                        amount=60,
+                        reference="job",
+                        idempotency_key=f"reserve-{thread}-{call}",
+                    )
+                except errors.MeterlyInsufficientCreditsError as exc:
+                    refusals.append(exc)
+                else:
+                    operations.release(
+                        workspace.pk,
+                        held.reservation_id,
+                        idempotency_key=f"release-{thread}-{call}",
+                    )
+
+        return reserve_and_release
+
+    assert together(*map(spend, range(6))) == [None] * 6
+    assert [exc for exc in refusals if exc.details["available"] >= 60] == []
 
 
 @pytest.mark.parametrize("amount", [40, 100])

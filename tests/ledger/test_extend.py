@@ -93,6 +93,40 @@ def test_a_hold_past_its_time_is_not_extended_but_expired(workspace, customer, h
     assert operations.default_balance(workspace.pk, customer).reserved == 0
 
 
+@pytest.mark.parametrize("key", ["extend", "another"])
+def test_f76_a_hold_extended_by_another_call_at_its_very_end_is_extended(
+    workspace, held, monkeypatch, key
+):
+    Hold.objects.update(expires_at=from_now(-1))
+    expire = operations._expire_due
+    others = []
+
+    def outrun(**lookup):
+        # The other call's clock was a moment behind.
+        if not others:
+            Hold.objects.update(expires_at=from_now(60))
+            others.append(extend(workspace, held, 900, key="another"))
+        return expire(**lookup)
+
+    monkeypatch.setattr(operations, "_expire_due", outrun)
+
+    extended = extend(workspace, held, 900, key)
+
+    assert (extended.status, extended.replayed) == ("reserved", key == "another")
+    assert left(extended) > 890
+    assert Hold.objects.get().status == "reserved"
+
+
+def test_f76_a_hold_that_nobody_expires_is_not_tried_for_ever(
+    workspace, held, monkeypatch
+):
+    # As it may look in a transaction with an old snapshot.
+    monkeypatch.setattr(operations, "_expire_due", lambda **lookup: 0)
+    Hold.objects.update(expires_at=from_now(-1))
+    with pytest.raises(errors.MeterlyReservationExpiredError):
+        extend(workspace, held)
+
+
 def test_a_hold_of_another_workspace_is_not_found(held):
     with pytest.raises(errors.MeterlyNotFoundError):
         extend(operations.ensure_workspace("other"), held)

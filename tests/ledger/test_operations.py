@@ -4,8 +4,17 @@ import pytest
 from django.db import IntegrityError, transaction
 
 from django_meterly import errors
+from django_meterly.db import from_now
 from django_meterly.ledger import operations
-from django_meterly.ledger.models import Account, Customer, Entry, Hold, Workspace
+from django_meterly.ledger.idempotency import Request
+from django_meterly.ledger.models import (
+    Account,
+    AccountQuerySet,
+    Entry,
+    Hold,
+    LedgerCustomer,
+    Workspace,
+)
 from django_meterly.transports.base import MAX_AMOUNT
 from tests.ledger.holds import numbers, reserve
 
@@ -474,7 +483,7 @@ def test_the_database_refuses_an_account_that_holds_more_than_it_has(customer, c
 
 def test_a_customer_with_entries_cannot_be_deleted(customer):
     with pytest.raises(IntegrityError), transaction.atomic():
-        Customer.objects.all().delete()
+        LedgerCustomer.objects.all().delete()
 
 
 # Inside a caller's transaction
@@ -493,13 +502,9 @@ def test_f28_a_lost_race_for_a_key_does_not_poison_the_callers_transaction(
 ):
     first = reserve(workspace, customer)
     # The first look finds nothing, as when the other call commits right after it.
-    recorded = operations._Request.recorded
+    known = Request.known
     looks = iter([lambda request: None])
-    monkeypatch.setattr(
-        operations._Request,
-        "recorded",
-        lambda request: next(looks, recorded)(request),
-    )
+    monkeypatch.setattr(Request, "known", lambda request: next(looks, known)(request))
 
     with transaction.atomic():
         again = reserve(workspace, customer)
@@ -513,9 +518,9 @@ def test_f28_a_lost_race_for_a_key_does_not_poison_the_callers_transaction(
 def test_a_lost_race_for_a_reference_answers_with_the_first_grant(
     workspace, customer, monkeypatch
 ):
-    # Both looks at the entries find nothing, the unique constraint decides.
+    # The first look for the reference finds nothing, the unique constraint decides.
     entries = operations._entries
-    looks = iter([Entry.objects.none, Entry.objects.none])
+    looks = iter([Entry.objects.none])
     monkeypatch.setattr(operations, "_entries", lambda: next(looks, entries)())
 
     again = operations.grant(
@@ -535,14 +540,49 @@ def test_the_last_credits_taken_by_the_same_key_are_no_refusal(
     workspace, customer, monkeypatch
 ):
     first = reserve(workspace, customer, 100)
-    recorded = operations._Request.recorded
+    known = Request.known
     looks = iter([lambda request: None])
-    monkeypatch.setattr(
-        operations._Request,
-        "recorded",
-        lambda request: next(looks, recorded)(request),
-    )
+    monkeypatch.setattr(Request, "known", lambda request: next(looks, known)(request))
 
     again = reserve(workspace, customer, 100)
 
     assert again.reservation_id == first.reservation_id
+
+
+@pytest.mark.parametrize("any_path", ["portable"], indirect=True)
+def test_f75_credits_that_arrive_while_a_call_is_refused_are_spent(
+    workspace, customer, monkeypatch
+):
+    # The first UPDATE comes too early.
+    affording = AccountQuerySet.affording
+    monkeypatch.setattr(
+        AccountQuerySet, "affording", lambda accounts, amount: TooEarly(accounts)
+    )
+
+    class TooEarly:
+        def __init__(self, accounts):
+            self.accounts = accounts
+            self.updates = 0
+
+        def update(self, **change):
+            self.updates += 1
+            return self.updates > 1 and affording(self.accounts, 40).update(**change)
+
+    assert reserve(workspace, customer).account.reserved == 40
+    assert numbers(workspace, customer) == (100, 40)
+
+
+def test_f75_a_neighbour_who_expires_the_hold_first_is_no_refusal(
+    workspace, customer, monkeypatch
+):
+    reserve(workspace, customer, 100)
+    Hold.objects.update(expires_at=from_now(-1))
+    expire_due = operations._expire_due
+
+    def outrun(**lookup):
+        assert operations.expire_due() == 1
+        return expire_due(**lookup)
+
+    monkeypatch.setattr(operations, "_expire_due", outrun)
+
+    assert reserve(workspace, customer, 70, "second").account.available == 30

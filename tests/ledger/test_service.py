@@ -229,9 +229,9 @@ def test_the_cursor_of_another_customer_is_refused(workspace, customer):
 
 def test_a_balance_without_an_account_is_zero(workspace, customer):
     # As a crash between the two rows of a new customer would leave it.
-    from django_meterly.ledger.models import Account, Customer
+    from django_meterly.ledger.models import Account, LedgerCustomer
 
-    bare = Customer.objects.create(
+    bare = LedgerCustomer.objects.create(
         workspace=workspace, external_id="user_2", credit_unit="credits"
     )
     assert not Account.objects.filter(customer=bare).exists()

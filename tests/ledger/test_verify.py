@@ -19,7 +19,7 @@ from django_meterly import errors
 from django_meterly.db import from_now
 from django_meterly.ledger import operations
 from django_meterly.ledger.management.commands import meterly_ledger_verify
-from django_meterly.ledger.models import Account, Customer, Entry, Hold
+from django_meterly.ledger.models import Account, Entry, Hold, LedgerCustomer
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_memory_is_flat_however_many_entries_there_are(workspace):
     count = int(os.environ.get("LEDGER_ENTRIES", "200000"))
     accounts = [
         Account(
-            customer=Customer.objects.create(
+            customer=LedgerCustomer.objects.create(
                 workspace=workspace, external_id=f"user_{number}", credit_unit="credits"
             ),
             unit="credits",

@@ -6,6 +6,8 @@ from django.db import migrations, models
 import django_meterly.db
 import django_meterly.ledger.models
 
+from ..postgresql import create_functions, drop_functions
+
 
 class Migration(migrations.Migration):
     initial = True
@@ -14,7 +16,7 @@ class Migration(migrations.Migration):
 
     operations = [
         migrations.CreateModel(
-            name="Customer",
+            name="Workspace",
             fields=[
                 (
                     "id",
@@ -23,6 +25,126 @@ class Migration(migrations.Migration):
                         primary_key=True,
                         serialize=False,
                         verbose_name="ID",
+                    ),
+                ),
+                (
+                    "name",
+                    django_meterly.db.ExactCharField(
+                        max_length=255, unique=True, verbose_name="name"
+                    ),
+                ),
+            ],
+            options={
+                "verbose_name": "workspace",
+                "verbose_name_plural": "workspaces",
+            },
+        ),
+        migrations.CreateModel(
+            name="ApiKey",
+            fields=[
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True,
+                        primary_key=True,
+                        serialize=False,
+                        verbose_name="ID",
+                    ),
+                ),
+                ("name", models.CharField(max_length=255, verbose_name="name")),
+                ("prefix", models.CharField(max_length=16, verbose_name="prefix")),
+                (
+                    "last4",
+                    models.CharField(
+                        blank=True, max_length=4, verbose_name="last four"
+                    ),
+                ),
+                (
+                    "key_hash",
+                    django_meterly.db.ExactCharField(
+                        max_length=64, null=True, unique=True, verbose_name="key hash"
+                    ),
+                ),
+                (
+                    "key_id",
+                    django_meterly.db.ExactCharField(
+                        max_length=64, null=True, unique=True, verbose_name="key id"
+                    ),
+                ),
+                (
+                    "scope",
+                    models.CharField(
+                        choices=[("read", "read"), ("write", "read and write")],
+                        default="write",
+                        max_length=8,
+                        verbose_name="scope",
+                    ),
+                ),
+                (
+                    "created_at",
+                    models.DateTimeField(
+                        default=django_meterly.db.DatabaseNow,
+                        editable=False,
+                        verbose_name="created at",
+                    ),
+                ),
+                (
+                    "last_used_at",
+                    models.DateTimeField(
+                        editable=False, null=True, verbose_name="last used at"
+                    ),
+                ),
+                (
+                    "revoked_at",
+                    models.DateTimeField(
+                        editable=False, null=True, verbose_name="revoked at"
+                    ),
+                ),
+                (
+                    "workspace",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="api_keys",
+                        to="meterly_ledger.workspace",
+                        verbose_name="workspace",
+                    ),
+                ),
+            ],
+            options={
+                "verbose_name": "API key",
+                "verbose_name_plural": "API keys",
+                "constraints": [
+                    models.CheckConstraint(
+                        condition=models.Q(
+                            models.Q(("key_hash__isnull", False), ("key_id", None)),
+                            models.Q(("key_hash", None), ("key_id__isnull", False)),
+                            _connector="OR",
+                        ),
+                        name="meterly_ledger_apikey_one_kind",
+                    )
+                ],
+            },
+        ),
+        migrations.CreateModel(
+            name="LedgerCustomer",
+            fields=[
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True,
+                        primary_key=True,
+                        serialize=False,
+                        verbose_name="ID",
+                    ),
+                ),
+                (
+                    "workspace",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="customers",
+                        to="meterly_ledger.workspace",
+                        verbose_name="workspace",
                     ),
                 ),
                 (
@@ -58,30 +180,13 @@ class Migration(migrations.Migration):
             options={
                 "verbose_name": "customer",
                 "verbose_name_plural": "customers",
-            },
-        ),
-        migrations.CreateModel(
-            name="Workspace",
-            fields=[
-                (
-                    "id",
-                    models.BigAutoField(
-                        auto_created=True,
-                        primary_key=True,
-                        serialize=False,
-                        verbose_name="ID",
-                    ),
-                ),
-                (
-                    "name",
-                    django_meterly.db.ExactCharField(
-                        max_length=255, unique=True, verbose_name="name"
-                    ),
-                ),
-            ],
-            options={
-                "verbose_name": "workspace",
-                "verbose_name_plural": "workspaces",
+                "db_table": "meterly_ledger_customer",
+                "constraints": [
+                    models.UniqueConstraint(
+                        fields=("workspace", "external_id"),
+                        name="meterly_ledger_customer_unique_external_id",
+                    )
+                ],
             },
         ),
         migrations.CreateModel(
@@ -97,6 +202,16 @@ class Migration(migrations.Migration):
                     ),
                 ),
                 (
+                    "customer",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="accounts",
+                        to="meterly_ledger.ledgercustomer",
+                        verbose_name="customer",
+                    ),
+                ),
+                (
                     "unit",
                     django_meterly.db.ExactCharField(
                         max_length=64, verbose_name="credit unit"
@@ -107,20 +222,22 @@ class Migration(migrations.Migration):
                     "reserved",
                     models.BigIntegerField(default=0, verbose_name="reserved"),
                 ),
-                (
-                    "customer",
-                    models.ForeignKey(
-                        db_index=False,
-                        on_delete=django.db.models.deletion.PROTECT,
-                        related_name="accounts",
-                        to="meterly_ledger.customer",
-                        verbose_name="customer",
-                    ),
-                ),
             ],
             options={
                 "verbose_name": "account",
                 "verbose_name_plural": "accounts",
+                "constraints": [
+                    models.UniqueConstraint(
+                        fields=("customer", "unit"),
+                        name="meterly_ledger_account_unique_unit",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(
+                            ("reserved__gte", 0), ("reserved__lte", models.F("balance"))
+                        ),
+                        name="meterly_ledger_account_reserved_within_balance",
+                    ),
+                ],
             },
         ),
         migrations.CreateModel(
@@ -193,6 +310,17 @@ class Migration(migrations.Migration):
             options={
                 "verbose_name": "hold",
                 "verbose_name_plural": "holds",
+                "indexes": [
+                    models.Index(
+                        fields=["status", "expires_at"], name="meterly_ledger_hold_due"
+                    )
+                ],
+                "constraints": [
+                    models.CheckConstraint(
+                        condition=models.Q(("amount__gt", 0)),
+                        name="meterly_ledger_hold_amount_positive",
+                    )
+                ],
             },
         ),
         migrations.CreateModel(
@@ -304,6 +432,7 @@ class Migration(migrations.Migration):
                 (
                     "workspace",
                     models.ForeignKey(
+                        db_constraint=False,
                         db_index=False,
                         on_delete=django.db.models.deletion.PROTECT,
                         related_name="entries",
@@ -315,21 +444,25 @@ class Migration(migrations.Migration):
             options={
                 "verbose_name": "entry",
                 "verbose_name_plural": "entries",
+                "indexes": [
+                    models.Index(
+                        fields=["account", "id"], name="meterly_ledger_entry_account"
+                    )
+                ],
+                "constraints": [
+                    models.UniqueConstraint(
+                        fields=("workspace", "idempotency_key"),
+                        name="meterly_ledger_entry_unique_key",
+                    ),
+                    models.UniqueConstraint(
+                        fields=("account", "unique_reference"),
+                        name="meterly_ledger_entry_unique_reference",
+                    ),
+                ],
             },
         ),
-        migrations.AddField(
-            model_name="customer",
-            name="workspace",
-            field=models.ForeignKey(
-                db_index=False,
-                on_delete=django.db.models.deletion.PROTECT,
-                related_name="customers",
-                to="meterly_ledger.workspace",
-                verbose_name="workspace",
-            ),
-        ),
         migrations.CreateModel(
-            name="ApiKey",
+            name="Record",
             fields=[
                 (
                     "id",
@@ -340,13 +473,16 @@ class Migration(migrations.Migration):
                         verbose_name="ID",
                     ),
                 ),
-                ("name", models.CharField(max_length=255, verbose_name="name")),
-                ("prefix", models.CharField(max_length=16, verbose_name="prefix")),
-                ("last4", models.CharField(max_length=4, verbose_name="last four")),
                 (
-                    "key_hash",
+                    "idempotency_key",
                     django_meterly.db.ExactCharField(
-                        max_length=64, unique=True, verbose_name="key hash"
+                        max_length=255, verbose_name="idempotency key"
+                    ),
+                ),
+                (
+                    "fingerprint",
+                    django_meterly.db.ExactCharField(
+                        max_length=64, verbose_name="request fingerprint"
                     ),
                 ),
                 (
@@ -358,79 +494,37 @@ class Migration(migrations.Migration):
                     ),
                 ),
                 (
-                    "revoked_at",
-                    models.DateTimeField(
-                        editable=False, null=True, verbose_name="revoked at"
-                    ),
-                ),
-                (
                     "workspace",
                     models.ForeignKey(
+                        db_index=False,
                         on_delete=django.db.models.deletion.CASCADE,
-                        related_name="api_keys",
+                        related_name="records",
                         to="meterly_ledger.workspace",
                         verbose_name="workspace",
                     ),
                 ),
             ],
             options={
-                "verbose_name": "API key",
-                "verbose_name_plural": "API keys",
+                "verbose_name": "idempotency record",
+                "verbose_name_plural": "idempotency records",
+                "indexes": [
+                    models.Index(
+                        fields=["created_at"], name="meterly_ledger_record_age"
+                    )
+                ],
+                "constraints": [
+                    models.UniqueConstraint(
+                        fields=("workspace", "idempotency_key"),
+                        name="meterly_ledger_record_unique_key",
+                    )
+                ],
             },
         ),
-        migrations.AddConstraint(
-            model_name="account",
-            constraint=models.UniqueConstraint(
-                fields=("customer", "unit"), name="meterly_ledger_account_unique_unit"
-            ),
-        ),
-        migrations.AddConstraint(
-            model_name="account",
-            constraint=models.CheckConstraint(
-                condition=models.Q(
-                    ("reserved__gte", 0), ("reserved__lte", models.F("balance"))
-                ),
-                name="meterly_ledger_account_reserved_within_balance",
-            ),
-        ),
-        migrations.AddIndex(
-            model_name="hold",
-            index=models.Index(
-                fields=["status", "expires_at"], name="meterly_ledger_hold_due"
-            ),
-        ),
-        migrations.AddConstraint(
-            model_name="hold",
-            constraint=models.CheckConstraint(
-                condition=models.Q(("amount__gt", 0)),
-                name="meterly_ledger_hold_amount_positive",
-            ),
-        ),
-        migrations.AddIndex(
-            model_name="entry",
-            index=models.Index(
-                fields=["account", "id"], name="meterly_ledger_entry_account"
-            ),
-        ),
-        migrations.AddConstraint(
-            model_name="entry",
-            constraint=models.UniqueConstraint(
-                fields=("workspace", "idempotency_key"),
-                name="meterly_ledger_entry_unique_key",
-            ),
-        ),
-        migrations.AddConstraint(
-            model_name="entry",
-            constraint=models.UniqueConstraint(
-                fields=("account", "unique_reference"),
-                name="meterly_ledger_entry_unique_reference",
-            ),
-        ),
-        migrations.AddConstraint(
-            model_name="customer",
-            constraint=models.UniqueConstraint(
-                fields=("workspace", "external_id"),
-                name="meterly_ledger_customer_unique_external_id",
-            ),
+        # On PostgreSQL the functions are also replaced after every migrate, so that
+        # a test database that was built without migrations has them. On other
+        # databases this does nothing.
+        migrations.RunPython(
+            lambda apps, editor: create_functions(editor.connection),
+            lambda apps, editor: drop_functions(editor.connection),
         ),
     ]

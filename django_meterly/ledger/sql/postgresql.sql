@@ -1,9 +1,8 @@
--- The movements of ledger/operations.py, each as one function: one round trip.
+-- The movements of ledger/portable.py, each as one function: one round trip.
 --
--- They do what the portable path there does, under the same rules: what must hold
--- stands in an UPDATE's WHERE; holds are locked before accounts; times are the
--- database's. A refusal is a "code", never an exception, so that it needs no
--- savepoint and leaves a caller's transaction as it was.
+-- They follow the same rules: what must hold stands in an UPDATE's WHERE; holds are
+-- locked before accounts; times are the database's. A refusal is a "code", never an
+-- exception, so that it needs no savepoint and leaves a caller's transaction as it was.
 --
 -- A function's arguments and what it answers are part of its name: change them,
 -- and the number at its end goes up, because processes of the version before are
@@ -11,10 +10,8 @@
 -- finds them.
 --
 -- The answer is one JSON array: one value costs both sides less than ten columns,
--- and its times need no parsing by Django's time zone rules. First in it is the
--- code: moved, replayed, mismatch, not_found, insufficient, too_much, closed (the
--- hold is in another final state), or due: holds of the account are past their
--- time, expire them and call again.
+-- and its times need no parsing by Django's time zone rules. ledger/movements.py says
+-- what is in it, and what its first element, the code, means.
 --
 -- (...) IS TRUE keeps a condition away from the indexes. A row is found by its own
 -- unique key; before a table's first ANALYZE the planner may prefer the index of
@@ -36,8 +33,8 @@ CREATE OR REPLACE FUNCTION meterly_spend_1(
     ttl_ integer            -- seconds
 ) RETURNS json LANGUAGE plpgsql AS $$
 DECLARE
-    now_ CONSTANT timestamptz := statement_timestamp();
-    until_ CONSTANT timestamptz := now_ + make_interval(secs => ttl_);
+    now_ timestamptz := clock_timestamp();
+    until_ timestamptz;
     -- Zero for a use: what the balance loses, and what the reserved ones gain.
     used_ CONSTANT bigint := CASE WHEN hold_ IS NULL THEN amount_ ELSE 0 END;
     held_ CONSTANT bigint := amount_ - used_;
@@ -47,6 +44,7 @@ DECLARE
     balance_ bigint;
     reserved_ bigint;
     hold_pk_ bigint;
+    due_ boolean;
     known_ text;
 BEGIN
     IF workspace_ IS NULL THEN
@@ -94,7 +92,10 @@ BEGIN
         INTO account_, unit_of_account_, balance_, reserved_;
 
         IF FOUND THEN
+            -- The UPDATE may have waited for a lock. A hold lasts from now on.
+            now_ := clock_timestamp();
             IF hold_ IS NOT NULL THEN
+                until_ := now_ + make_interval(secs => ttl_);
                 INSERT INTO meterly_ledger_hold (public_id, account_id, amount,
                     status, reference, expires_at, created_at)
                 VALUES (hold_, account_, amount_,
@@ -113,7 +114,8 @@ BEGIN
             ON CONFLICT (workspace_id, idempotency_key) DO NOTHING;
             IF FOUND THEN
                 RETURN json_build_array('moved', account_, unit_of_account_,
-                    balance_, reserved_, entry_, now_, hold_, 'reserved', until_);
+                    balance_, reserved_, entry_, now_, hold_,
+                    CASE WHEN hold_ IS NOT NULL THEN 'reserved' END, until_);
             END IF;
             -- Another call with this key was first: take everything back, and
             -- find its entry.
@@ -124,9 +126,17 @@ BEGIN
             CONTINUE;
         END IF;
 
+        -- One statement, so that it sees the balance and the due holds of one
+        -- moment: a neighbour may be expiring them.
+        now_ := clock_timestamp();
         SELECT a.id, coalesce(unit_, c.credit_unit),
-            coalesce(a.balance, 0), coalesce(a.reserved, 0)
-        INTO account_, unit_of_account_, balance_, reserved_
+            coalesce(a.balance, 0), coalesce(a.reserved, 0),
+            EXISTS (
+                SELECT FROM meterly_ledger_hold h
+                WHERE h.account_id = a.id
+                    AND h.status = 'reserved' AND h.expires_at <= now_
+            )
+        INTO account_, unit_of_account_, balance_, reserved_, due_
         FROM meterly_ledger_customer c
         LEFT JOIN meterly_ledger_account a
             ON a.customer_id = c.id AND a.unit = coalesce(unit_, c.credit_unit)
@@ -134,11 +144,9 @@ BEGIN
         IF NOT FOUND THEN
             RETURN json_build_array('not_found');
         END IF;
-        code_ := CASE WHEN EXISTS (
-            SELECT FROM meterly_ledger_hold h
-            WHERE h.account_id = account_
-                AND h.status = 'reserved' AND h.expires_at <= now_
-        ) THEN 'due' ELSE 'insufficient' END;
+        -- Credits have arrived since the UPDATE: try again.
+        CONTINUE WHEN account_ IS NOT NULL AND balance_ - reserved_ >= amount_;
+        code_ := CASE WHEN due_ THEN 'due' ELSE 'insufficient' END;
     END LOOP;
 END
 $$;
@@ -249,15 +257,15 @@ BEGIN
             SELECT e.balance_after, e.reserved_after INTO balance_, reserved_
             FROM meterly_ledger_entry e
             WHERE e.workspace_id = workspace_ AND e.idempotency_key = key_;
-            IF present_ = 'reserved' AND until_ <= now_ THEN
-                present_ := 'expired';
-            END IF;
         ELSIF coalesce(charged_, 0) > amount_ THEN
             code_ := 'too_much';
         ELSE
             code_ := CASE present_
                 WHEN 'reserved' THEN 'due' WHEN status_ THEN 'replayed'
                 ELSE 'closed' END;
+        END IF;
+        IF present_ = 'reserved' AND until_ <= now_ THEN
+            present_ := 'expired';
         END IF;
         RETURN json_build_array(code_, customer_, unit_, balance_,
             reserved_, amount_, reference_, present_, until_);
