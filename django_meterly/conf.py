@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "CUSTOMER_RESOLVER": "django_meterly.resolvers.request_user",
     "EXTERNAL_ID": "django_meterly.resolvers.external_id",
     "OVERAGE": "charge",
-    "ON_DISCONNECT": "release",
+    "ON_DISCONNECT": "charge",
     "GUARDED_VIEWS": {},
     "ENFORCEMENT": "enforce",
     "ON_UNAVAILABLE": "deny",
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
 #: Policies: one of these words.
 CHOICES = {
     "OVERAGE": ("charge", "cap"),
-    "ON_DISCONNECT": ("release", "commit", "charged"),
+    "ON_DISCONNECT": ("charge", "release"),
     "ENFORCEMENT": ("enforce", "shadow", "off"),
     "ON_UNAVAILABLE": ("deny", "allow"),
 }

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from inspect import isawaitable, isclass, iscoroutine
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction
-from django.db import connections, transaction
+from django.db import DatabaseError, connections, transaction
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.views import View as DjangoView
 
 from . import journal, responses
+from .conf import meterly_settings
 from .errors import MeterlyUsageError
 from .guards import Guard, to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
+    from .heart import Heart
     from .options import GuardOptions
 
     View = Callable[..., Any]
     OptionsFor = Callable[[HttpRequest], GuardOptions | None]
+
+
+logger = logging.getLogger(__name__)
 
 
 def guard_view(view: View, options_for: OptionsFor) -> View:
@@ -424,29 +430,29 @@ class Execution:
         self.options = options
         # Servers read the whole stream that answers a HEAD, and drop it.
         self._head = head
-        self._sending = False
+        self._heart: Heart | None = None
 
     def run(self, call: View, aliases: list[str]) -> Any:
         """Run the view by *call*, in the transactions of *aliases*, and conclude."""
-        decided = False
+        recorded = False
         try:
             with _atomic(aliases) if aliases else nullcontext():
                 response = call()
                 good = self._is_good(response) and not any(
                     connections[alias].needs_rollback for alias in aliases
                 )
-                if good and _finished(response) and journal.alias() in aliases:
+                if good and journal.alias() in aliases:
                     # The last statement inside: work and decision commit together.
-                    self.guard.decide()
-                    decided = True
+                    recorded = True
+                    if self._is_late(response):
+                        self._presume(response)
+                    else:
+                        self.guard.decide()
         except BaseException:
             # Whether the COMMIT took place only the row knows.
             self.guard.fail()
             raise
-        if decided:
-            self.guard.confirm()
-        else:
-            self._conclude(response, good)
+        self._conclude(response, good, recorded=recorded)
         return response
 
     async def arun(self, call: View) -> Any:
@@ -457,11 +463,19 @@ class Execution:
         except GeneratorExit:
             # A coroutine that is being closed cannot await: the lease releases.
             raise
+        except asyncio.CancelledError:
+            await to_the_end(self.guard.disconnect, self._on_disconnect)
+            raise
         except BaseException:
             await to_the_end(self.guard.fail)
             raise
         await to_the_end(self._conclude, response, good)
         return response
+
+    @property
+    def _on_disconnect(self) -> str:
+        policy: str = self.options.on_disconnect or meterly_settings.ON_DISCONNECT
+        return policy
 
     def _is_good(self, response: Any) -> bool:
         if isawaitable(response):
@@ -476,20 +490,49 @@ class Execution:
             response
         )
 
-    def _conclude(self, response: Any, good: bool) -> None:
+    def _is_late(self, response: HttpResponseBase) -> bool:
+        """Return whether something of *response* remains to be produced.
+
+        Not if the work was handed off: then the task decides, and the response is
+        only what tells so.
+        """
+        return not self.guard.is_handed_off and (
+            response.streaming or not getattr(response, "is_rendered", True)
+        )
+
+    def _presume(self, response: HttpResponseBase) -> None:
+        # A stream's work is its chunks. If it is never begun, its reader has left.
+        if not response.streaming or self._on_disconnect == "charge":
+            self.guard.presume()
+
+    def _conclude(self, response: Any, good: bool, *, recorded: bool = False) -> None:
+        """Decide by *response*, or let its rendering or its last chunk decide.
+
+        What the return decides may be *recorded* in the view's transaction already.
+        """
         if not good:
             self.guard.fail()
-        elif _finished(response):
-            self.guard.succeed()
-        elif not response.streaming:
-            self._conclude_after_rendering(response)
+        elif not self._is_late(response):
+            self.guard.confirm() if recorded else self.guard.succeed()
         else:
-            # The last chunk decides.
-            chunks = response.streaming_content
-            response.streaming_content = (
-                self._asend(chunks) if response.is_async else self._send(chunks)
-            )
-            response._resource_closers.append(self._close)
+            if not recorded:
+                try:
+                    self._presume(response)
+                except DatabaseError:
+                    logger.exception("The return of %s is not recorded", self.guard)
+            if response.streaming:
+                self._conclude_after_sending(response)
+            else:
+                self._conclude_after_rendering(response)
+
+    def _conclude_after_sending(self, response: Any) -> None:
+        chunks = response.streaming_content
+        response.streaming_content = (
+            self._asend(response, chunks)
+            if response.is_async
+            else self._send(response, chunks)
+        )
+        response._resource_closers.append(self._close)
 
     def _conclude_after_rendering(self, response: Any) -> None:
         render = response.render
@@ -500,7 +543,7 @@ class Execution:
             try:
                 rendered = render()
             except BaseException:
-                self.guard.fail()
+                self.guard.cancel()
                 raise
             self.guard.succeed()
             return rendered
@@ -510,39 +553,75 @@ class Execution:
     def _close(self) -> None:
         # A stream that is never begun runs no code of ours, and an async one that
         # is abandoned may be finalized any time later.
-        if self._sending:
-            self.guard.disconnect(self.options.on_disconnect)
-        else:
-            self.guard.abandon()
+        self.guard.disconnect(self._on_disconnect)
+        self._stop_heart()
 
-    def _send(self, chunks: Iterable[Any]) -> Iterator[Any]:
+    def _send(self, response: Any, chunks: Iterable[Any]) -> Iterator[Any]:
         if self._head:
             return
-        self._sending = True
+        self._start_heart()
+        left = _length(response)
         try:
-            yield from chunks
+            for chunk in chunks:
+                if left is not None:
+                    left -= len(chunk)
+                    if left <= 0:
+                        # With this chunk the reader has everything.
+                        self._succeed()
+                yield chunk
         except GeneratorExit:
-            self.guard.disconnect(self.options.on_disconnect)
+            self._close()
             raise
         except BaseException:
-            self.guard.fail()
+            self.guard.cancel()
             raise
-        self.guard.succeed()
+        else:
+            self._succeed()
+        finally:
+            self._stop_heart()
 
-    async def _asend(self, chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _asend(
+        self, response: Any, chunks: AsyncIterator[Any]
+    ) -> AsyncIterator[Any]:
         if self._head:
             return
-        self._sending = True
+        await to_the_end(self._start_heart)
+        left = _length(response)
         try:
             async for chunk in chunks:
+                if left is not None:
+                    left -= len(chunk)
+                    if left <= 0:
+                        await to_the_end(self._succeed)
                 yield chunk
         except (GeneratorExit, asyncio.CancelledError):
-            await to_the_end(self.guard.disconnect, self.options.on_disconnect)
+            await to_the_end(self._close)
             raise
         except BaseException:
-            await to_the_end(self.guard.fail)
+            await to_the_end(self.guard.cancel)
             raise
-        await to_the_end(self.guard.succeed)
+        else:
+            await to_the_end(self._succeed)
+        finally:
+            self._stop_heart()
+
+    def _succeed(self) -> None:
+        self._stop_heart()
+        self.guard.succeed()
+
+    def _start_heart(self) -> None:
+        """Keep lease and hold alive beside the stream; no chunk waits for it."""
+        self._heart = self.guard.start_heart(at_once=True)
+
+    def _stop_heart(self) -> None:
+        if self._heart is not None:
+            self._heart.stop()
+
+
+def _length(response: Any) -> int | None:
+    """Return how many bytes *response* says that its stream has, if it says so."""
+    length = response.get("Content-Length", "")
+    return int(length) if length.isdecimal() else None
 
 
 class _TakenOver(set[str]):
@@ -682,8 +761,3 @@ def _unspoiled(aliases: list[str]) -> Iterator[None]:
         for connection in spared:
             if connection.in_atomic_block:
                 connection.set_rollback(False)
-
-
-def _finished(response: HttpResponseBase) -> bool:
-    """Return whether nothing of *response* remains to be produced."""
-    return not response.streaming and getattr(response, "is_rendered", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,7 @@ from .errors import (
     MeterlyUnavailableError,
     MeterlyUsageError,
 )
+from .heart import Heart
 from .models import MAX_CALLER_KEY_LENGTH, Customer
 from .transports.base import check_amount, check_key, check_text, check_ttl, check_unit
 
@@ -89,8 +91,9 @@ class Guard:
         self.fence = 0
         self._balance: Balance | None = None
         self._charge: int | None = amount
-        self._charged = False
         self._decided = False
+        self._presumed = False
+        self._reserved_at = 0.0
         self._concluded = False
         # Why the work would not have been run; only in shadow.
         self._invalid = invalid
@@ -135,7 +138,6 @@ class Guard:
             )
             charge = self.amount
         self._charge = charge
-        self._charged = True
 
     def release(self) -> None:
         """Let the work be free, even if it succeeds.
@@ -251,6 +253,7 @@ class Guard:
         )
 
     def _reserve(self, customer: Customer) -> None:
+        self._reserved_at = time.monotonic()
         self.reservation, self._balance = journal.reserve(
             self._client,
             customer,
@@ -309,6 +312,24 @@ class Guard:
         if self._record(succeeded=True) and settles:
             self._settle_now()
 
+    def presume(self) -> None:
+        """Record that the work has returned well, before its response is rendered.
+
+        From now on its charge lapses to commit, unless ``cancel`` comes before the
+        lease ends. That is before the hold ends, so that the hold can be committed.
+        Part of the transaction that is open, or a statement of its own.
+        """
+        if self._uncharged or self._charge is None:
+            return
+        self._presumed = True
+        left = max(self._reserved_at + self.ttl_seconds - time.monotonic(), 0)
+        lease = min(meterly_settings.LEASE_GRACE, left / 2)
+        charge = self._charge
+        journal.on_live_connection(
+            journal.alias(),
+            lambda: journal.presume(self._row, charge, fence=self.fence, lease=lease),
+        )
+
     def succeed(self) -> None:
         """Record success in a transaction of its own, then settle.
 
@@ -334,7 +355,7 @@ class Guard:
         done. Nothing is raised: the work's own exception is the one to see.
         """
         try:
-            self._conclude(succeeded=False)
+            self._conclude(succeeded=self._is_presumed())
             if self._is_offered:
                 # The exception came after the COMMIT.
                 self._deliver()
@@ -343,21 +364,35 @@ class Guard:
                 "%s could not be released; the sweeper will do it", self.reference
             )
 
-    def disconnect(self, policy: str | None = None) -> None:
-        """Conclude a stream whose reader went away.
+    def cancel(self) -> None:
+        """Record failure although the work has returned: it was not delivered."""
+        self._presumed = False
+        self.fail()
 
-        *policy* is one of the words of ``ON_DISCONNECT``, which is the default.
-        """
-        policy = policy or meterly_settings.ON_DISCONNECT
-        if policy == "commit" or (policy == "charged" and self._charged):
+    def disconnect(self, policy: str) -> None:
+        """Conclude work whose reader went away, by a word of ``ON_DISCONNECT``."""
+        if policy == "charge":
             self.succeed()
         else:
-            self.fail()
+            self.cancel()
 
     def abandon(self) -> None:
         """Release what was reserved, and what nobody has concluded."""
         if self.reservation is not None and not self._concluded:
-            self.fail()
+            self.cancel()
+
+    def start_heart(self, *, at_once: bool = False) -> Heart | None:
+        """Renew lease and hold from now on, beside the work; ``None`` for no need.
+
+        Inside a test's transaction nobody else sees the row, and so no heart beats.
+        """
+        row = self.reservation
+        in_test = connections[journal.alias()].in_atomic_block
+        if row is None or row.state != row.State.RESERVED or in_test:
+            return None
+        heart = Heart(row, self.fence, at_once=at_once)
+        heart.start()
+        return heart
 
     def confirm(self) -> None:
         """Settle what ``decide`` has recorded, now that it is committed.
@@ -376,6 +411,21 @@ class Guard:
             logger.exception(
                 "%s could not be settled; the sweeper will do it", self.reference
             )
+
+    def _is_presumed(self) -> bool:
+        """Ask the row whether what ``presume`` has recorded was committed."""
+        if not self._presumed:
+            return False
+        using = journal.alias()
+        journal.on_live_connection(
+            using, lambda: self._row.refresh_from_db(using=using)
+        )
+        return self._row.is_presumed
+
+    @property
+    def is_handed_off(self) -> bool:
+        """Whether a task will finish the work, and decides."""
+        return self._message is not None
 
     @property
     def _row(self) -> Reservation:

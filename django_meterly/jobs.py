@@ -6,13 +6,8 @@ What of it is Celery's is in ``tasks``.
 from __future__ import annotations
 
 import hashlib
-import logging
-import threading
-import time
 import uuid
 from typing import TYPE_CHECKING, Any
-
-from django.db import DatabaseError, connections
 
 from . import guards, journal
 from .client import get_client
@@ -23,9 +18,8 @@ from .transports.base import MAX_TTL_SECONDS, check_key
 
 if TYPE_CHECKING:
     from .guards import Guard
+    from .heart import Heart
     from .options import GuardOptions
-
-logger = logging.getLogger(__name__)
 
 
 class Job:
@@ -99,9 +93,7 @@ class Job:
                 raise (journal.in_the_way(customer, key) or exc) from exc
         else:
             guard.adopt(row)
-        if guard.reservation is not None:
-            self._heart = Heart(guard.reservation, guard.fence)
-            self._heart.start()
+        self._heart = guard.start_heart()
 
     def _guard(
         self, options: GuardOptions, args: Any, kwargs: Any
@@ -203,54 +195,5 @@ class Job:
     def _stop(self) -> None:
         if self._heart is not None:
             self._heart.stop()
-
-
-class Heart(threading.Thread):
-    """Renews the lease of a running job, and its hold, until it is stopped.
-
-    It ends by itself when the row is no longer the job's, and after the longest
-    time that a hold may last. The first beat is a third of ``LEASE_GRACE`` away: a
-    short job has none, and no query for it.
-    """
-
-    def __init__(self, row: Reservation, fence: int) -> None:
-        super().__init__(name=f"meterly-heart-{row.pk}", daemon=True)
-        self._row = row
-        self._fence = fence
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        row = self._row
-        begun = extended = time.monotonic()
-        extensions = 0
-        # The hold is extended when half of it is over, at the next beat.
-        interval = min(meterly_settings.LEASE_GRACE, row.ttl_seconds) / 3
-        try:
-            while not self._stopped.wait(interval):
-                now = time.monotonic()
-                if now - begun > MAX_TTL_SECONDS or not self._beat():
-                    return
-                if now - extended > row.ttl_seconds / 2 - interval:
-                    extended = now
-                    extensions += 1
-                    name = f"{self._fence}.{extensions}"
-                    journal.extend(get_client(), row, name)
-        except Exception:
-            logger.exception("The heart of reservation %s has stopped", row.pk)
-        finally:
-            # This thread's own.
-            connections.close_all()
-
-    def _beat(self) -> bool:
-        try:
-            return journal.beat(self._row, fence=self._fence)
-        except DatabaseError:
-            # There are two more beats in a lease.
-            logger.warning("A heartbeat of reservation %s failed", self._row.pk)
-            return True
-
-    def stop(self) -> None:
-        """End it, and wait for the beat that is under way; but not for long."""
-        self._stopped.set()
-        if self.is_alive():
-            self.join(journal.SETTLE_TIMEOUT)
+            # For the beat that is under way; but not for long.
+            self._heart.join(journal.SETTLE_TIMEOUT)

@@ -12,7 +12,8 @@ says whether it happened::
        │ reserve      ├────────► failed
        ▼              └─(lease lapsed)──┐
      reserved ── work failed ───────────► release_pending ──► released | conflict
-       │   └──── lease lapsed ──────────┘        │               │
+       │ │ └──── lease lapsed ──────────┘        │               │
+       │ └────── lapsed, but presumed done ──┐   │               │
        └──────── work succeeded ◄── late success ┴───────────────┘
                      ▼
                 commit_pending ──► committed
@@ -22,6 +23,9 @@ A row that runs *on trust* (``ON_UNAVAILABLE``) is ``reserved`` without a
 reservation id. That column is written once: with the hold's id, or with
 ``NO_HOLD`` when the ledger has refused the reserve. Only the hold that stands there
 is committed, and only a row with ``NO_HOLD`` is charged without one.
+
+A ``reserved`` row with a ``charge`` is *presumed*: its work has returned well, and its
+response is still to be rendered or sent. It lapses to commit, not to release.
 
 The row's *fence* says who may decide. An even number belongs to the process that
 works under it. An odd number means that the work is offered and not yet claimed. To
@@ -52,7 +56,7 @@ from django.db import (
     router,
     transaction,
 )
-from django.db.models import Count, F, Q, Sum
+from django.db.models import Case, Count, F, Q, Sum, Value, When
 from django.db.models.functions import Coalesce
 from django.utils import timezone
 
@@ -581,7 +585,7 @@ def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | 
         return None
     offered = row.is_offered
     free = Reservation.objects.using(using).filter(
-        pk=row.pk, state=State.RESERVED, fence=row.fence
+        pk=row.pk, state=State.RESERVED, fence=row.fence, charge=None
     )
     if not offered:
         free = free.lapsed()
@@ -604,13 +608,17 @@ def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | 
 
 
 def beat(row: Reservation, *, fence: int) -> bool:
-    """Renew the lease of *row* to ``LEASE_GRACE``; return whether it is still ours."""
+    """Renew the lease of *row* to ``LEASE_GRACE``; return whether it is still ours.
+
+    Work that beats is not done: if it was presumed to be, it is not any more.
+    """
     return _move(
         row,
         [State.RESERVED],
         State.RESERVED,
         fence,
         lease_until=from_now(meterly_settings.LEASE_GRACE),
+        charge=None,
     )
 
 
@@ -667,7 +675,30 @@ def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
     Returns whether the row took the decision; if not, the row has another one,
     which stands, or somebody else has the *fence*.
     """
-    return _move(row, [State.RESERVED], State.RELEASE_PENDING, fence, **_decided())
+    return _move(
+        row,
+        [State.RESERVED],
+        State.RELEASE_PENDING,
+        fence,
+        **_decided(charge=None),
+    )
+
+
+def presume(row: Reservation, charge: int, *, fence: int, lease: float) -> bool:
+    """Record that the work has returned well, and owes *charge* if it lapses.
+
+    For work whose response is still to be rendered or sent. If nobody decides within
+    *lease* seconds, the sweeper charges it. Returns whether the row took it: when the
+    lease had lapsed before, this is a late success, and the charge is decided now.
+    """
+    return _move(
+        row,
+        [State.RESERVED],
+        State.RESERVED,
+        fence,
+        charge=charge,
+        lease_until=from_now(lease),
+    ) or record_success(row, charge, fence=fence)
 
 
 def decide_in_one_statement(
@@ -712,8 +743,10 @@ def decide_in_one_statement(
 
 
 def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
-    """Give up the open rows whose lease has run out; return how many.
+    """Decide the open rows whose lease has run out; return how many.
 
+    They are released, but for presumed ones, which are charged. One UPDATE decides
+    both: between two, a row that lapses to commit could be released.
     Only those whose lease ended *older_than* seconds ago, and for *seconds* at
     most; the rest is left to the next call.
     """
@@ -723,7 +756,10 @@ def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> i
             # Due since then. Before lease_until: MySQL assigns from left to right.
             next_attempt_at=F("lease_until"),
             lease_until=None,
-            state=State.RELEASE_PENDING,
+            state=Case(
+                When(charge=None, then=Value(State.RELEASE_PENDING.value)),
+                default=Value(State.COMMIT_PENDING.value),
+            ),
             lapsed=True,
             decided_at=DatabaseNow(),
             stuck_at=None,

@@ -299,7 +299,7 @@ class Reservation(models.Model):
         _("amount charged"),
         null=True,
         blank=True,
-        help_text=_("What was decided to be charged; empty until then."),
+        help_text=_("What is to be charged; empty while the work runs."),
     )
     reference = ExactCharField(_("reference"), max_length=MAX_TEXT_LENGTH)
     name = ExactCharField(
@@ -387,6 +387,11 @@ class Reservation(models.Model):
 
     def __str__(self) -> str:
         return f"{self.reference} ({self.get_state_display()})"
+
+    @property
+    def is_presumed(self) -> bool:
+        """Whether the work has returned well, and its response is not sent yet."""
+        return self.state == self.State.RESERVED and self.charge is not None
 
     @property
     def is_offered(self) -> bool:

@@ -134,14 +134,20 @@ def test_too_few_credits_are_a_402_and_the_async_view_does_not_run(
     assert states() == ["denied"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "used", "left"),
+    [("charge", None, 75), ("charge", 5, 95), ("charge", 0, 100), ("release", 5, 100)],
+)
 @pytest.mark.parametrize("times", [1, 2])
-def test_f22_a_cancelled_view_is_released(
-    request_: Any, customer: Any, times: int
+def test_f22_a_cancelled_view_follows_the_policy(
+    request_: Any, customer: Any, times: int, policy: str, used: int | None, left: int
 ) -> None:
     running = asyncio.Event()
 
-    @meterly_guard("image_credits", 25)
+    @meterly_guard("image_credits", 25, on_disconnect=policy)
     async def view(request: Any) -> HttpResponse:
+        if used is not None:
+            request.meterly.charge(used)
         running.set()
         await asyncio.sleep(60)
         return HttpResponse()
@@ -156,9 +162,10 @@ def test_f22_a_cancelled_view_is_released(
             await task
 
     async_to_sync(scenario)()
-    assert balance(customer) == (100, 0)
-    assert states() == ["released"]
-    assert movements() == ["reserved", "released"]
+    assert balance(customer) == (left, 0)
+    end = "released" if policy == "release" else "committed"
+    assert states() == [end]
+    assert movements() == ["reserved", end]
 
 
 @pytest.mark.parametrize("steps", range(12))
@@ -167,7 +174,7 @@ def test_f22_a_view_cancelled_anywhere_is_settled_once(
 ) -> None:
     done = []
 
-    @meterly_guard("image_credits", 25)
+    @meterly_guard("image_credits", 25, on_disconnect="release")
     async def view(request: Any) -> HttpResponse:
         await asyncio.sleep(0)
         done.append(True)
@@ -230,9 +237,7 @@ def test_f21_an_async_stream_is_charged_after_its_last_chunk(
 
 
 @pytest.mark.parametrize("way", ["closed", "cancelled"])
-@pytest.mark.parametrize(
-    ("policy", "left"), [("release", 100), ("commit", 95), ("charged", 95)]
-)
+@pytest.mark.parametrize(("policy", "left"), [("release", 100), ("charge", 95)])
 def test_f21_a_disconnected_async_stream_follows_the_policy(
     request_: Any, customer: Any, policy: str, left: int, way: str
 ) -> None:
@@ -252,9 +257,7 @@ def test_f21_a_disconnected_async_stream_follows_the_policy(
     assert balance(customer) == (left, 0)
 
 
-def test_f21_an_async_stream_that_breaks_or_never_starts_is_released(
-    user: User, customer: Any
-) -> None:
+def test_f21_an_async_stream_that_breaks_is_released(user: User, customer: Any) -> None:
     request = RequestFactory().post("/", {"break": "1"})
     request.user = user
 
@@ -262,12 +265,24 @@ def test_f21_an_async_stream_that_breaks_or_never_starts_is_released(
         response = await streaming()(request)
         with pytest.raises(views.Boom):
             [chunk async for chunk in response]
-        response = await streaming()(request)
+
+    async_to_sync(scenario)()
+    assert states() == ["released"]
+    assert balance(customer) == (100, 0)
+
+
+@pytest.mark.parametrize(("policy", "left"), [("release", 100), ("charge", 75)])
+def test_f47_an_async_stream_that_never_starts_follows_the_policy(
+    request_: Any, customer: Any, settings: Any, policy: str, left: int
+) -> None:
+    settings.METERLY = {**settings.METERLY, "ON_DISCONNECT": policy}
+
+    async def scenario() -> None:
+        response = await streaming()(request_)
         await sync_to_async(response.close)()
 
     async_to_sync(scenario)()
-    assert states() == ["released", "released"]
-    assert balance(customer) == (100, 0)
+    assert balance(customer) == (left, 0)
 
 
 def test_async_with_guard_charges_and_releases(user: User, customer: Any) -> None:

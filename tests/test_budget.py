@@ -159,6 +159,8 @@ def _whatever_it_raises(call: Callable[[], Any]) -> None:
 
 
 EVERY_KIND = [plain, aplain, template, stream, astream]
+#: One statement more records that the view has returned.
+LATE = [template, stream, astream]
 ENDS: list[dict[str, Any]] = [{}, {"status": 400}, {"break": 1}]
 
 
@@ -168,11 +170,12 @@ def test_an_embedded_ledger_adds_two_transactions(
 ) -> None:
     customer = fund(user)
     cost = added(view, user)
-    assert cost.transactions <= 2, cost.log
-    assert cost.journal_writes <= 2 * once_or_twice(), cost.log
+    late = view in LATE
+    assert cost.transactions <= 2 + late, cost.log
+    assert cost.journal_writes <= 2 * once_or_twice() + late, cost.log
     if postgresql.serves("default"):
         # The customer, the hold with its row, the decision with the movement.
-        assert cost.statements <= 3, cost.log
+        assert cost.statements <= 3 + late, cost.log
     assert balance(customer) == (75, 0)
 
 
@@ -212,7 +215,7 @@ def test_a_remote_ledger_takes_four_journal_writes_and_two_calls(
     cost = added(view, user, **data)
     # The intent, the hold, the decision, the outcome: each is durable before the
     # next step, so each is a transaction.
-    assert cost.journal_writes <= 4, cost.log
+    assert cost.journal_writes <= 4 + (view in LATE), cost.log
     assert len(remote.calls) == 2
 
 

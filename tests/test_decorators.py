@@ -11,11 +11,19 @@ import pytest
 from django.contrib.auth.models import Group, User
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.http import HttpResponse
+from django.template import TemplateDoesNotExist
 from django.template.response import TemplateResponse
 from django.test import RequestFactory
+from django.utils import timezone
 from django.views import View
 
-from django_meterly import MeterlyUsageError, guard, meterly_guard
+from django_meterly import (
+    MeterlyUsageError,
+    get_client,
+    guard,
+    journal,
+    meterly_guard,
+)
 from django_meterly.models import Reservation
 from tests import views
 from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
@@ -251,9 +259,8 @@ def test_f21_a_stream_is_charged_after_its_last_chunk(
     [
         ("release", None, 100),
         ("release", 5, 100),
-        ("commit", None, 75),
-        ("charged", None, 100),
-        ("charged", 5, 95),
+        ("charge", None, 75),
+        ("charge", 5, 95),
     ],
 )
 def test_f21_a_disconnect_follows_the_policy(
@@ -273,15 +280,115 @@ def test_f21_a_disconnect_follows_the_policy(
     assert balance(customer) == (left, 0)
 
 
-def test_f21_a_stream_that_breaks_or_never_starts_is_released(
+def test_f21_a_stream_that_breaks_is_released(
     payer: Any, customer: Any, any_requests: bool
 ) -> None:
     response = payer.post("/stream/", {"break": 1})
     with pytest.raises(views.Boom):
         b"".join(response)
-    payer.post("/stream/").close()
+    response.close()
     assert balance(customer) == (100, 0)
-    assert states() == ["released", "released"]
+    assert states() == ["released"]
+
+
+@pytest.mark.parametrize(("policy", "left"), [("release", 100), ("charge", 75)])
+@pytest.mark.parametrize("closed", [True, False])
+def test_f47_a_stream_that_never_starts_follows_the_policy(
+    payer: Any,
+    customer: Any,
+    any_requests: bool,
+    settings: Any,
+    policy: str,
+    left: int,
+    closed: bool,
+) -> None:
+    settings.METERLY = {**settings.METERLY, "ON_DISCONNECT": policy}
+    response = payer.post("/stream/")
+    if closed:
+        response.close()
+    let_lapse()
+    journal.sweep(get_client())
+    assert balance(customer) == (left, 0)
+    assert movements() == ["reserved", "released" if left == 100 else "committed"]
+
+
+def late(request: Any) -> TemplateResponse:
+    return TemplateResponse(request, "tests/good.html", {"value": 1})
+
+
+late_view = meterly_guard("image_credits", 25)(late)
+
+
+def test_f47_a_template_that_nobody_renders_is_charged(
+    request_: Any, customer: Any, any_requests: bool
+) -> None:
+    late_view(request_)
+    assert states() == ["reserved"]
+    let_lapse()
+    journal.sweep(get_client())
+    assert balance(customer) == (75, 0)
+    assert movements() == ["reserved", "committed"]
+
+
+def test_f47_a_rendering_that_fails_after_the_lapse_stays_charged(
+    request_: Any, customer: Any, any_requests: bool
+) -> None:
+    response = late_view(request_)
+    let_lapse()
+    assert journal.record_lapsed() == 1
+    response.template_name = "no such template"
+    with pytest.raises(TemplateDoesNotExist):
+        response.render()
+    assert balance(customer) == (75, 0)
+    assert states() == ["committed"]
+
+
+def test_f47_the_lease_of_a_late_response_ends_before_its_hold(
+    request_: Any, customer: Any
+) -> None:
+    for ttl, least, most in [(300, 55, 60), (40, 15, 20)]:
+        meterly_guard("image_credits", 1, ttl_seconds=ttl)(late)(request_)
+        row = Reservation.objects.order_by("-created_at").first()
+        assert row is not None
+        assert row.lease_until is not None
+        assert row.is_presumed
+        left = (row.lease_until - timezone.now()).total_seconds()
+        assert least < left <= most
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_f14_an_on_commit_that_raises_does_not_undo_a_late_charge(
+    payer: Any, customer: Any
+) -> None:
+    with pytest.raises(views.Boom):
+        payer.post("/breaks_after_commit/", {"late": 1})
+    assert balance(customer) == (75, 0)
+    assert states() == ["committed"]
+
+
+@pytest.mark.usefixtures("atomic_requests")
+def test_f13_a_late_response_whose_commit_fails_is_released(
+    payer: Any, customer: Any
+) -> None:
+    with pytest.raises(IntegrityError):
+        payer.post("/breaks_at_commit/", {"late": 1})
+    assert balance(customer) == (100, 0)
+    assert states() == ["released"]
+
+
+def test_f73_a_stream_with_a_length_is_decided_before_its_last_chunk(
+    payer: Any, customer: Any, any_requests: bool
+) -> None:
+    response = payer.post("/stream/", {"length": "11"})
+    chunks = iter(response.streaming_content)
+    assert [next(chunks), next(chunks)] == [b"one", b"two"]
+    assert states() == ["reserved"]
+    assert next(chunks) == b"three"
+    # The reader has everything now; nobody may come to ask for the end.
+    assert states() == ["committed"]
+    response.close()
+    assert balance(customer) == (75, 0)
+    assert movements() == ["reserved", "committed"]
 
 
 def test_f28_a_guard_inside_a_guarded_view_is_its_own_reservation(
@@ -290,8 +397,6 @@ def test_f28_a_guard_inside_a_guarded_view_is_its_own_reservation(
     payer.post("/nested/")
     if any_requests:
         let_lapse()
-        from django_meterly import get_client, journal
-
         journal.sweep(get_client())
     assert balance(customer) == (65, 0)
     assert states() == ["committed", "committed"]
@@ -532,7 +637,7 @@ def test_what_cannot_be_guarded_is_refused_at_once() -> None:
         meterly_guard("x", 1, methods="POST")
     with pytest.raises(ValueError, match="overage must be one of charge, cap"):
         meterly_guard("x", 1, overage="free")
-    with pytest.raises(ValueError, match="on_disconnect must be one of release"):
+    with pytest.raises(ValueError, match="on_disconnect must be one of charge, r"):
         meterly_guard("x", 1, on_disconnect="ignore")
 
 

@@ -32,7 +32,7 @@ from django_meterly import (
     meterly_guard,
     signals,
 )
-from django_meterly.jobs import Heart
+from django_meterly.heart import Heart
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Reservation
 from django_meterly.tasks import check_tasks, meterly_task, release_handed_off

@@ -55,24 +55,30 @@ def raises(request: HttpRequest) -> HttpResponse:
     raise kinds[request.POST["kind"]]
 
 
-@meterly_guard("image_credits", 25)
-def breaks_at_commit(request: HttpRequest) -> HttpResponse:
-    # The foreign key is checked at COMMIT: the view itself succeeds.
-    Grant.objects.create(
-        customer_id=987654321, unit="x", amount=1, reason="x", reference="x"
-    )
+def _done(request: HttpRequest) -> HttpResponseBase:
+    if request.POST.get("late"):
+        return TemplateResponse(request, "tests/good.html", {"value": 1})
     return HttpResponse("done")
 
 
 @meterly_guard("image_credits", 25)
-def breaks_after_commit(request: HttpRequest) -> HttpResponse:
+def breaks_at_commit(request: HttpRequest) -> HttpResponseBase:
+    # The foreign key is checked at COMMIT: the view itself succeeds.
+    Grant.objects.create(
+        customer_id=987654321, unit="x", amount=1, reason="x", reference="x"
+    )
+    return _done(request)
+
+
+@meterly_guard("image_credits", 25)
+def breaks_after_commit(request: HttpRequest) -> HttpResponseBase:
     _work(request)
 
     def fail() -> None:
         raise Boom("somebody's on_commit")
 
     transaction.on_commit(fail)
-    return HttpResponse("done")
+    return _done(request)
 
 
 @meterly_guard("image_credits", 25)
@@ -107,7 +113,10 @@ def stream(request: HttpRequest) -> HttpResponseBase:
             raise Boom("in the stream")
         yield b"three"
 
-    return StreamingHttpResponse(chunks())
+    response = StreamingHttpResponse(chunks())
+    if request.POST.get("length"):
+        response["Content-Length"] = request.POST["length"]
+    return response
 
 
 @meterly_guard("image_credits", 25)

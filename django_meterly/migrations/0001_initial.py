@@ -180,7 +180,7 @@ class Migration(migrations.Migration):
                     "charge",
                     models.BigIntegerField(
                         blank=True,
-                        help_text="What was decided to be charged; empty until then.",
+                        help_text="What is to be charged; empty while the work runs.",
                         null=True,
                         verbose_name="amount charged",
                     ),

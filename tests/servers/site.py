@@ -139,7 +139,7 @@ urlpatterns = [
     *[
         _streaming(view, policy)
         for view in (stream, astream)
-        for policy in ("release", "commit", "charged")
+        for policy in ("release", "charge")
     ],
     path("breaks_at_commit/", views.breaks_at_commit),
     path("loses_connection/", views.loses_connection),

@@ -33,10 +33,8 @@ by_policy = pytest.mark.parametrize(
     [
         ("release", "", 0),
         ("release", "&used=5", 0),
-        ("commit", "", 25),
-        ("commit", "&used=5", 5),
-        ("charged", "", 0),
-        ("charged", "&used=5", 5),
+        ("charge", "", 25),
+        ("charge", "&used=5", 5),
     ],
 )
 
@@ -121,10 +119,10 @@ def test_f21_a_charged_head_of_a_stream_is_released(
 ) -> None:
     if site.atomic and view == "astream":
         # Django's own refusal, before the guard is asked.
-        assert site.request("HEAD", "/astream/commit/")[0] == 500
+        assert site.request("HEAD", "/astream/charge/")[0] == 500
         assert states() == []
         return
-    assert site.request("HEAD", f"/{view}/commit/?used=5") == (200, b"")
+    assert site.request("HEAD", f"/{view}/charge/?used=5") == (200, b"")
     check_charged(site, customer, 0)
 
 
@@ -141,7 +139,7 @@ def test_f21_a_stream_that_is_never_closed_is_swept(
     own_site: Any, customer: Customer, name: str, view: str
 ) -> None:
     site = own_site(name)
-    site.begin("GET", f"/{view}/commit/?hold=chunks")
+    site.begin("GET", f"/{view}/charge/?hold=chunks")
     os.kill(site.wait_for("chunks"), signal.SIGKILL)
     call_command("meterly_settle", verbosity=0)
     # Its lease has not run out: it might still be at work somewhere.
