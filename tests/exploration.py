@@ -112,6 +112,9 @@ class Scenario:
     forgotten: bool = False
     #: What becomes of the first reserve: one of ``FAULTS``; the work runs on trust.
     outage: str = ""
+    #: What becomes of a response that is still to come when the work has returned:
+    #: it is "rendered", it "fails" to be, or "nobody" waits for it.
+    late: str = ""
 
     def __str__(self) -> str:
         return (
@@ -119,6 +122,7 @@ class Scenario:
             + ", then raises" * self.raises
             + ", forgotten" * self.forgotten
             + (self.outage and f", on trust, {self.outage}")
+            + (self.late and f", late, {self.late}")
         )
 
 
@@ -282,6 +286,20 @@ class World:
             except MeterlyError:
                 return
             self.owed = HELD
+        elif self.scenario.late:
+            guard.charge(self.scenario.charge)
+            try:
+                with get_client().transport.unit_of_work(world_alias()):
+                    guard.presume()
+            except OperationalError:
+                # The work was rolled back together with what its return said.
+                self.owed = None
+                guard.fail()
+                return
+            if self.scenario.late == "rendered":
+                guard.succeed()
+            elif self.scenario.late == "fails":
+                guard.cancel()
         elif self.scenario.raises:
             guard.charge(self.scenario.charge)
             try:
@@ -426,6 +444,7 @@ class World:
             return result
 
         record_success, trust = journal.record_success, journal._trust
+        presume, record_failure = journal.presume, journal.record_failure
 
         def trusted(using: str, row: Reservation, lease: float) -> bool:
             # One transaction, and so one step: there is but one connection.
@@ -447,8 +466,22 @@ class World:
             self.owed = charge
             return taken
 
+        def presumed(row: Reservation, charge: int, **options: Any) -> bool:
+            taken = presume(row, charge, **options)
+            # From now on it is charged, if nothing else happens.
+            self.owed = charge
+            return taken
+
+        def failed(row: Reservation, **options: Any) -> bool:
+            taken = record_failure(row, **options)
+            if taken:
+                self.owed = None
+            return taken
+
         with (
             self.connection.execute_wrapper(wrapper),
+            mock.patch.object(journal, "presume", presumed),
+            mock.patch.object(journal, "record_failure", failed),
             mock.patch.object(journal, "record_success", recorded),
             mock.patch.object(journal, "_trust", trusted),
         ):

@@ -38,6 +38,12 @@ SCENARIOS = [
     # the reserve that was refused succeeds. A late one may do so, too, or never come.
     (Scenario(HELD - 5, credits=HELD - 5, outage="late"), DEEP, 500),
     (Scenario(HELD + 5, outage="unanswered"), NARROW, 100),
+    # Late responses: the lapse charges, and a rendering that fails may cancel that.
+    (Scenario(HELD, late="rendered"), WIDE, 90),
+    (Scenario(HELD - 3, late="fails"), WIDE, 90),
+    (Scenario(HELD, late="nobody"), WIDE, 90),
+    (Scenario(HELD + 5, credits=HELD, late="nobody"), NARROW, 90),
+    (Scenario(HELD - 5, credits=HELD - 5, outage="late", late="nobody"), NARROW, 80),
     (Scenario(None, outage="unanswered"), NARROW, 100),
 ]
 
@@ -91,6 +97,9 @@ def test_promises_hold_on_every_path(
         Scenario(HELD + 5),
         Scenario(HELD + 5, credits=HELD),
         Scenario(HELD, raises=True),
+        Scenario(HELD, late="rendered"),
+        Scenario(HELD, late="fails"),
+        Scenario(HELD, late="nobody"),
         Scenario(None),
         Scenario(HELD, credits=0),
     ],

@@ -8,6 +8,7 @@ the template ``held`` is where ``?render=NAME`` waits.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import time
 import uuid
@@ -18,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 from django.contrib.auth.models import Group
 from django.core.exceptions import PermissionDenied
 from django.db import transaction
-from django.http import Http404, HttpResponse, StreamingHttpResponse
+from django.http import FileResponse, Http404, HttpResponse, StreamingHttpResponse
 from django.template.response import TemplateResponse
 from django.urls import include, path
+from rest_framework.authentication import SessionAuthentication
+from rest_framework.decorators import api_view, authentication_classes
+from rest_framework.response import Response
 
 from django_meterly import meterly_guard
 from tests import views
@@ -125,6 +129,39 @@ def late(request: HttpRequest) -> HttpResponseBase:
     return StreamingHttpResponse(_chunks(request))
 
 
+def file(request: HttpRequest) -> HttpResponseBase:
+    hold(request)
+    return FileResponse(io.BytesIO(b"x" * 100_000), filename="poster.png")
+
+
+class Session(SessionAuthentication):
+    """A session without its CSRF token, which these readers do not have."""
+
+    def enforce_csrf(self, request: Any) -> None:
+        pass
+
+
+@api_view(["POST"])
+@authentication_classes([Session])
+def rest(request: Any) -> Response:
+    hold(request)
+    if kind := request.query_params.get("raise"):
+        raise KINDS[kind]
+    return Response({"done": True})
+
+
+#: What a reader may leave, under each policy.
+LEFT = {"plain": paid.__wrapped__, "aplain": apaid.__wrapped__, "file": file}
+
+
+def _leaving(policy: str) -> list[Any]:
+    guard = meterly_guard("image_credits", 25, on_disconnect=policy)
+    views = {name: guard(view) for name, view in LEFT.items()}
+    # Above @api_view, which makes the view that is guarded.
+    views["rest"] = guard(rest)
+    return [path(f"{name}/{policy}/", view) for name, view in views.items()]
+
+
 def _streaming(view: Any, policy: str) -> Any:
     guarded = meterly_guard("image_credits", 25, on_disconnect=policy, methods=["GET"])(
         view
@@ -136,6 +173,8 @@ urlpatterns = [
     path("paid/", paid),
     path("apaid/", apaid),
     path("late/", late),
+    *_leaving("charge"),
+    *_leaving("release"),
     *[
         _streaming(view, policy)
         for view in (stream, astream)

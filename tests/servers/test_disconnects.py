@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.books import balance, movements, states
+from tests.books import balance, fund, movements, states
 
 from .serving import served, settled, swept
 
@@ -21,16 +22,19 @@ RELEASED = ["reserved", "released"]
 COMMITTED = ["reserved", "committed"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "end"), [("charge", COMMITTED), ("release", RELEASED)]
+)
 @served("uvicorn-joined", "uvicorn-remote")
-def test_f22_an_async_view_that_is_cancelled_is_released_at_once(
-    site: Site, customer: Customer
+def test_f22_an_async_view_that_is_cancelled_follows_the_policy(
+    site: Site, customer: Customer, policy: str, end: list[str]
 ) -> None:
-    visit = site.begin("POST", "/apaid/?hold=work")
+    visit = site.begin("POST", f"/aplain/{policy}/?hold=work")
     site.wait_for("work")
     visit.hang_up()
     # Nobody lets it go: it ends by its cancellation.
-    settled(site, "released")
-    assert movements() == RELEASED
+    settled(site, end[-1])
+    assert movements() == end
 
 
 @served(
@@ -52,22 +56,88 @@ def test_f22_a_sync_view_finishes_and_is_charged(
     assert movements() == COMMITTED
 
 
-@pytest.mark.parametrize("path", ["/late/?hold=work", "/paid/?hold=work&template=good"])
-@served("uvicorn-joined", "uvicorn-remote", "uvicorn-joined-atomic")
-def test_f22_a_late_response_that_nobody_waits_for_is_released(
-    site: Site, customer: Customer, path: str
-) -> None:
-    visit = site.begin("POST", path)
-    site.wait_for("work")
+#: What the view was about to send when its reader hung up, for each server.
+KINDS = {
+    "plain": "/plain/{}/?hold={}",
+    "template": "/plain/{}/?hold={}&template=good",
+    "rest": "/rest/{}/?hold={}",
+    "file": "/file/{}/?hold={}",
+    "aplain": "/aplain/{}/?hold={}",
+    "atemplate": "/aplain/{}/?hold={}&template=good",
+}
+#: How often each of them is left.
+TIMES = int(os.environ.get("HANG_UPS", "3"))
+
+
+def hang_up_on(site: Site, path: str, policy: str, number: int) -> None:
+    name = f"work{number}"
+    visit = site.begin("POST", path.format(policy, name))
+    site.wait_for(name)
     visit.hang_up()
-    # By the time this is answered, Django has given the view up; its thread goes on.
+    # When this is answered, Django has given the view up. A thread goes on.
     assert site.request("GET", "/nothing/")[0] == 404
-    site.let_go("work")
-    site.wait_until(lambda: site.has_passed("work"))
+    site.let_go(name)
+    if not path.startswith("/aplain/"):
+        site.wait_until(lambda: site.has_passed(name))
+
+
+@pytest.mark.parametrize(
+    ("site", "kind"),
+    [
+        (site, kind)
+        for site in (
+            "uvicorn-joined",
+            "uvicorn-remote",
+            "uvicorn-joined-atomic",
+            "gthread-joined",
+        )
+        for kind in KINDS
+        # Django refuses async views under ATOMIC_REQUESTS.
+        if not (site.endswith("atomic") and kind.startswith("a"))
+    ],
+    indirect=["site"],
+)
+def test_f47_a_reader_who_hangs_up_pays(
+    site: Site, customer: Customer, kind: str
+) -> None:
+    fund(customer, 25 * TIMES)
+    for number in range(TIMES):
+        hang_up_on(site, KINDS[kind], "charge", number)
+    site.wait_until(lambda: len(states()) == TIMES)
     swept()
-    assert states() == ["released"]
+    assert states() == ["committed"] * TIMES
     assert balance(customer) == (100, 0)
-    assert movements() == RELEASED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@served("uvicorn-joined")
+def test_f47_release_lets_only_streams_and_cancelled_views_go_free(
+    site: Site, customer: Customer, kind: str
+) -> None:
+    fund(customer, 25 * TIMES)
+    for number in range(TIMES):
+        hang_up_on(site, KINDS[kind], "release", number)
+    swept()
+    free = kind in ("file", "aplain", "atemplate")
+    assert states() == ["released" if free else "committed"] * TIMES
+    assert balance(customer) == (100 + 25 * TIMES * free, 0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rest", "aplain"])
+@served("uvicorn-joined", "gthread-joined")
+def test_f47_work_that_raised_is_free_whoever_hangs_up(
+    site: Site, customer: Customer, kind: str
+) -> None:
+    for number in range(TIMES):
+        name = f"work{number}"
+        visit = site.begin("POST", f"/{kind}/release/?hold={name}&raise=boom")
+        site.wait_for(name)
+        visit.hang_up()
+        site.let_go(name)
+    site.wait_until(lambda: "reserved" not in states())
+    swept()
+    assert states() == ["released"] * TIMES
+    assert balance(customer) == (100, 0)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +156,7 @@ def test_f22_a_template_that_is_being_rendered_is_finished_and_charged(
 ) -> None:
     visit = site.begin("POST", f"/{view}/?template=held&render=template")
     site.wait_for("template")
-    # The view has returned, but what it costs is not decided before it is rendered.
+    # The view has returned: its charge is presumed until it is rendered.
     assert states() == ["reserved"]
     visit.hang_up()
     # By the time this is answered, Django under ASGI has given the rendering up.

@@ -112,18 +112,20 @@ def test_f21_a_stream_that_django_reads_before_it_is_sent_counts_as_delivered(
     check_charged(site, customer, 25)
 
 
+@pytest.mark.parametrize(("policy", "charge"), [("charge", 25), ("release", 0)])
 @pytest.mark.parametrize("view", ["stream", "astream"])
 @served("sync-joined", "gthread-remote-atomic", *ASGI)
-def test_f21_a_charged_head_of_a_stream_is_released(
-    site: Site, customer: Customer, view: str
+def test_f21_a_charged_head_of_a_stream_follows_the_policy(
+    site: Site, customer: Customer, view: str, policy: str, charge: int
 ) -> None:
     if site.atomic and view == "astream":
         # Django's own refusal, before the guard is asked.
-        assert site.request("HEAD", "/astream/charge/")[0] == 500
+        assert site.request("HEAD", f"/astream/{policy}/")[0] == 500
         assert states() == []
         return
-    assert site.request("HEAD", f"/{view}/charge/?used=5") == (200, b"")
-    check_charged(site, customer, 0)
+    # The stream is not run, and so it does not say what it used.
+    assert site.request("HEAD", f"/{view}/{policy}/?used=5") == (200, b"")
+    check_charged(site, customer, charge)
 
 
 @pytest.mark.parametrize(
