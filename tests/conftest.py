@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from django_meterly.models import Customer
 
+pytest_plugins = ["tests.selection"]
+
 R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 
 # Taken out of the environment, because it is no METERLY setting and from_env()
@@ -62,14 +64,7 @@ def pytest_make_collect_report() -> Generator[
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The long ones begin first: at the end, nobody waits for one of them.
-    items.sort(key=lambda item: item.get_closest_marker("any_database") is None)
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    # The files that were asked for may be all about other things than a database.
-    nothing = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
-    if nothing and session.config.option.markexpr == "not any_database":
-        session.exitstatus = pytest.ExitCode.OK
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,8 @@ def test_a_pending_grant_is_granted_once(remote: Any, fault: str) -> None:
     verify()
 
 
+@pytest.mark.sample(1)
+@pytest.mark.database
 def test_f38_two_sweepers_settle_each_row_once(
     customer: Customer, tmp_path: Path
 ) -> None:

@@ -28,6 +28,8 @@ from django_meterly.transports import Call
 from django_meterly.transports.base import MAX_AMOUNT
 from django_meterly.types import Balance
 
+pytestmark = pytest.mark.database
+
 
 @pytest.fixture
 def customer(meterly) -> str:

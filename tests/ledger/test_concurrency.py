@@ -19,6 +19,7 @@ from tests.ledger.spender import run, start_spender
 pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.usefixtures("any_path"),
+    pytest.mark.database,
 ]
 
 # What a project may have set, and the operations have to bear.
@@ -57,6 +58,7 @@ def top_up(workspace, amount):
     )
 
 
+@pytest.mark.slow("3200 attempts to spend by 16 processes")
 def test_f40_of_3200_attempts_of_16_processes_exactly_1000_succeed(workspace, customer):
     top_up(workspace, 900)
 
@@ -235,6 +237,7 @@ def test_f44_a_process_killed_while_it_moves_credits_leaves_no_half_movement(
     call_command("meterly_ledger_verify")
 
 
+@pytest.mark.slow("a kill between any two statements of the ledger")
 def test_f44_a_kill_between_any_two_statements_leaves_no_half_movement():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.ledger.killed"],

@@ -21,6 +21,8 @@ from django_meterly.ledger import operations
 from django_meterly.ledger.management.commands import meterly_ledger_verify
 from django_meterly.ledger.models import Account, Customer, Entry, Hold
 
+pytestmark = pytest.mark.database
+
 
 @pytest.fixture
 def books(workspace, customer):
