@@ -3,11 +3,13 @@
 It leaves out what is ``slow``, because its statement has a cheaper proof that stays:
 
 * a test that is marked so;
-* in a test with two parameters or more (the kind of ledger and ATOMIC_REQUESTS, for
-  example) every other cell of the grid, as on a chessboard. With three parameters
-  most pairs of their values remain;
-* with the marker ``sample(n)`` all but *n* cells. Each test of a file begins with
-  another cell, so that together they see all values.
+* in a test of the database with two parameters or more (the kind of ledger and
+  ATOMIC_REQUESTS, for example) all but some cells of the grid. As many stay as the
+  longest parameter has values, so that each value of each parameter is tested;
+* in a test whose parameter is the kind of ledger, one of both. The tests of a file
+  take turns;
+* with the marker ``sample(n)`` all but *n* cells. Here, too, the tests of a file take
+  turns, so that together they see all values.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 #: How many tests were left out, by what their markers say.
 LEFT_OUT = pytest.StashKey[Counter[str]]()
@@ -39,18 +41,18 @@ STATEMENT = re.compile(r"f\d\d(?=_)")
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    offsets: dict[Path, Iterable[int]] = defaultdict(count)
+    turns: dict[Path, Iterator[int]] = defaultdict(count)
     for cells in _grids(items):
+        axes = _axes(cells)
         sample = cells[0].get_closest_marker("sample")
-        if sample is None:
-            kept = {cell for cell in cells if _colour(cell, cells) == 0}
+        if sample is not None or axes.keys() == {"any_ledger"}:
+            number = sample.args[0] if sample is not None else 1
+            kept = _some(cells, number, next(turns[cells[0].path]))
+        elif _needs_a_database(cells[0]):
+            kept = _diagonal(cells, list(axes.values()))
         else:
-            (number,) = sample.args
-            first = next(offsets[cells[0].path])
-            kept = {
-                cells[(first + place * len(cells) // number) % len(cells)]
-                for place in range(number)
-            }
+            # Cheap enough.
+            continue
         for cell in {*cells} - kept:
             cell.add_marker(pytest.mark.slow(GRID))
     config.stash[LEFT_OUT] = Counter()
@@ -70,18 +72,61 @@ def _grids(items: Iterable[pytest.Item]) -> Iterable[list[pytest.Function]]:
     return grids.values()
 
 
-def _colour(cell: pytest.Function, cells: list[pytest.Function]) -> int:
-    """Return 0 for a white cell of the chessboard, and 1 for a black one."""
-    # Names that one parametrize() gives values to share an axis.
-    axes = {
-        tuple(other.callspec.indices.get(name, 0) for other in cells)
-        for name in cell.callspec.indices
+def _axes(cells: list[pytest.Function]) -> dict[str, list[int]]:
+    """Return which value each cell has on each axis, the longest axis first."""
+    found = {}
+    for name in cells[0].callspec.params:
+        # By identity: a value may be anything, and the cells share it.
+        values = [id(cell.callspec.params.get(name)) for cell in cells]
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+        found[name] = [numbers[value] for value in values]
+    axes: dict[str, list[int]] = {}
+    for name, axis in sorted(found.items(), key=lambda item: -max(item[1])):
+        # What another axis determines is none: one parametrize() names both.
+        others = [*axes.values(), [0] * len(cells)]
+        if all(
+            len({*zip(other, axis, strict=True)}) > len({*other}) for other in others
+        ):
+            axes[name] = axis
+    return axes
+
+
+def _needs_a_database(cell: pytest.Function) -> bool:
+    return bool(
+        cell.get_closest_marker("django_db")
+        or {"db", "transactional_db"} & {*cell.fixturenames}
+    )
+
+
+def _some(
+    cells: list[pytest.Function], number: int, first: int
+) -> set[pytest.Function]:
+    return {
+        cells[(first + place * len(cells) // number) % len(cells)]
+        for place in range(number)
     }
-    axes = [axis for axis in axes if len({*axis}) > 1]
-    if len(axes) < 2:
-        return 0
-    at = cells.index(cell)
-    return sum(sorted({*axis}).index(axis[at]) for axis in axes) % 2
+
+
+def _diagonal(
+    cells: list[pytest.Function], axes: list[list[int]]
+) -> set[pytest.Function]:
+    """Return the cells of a line through the grid, so that each value is met."""
+    lengths = [max(axis) + 1 for axis in axes]
+    line = {
+        # Another direction for each axis: together they meet many pairs of values.
+        tuple(
+            (step + turn * (step // length)) % length
+            for turn, length in enumerate(lengths)
+        )
+        for step in range(max(lengths, default=1))
+    }
+    places = [tuple(axis[at] for axis in axes) for at in range(len(cells))]
+    kept = {at for at, place in enumerate(places) if place in line}
+    for axis in axes:
+        # The grid may have gaps.
+        for value in {*axis} - {axis[at] for at in kept}:
+            kept.add(axis.index(value))
+    return {cells[at] for at in kept}
 
 
 def _unproved(items: Iterable[pytest.Item]) -> dict[str, set[str]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .serving import Site
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.sample(2)]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.sample(1)]
 
 WSGI = ("sync-joined", "sync-remote-atomic", "gthread-remote", "gthread-joined-atomic")
 ASGI = ("uvicorn-joined", "uvicorn-remote")
