@@ -6,8 +6,8 @@ It leaves out what is ``slow``, because its statement has a cheaper proof that s
 * in a test of the database with two parameters or more (the kind of ledger and
   ATOMIC_REQUESTS, for example) all but some cells of the grid. As many stay as the
   longest parameter has values, so that each value of each parameter is tested;
-* in a test whose parameter is the kind of ledger, one of both. The tests of a file
-  take turns;
+* in a test whose parameter is the kind of ledger, or the way in which it moves
+  credits, one of both. The tests of a file take turns;
 * with the marker ``sample(n)`` all but *n* cells. Here, too, the tests of a file take
   turns, so that together they see all values.
 """
@@ -34,7 +34,21 @@ GRID = "more cells of grids whose other cells were tested"
 FOLDER = Path(__file__).parent
 #: Where there is no PostgreSQL, nobody collects these.
 ON_POSTGRESQL = {"test_at_once.py", "ledger/test_postgresql.py"}
+#: The only parameters of tests that take turns.
+TURNS = [["any_ledger"], ["any_path"]]
 STATEMENT = re.compile(r"f\d\d(?=_)")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file that has nothing to say about the database, if that is asked."""
+    if (
+        config.option.markexpr.startswith("database")
+        and collection_path.match("test_*.py")
+        and "mark.database" not in collection_path.read_text("utf-8")
+    ):
+        return True
+    # Others may have an opinion.
+    return None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -45,7 +59,7 @@ def pytest_collection_modifyitems(
     for cells in _grids(items):
         axes = _axes(cells)
         sample = cells[0].get_closest_marker("sample")
-        if sample is not None or axes.keys() == {"any_ledger"}:
+        if sample is not None or list(axes) in TURNS:
             number = sample.args[0] if sample is not None else 1
             kept = _some(cells, number, next(turns[cells[0].path]))
         elif _needs_a_database(cells[0]):

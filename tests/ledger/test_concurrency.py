@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.usefixtures("any_path"),
     pytest.mark.database,
+    # On PostgreSQL both ways to move credits.
+    pytest.mark.sample(2),
 ]
 
 # What a project may have set, and the operations have to bear.
