@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(
             number = sample.args[0] if sample is not None else 1
             kept = _some(cells, number, next(turns[cells[0].path]))
         elif _needs_a_database(cells[0]):
-            kept = _diagonal(cells, list(axes.values()))
+            kept = diagonal(cells, list(axes.values()))
         else:
             # Cheap enough.
             continue
@@ -121,7 +121,7 @@ def _some(
     }
 
 
-def _diagonal(
+def diagonal(
     cells: list[pytest.Function], axes: list[list[int]]
 ) -> set[pytest.Function]:
     """Return the cells of a line through the grid, so that each value is met."""
