@@ -4,10 +4,11 @@ DEMO := .venv-demo
 BENCH := .venv-bench
 TOX := $(TOOLS)/bin/tox run
 
-.PHONY: help test matrix lint fuzz openapi messages package demo kinds chaos bench clean
+.PHONY: help test test-all matrix lint fuzz openapi messages package demo kinds chaos bench clean
 
 help:
-	@echo "make test     the test suite, on SQLite and on PostgreSQL (ARGS= for pytest)"
+	@echo "make test     the tests that are not slow, on SQLite and on PostgreSQL (ARGS= for pytest)"
+	@echo "make test-all every test on both, the slow ones, too"
 	@echo "make matrix   every environment of tox.ini"
 	@echo "make lint     formatting, static rules and types"
 	@echo "make fuzz     property-based tests of the REST API along its OpenAPI document"
@@ -22,6 +23,10 @@ help:
 
 test: $(TOOLS)/.done
 	$(TOX) -e py -- $(ARGS)
+
+# The last -m counts, and this one chooses everything.
+test-all: $(TOOLS)/.done
+	$(TOX) -e py -- -m "" $(ARGS)
 
 matrix: $(TOOLS)/.done
 	$(TOX)

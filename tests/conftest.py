@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from django.contrib.auth.models import Permission, User
-from django.contrib.contenttypes.models import ContentType
-from django.core.management.color import no_style
+from django.contrib.auth.models import User
 from django.db import connection, connections
-from django.test import RequestFactory, TransactionTestCase
+from django.test import RequestFactory
 from django.utils import translation
 
 from django_meterly import client as meterly_client
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
     from pytest_django import DjangoDbBlocker
 
     from django_meterly.models import Customer
+
+pytest_plugins = ["tests.selection"]
 
 R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 
@@ -62,14 +62,7 @@ def pytest_make_collect_report() -> Generator[
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The long ones begin first: at the end, nobody waits for one of them.
-    items.sort(key=lambda item: item.get_closest_marker("any_database") is None)
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    # The files that were asked for may be all about other things than a database.
-    nothing = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
-    if nothing and session.config.option.markexpr == "not any_database":
-        session.exitstatus = pytest.ExitCode.OK
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -90,30 +83,6 @@ def django_db_setup(
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
-
-
-def _empty_tables(case: TransactionTestCase) -> None:
-    """Delete what a test has left, but nothing that migrations have.
-
-    Django's own flush deletes content types and permissions, too, and brings them back
-    by ``post_migrate``: that takes longer than most tests.
-    """
-    kept = {ContentType._meta.db_table, Permission._meta.db_table}
-    for alias in case._databases_names(include_mirrors=False):
-        connection = connections[alias]
-        every = connection.introspection.django_table_names(
-            only_existing=True, include_views=False
-        )
-        tables = sorted({*every} - kept)
-        statements = connection.ops.sql_flush(no_style(), tables)
-        if connection.vendor == "postgresql":
-            # Of a few rows; TRUNCATE makes new files for every table and index.
-            quote = connection.ops.quote_name
-            statements = [f"DELETE FROM {quote(table)}" for table in tables]
-        connection.ops.execute_sql_flush(statements)
-
-
-TransactionTestCase._fixture_teardown = _empty_tables
 
 
 @pytest.fixture(autouse=True)

@@ -52,6 +52,8 @@ INSTALLED_APPS = [
     "rest_framework.authtoken",
     "django_meterly",
     "django_meterly.ledger",
+    # Empties the tables after a test, by its own "flush".
+    "tests",
 ]
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.usefixtures("joined", "functions"),
+    pytest.mark.database,
 ]
 
 

@@ -31,7 +31,7 @@ from tests.books import balance, fund, states
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.database]
 
 #: A movement of the ledger on PostgreSQL is a function, called by a SELECT, which may
 #: be part of the statement that writes the journal's row.

@@ -43,6 +43,7 @@ def kill_backend(connection: Any) -> None:
     other.close()
 
 
+@pytest.mark.database
 def test_success_charges_once(payer: Any, customer: Any, any_requests: bool) -> None:
     response = payer.post("/paid/")
     assert response.content == b"done"
@@ -156,6 +157,7 @@ def test_f19_a_rollback_that_was_asked_for_releases(payer: Any, customer: Any) -
 
 
 @pytest.mark.usefixtures("atomic_requests")
+@pytest.mark.database
 def test_f13_a_failed_commit_releases(payer: Any, customer: Any) -> None:
     with pytest.raises(IntegrityError):
         payer.post("/breaks_at_commit/")
@@ -167,6 +169,7 @@ def test_f13_a_failed_commit_releases(payer: Any, customer: Any) -> None:
 
 if ON_POSTGRESQL:
 
+    @pytest.mark.database
     @pytest.mark.usefixtures("atomic_requests")
     def test_f13_a_killed_connection_releases(payer: Any, customer: Any) -> None:
         with pytest.raises(OperationalError):
@@ -175,6 +178,7 @@ if ON_POSTGRESQL:
         assert balance(customer) == (100, 0)
         assert states() == ["released"]
 
+    @pytest.mark.database
     def test_f29_a_connection_lost_during_the_work_is_replaced(
         user: User, customer: Any
     ) -> None:
@@ -733,6 +737,7 @@ def test_class_based_views_are_guarded_around_as_view(
     assert balance(customer) == (75, 0)
 
 
+@pytest.mark.database
 def test_the_views_transaction_holds_the_ledgers_lock_only_at_its_end(
     user: User, joined: None, atomic_requests: None
 ) -> None:

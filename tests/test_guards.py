@@ -44,7 +44,7 @@ from tests.books import balance, fund, let_lapse, movements, states, sweep, veri
 
 
 class TestWork:
-    pytestmark = pytest.mark.django_db(transaction=True)
+    pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.database]
 
     def test_success_charges_what_was_held(self, user: User, customer: Any) -> None:
         with guard(user, 25, reference="poster-1") as work:
@@ -143,7 +143,7 @@ class TestWork:
 
 
 class TestKeys:
-    pytestmark = pytest.mark.django_db(transaction=True)
+    pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.database]
 
     def test_a_committed_key_is_refused(self, user: User, customer: Any) -> None:
         with guard(user, 25, idempotency_key="order-1"):
@@ -219,7 +219,7 @@ class TestKeys:
 
 
 class TestTransactions:
-    pytestmark = pytest.mark.django_db(transaction=True)
+    pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.database]
 
     def test_f16_an_open_transaction_is_refused_before_anything_happens(
         self, user: User, customer: Any
@@ -396,6 +396,7 @@ class TestTransactions:
         assert remote.operations() == ["reserve_credits", "commit_reservation"]
 
 
+@pytest.mark.database
 class TestInTestCase(TestCase):
     def test_f16_guards_just_work(self) -> None:
         user = User.objects.create_user("alice")

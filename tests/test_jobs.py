@@ -297,6 +297,7 @@ def run_at_once(count: int, folder: Any) -> None:
         copy.join()
 
 
+@pytest.mark.database
 def test_f33_of_many_copies_at_once_one_runs(customer: Customer, tmp_path: Any) -> None:
     run_at_once(6, tmp_path)
     assert (tmp_path / "notes").read_text().count("began") == 1

@@ -187,6 +187,7 @@ def test_f27_an_async_view_runs_once(
     assert movements() == ["reserved", "committed"] * 2
 
 
+@pytest.mark.database
 def test_f27_the_concurrent_request_is_a_409_with_retry_after(
     payer: Client, user: User, customer: Any
 ) -> None:
@@ -220,6 +221,7 @@ def test_f27_the_concurrent_request_is_a_409_with_retry_after(
     assert movements() == ["reserved", "committed"]
 
 
+@pytest.mark.database
 def test_f27_of_many_first_requests_at_once_exactly_one_runs(
     user: User, customer: Any
 ) -> None:

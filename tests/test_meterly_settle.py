@@ -120,10 +120,15 @@ def test_a_pending_grant_is_granted_once(remote: Any, fault: str) -> None:
     verify()
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    "rows", [80, pytest.param(200, marks=pytest.mark.slow("two sweepers and 200 rows"))]
+)
+@pytest.mark.database
 def test_f38_two_sweepers_settle_each_row_once(
-    customer: Customer, tmp_path: Path
+    customer: Customer, tmp_path: Path, rows: int
 ) -> None:
-    leave_behind(customer, 200)
+    leave_behind(customer, rows)
     let_lapse()
     said = settled_by_two(tmp_path / "log")
 
@@ -134,11 +139,11 @@ def test_f38_two_sweepers_settle_each_row_once(
     times = re.findall(r"from ([\d.]+) until ([\d.]+)", said)
     begun, ended = zip(*(map(float, pair) for pair in times), strict=True)
     assert max(begun) < min(ended)
-    assert [sum(column) for column in zip(*counts, strict=True)] == [200, 200]
-    assert states() == ["released"] * 200
-    assert movements() == ["reserved"] * 200 + ["released"] * 200
+    assert [sum(column) for column in zip(*counts, strict=True)] == [rows, rows]
+    assert states() == ["released"] * rows
+    assert movements() == ["reserved"] * rows + ["released"] * rows
     released = Entry.objects.filter(kind="credits_released")
-    assert released.values("hold").distinct().count() == 200
+    assert released.values("hold").distinct().count() == rows
     assert set(Reservation.objects.values_list("settle_attempts", flat=True)) == {1}
     assert balance(customer) == (1000, 0)
     verify()

@@ -276,6 +276,7 @@ class TestOnTrust:
         with pytest.raises(MeterlyUnavailableError):
             guard(user, 1).reserve()
 
+    @pytest.mark.database
     def test_two_at_once_do_not_share_the_room_for_one(
         self, user: User, customer: Any, remote: Any
     ) -> None:

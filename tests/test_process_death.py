@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
     from django_meterly.models import Customer
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [
+    pytest.mark.django_db(transaction=True),
+    pytest.mark.database,
+    pytest.mark.sample(2),
+]
 
 HELD = ["reserved"]
 RELEASED = ["reserved", "released"]

@@ -126,6 +126,7 @@ def test_a_settled_row_takes_two_queries_of_the_journal(
     assert sum(table in q["sql"] for q in queries) == 2 * 20 + 2
 
 
+@pytest.mark.slow("the sweeper's memory, with a backlog")
 def test_memory_does_not_grow_with_the_backlog(
     notebook: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +162,8 @@ def test_memory_does_not_grow_with_the_backlog(
     assert set(states()) == {"released"}
 
 
+@pytest.mark.slow("two sweepers and a large backlog")
+@pytest.mark.database
 def test_f38_two_sweepers_settle_many_rows_once_each(
     notebook: Path, settings: Any, tmp_path: Path
 ) -> None:

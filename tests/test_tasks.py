@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from django_meterly.models import Customer
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.sample(1)]
 
 
 class Site:
@@ -213,6 +213,7 @@ def test_a_lost_commit_and_a_lost_grant_are_carried_out(
     verify()
 
 
+@pytest.mark.slow("two beats and the row of a worker that was killed")
 def test_f39_two_beats_release_a_lapsed_reservation_once(
     site: Site, customer: Customer
 ) -> None:

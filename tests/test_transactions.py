@@ -26,6 +26,8 @@ from tests import views
 from tests.books import balance, fund, movements, states, sweep, verify
 from tests.faults import FaultyTransport
 
+pytestmark = pytest.mark.database
+
 
 @meterly_guard("image_credits", 25)
 async def apaid(request: Any) -> HttpResponse:

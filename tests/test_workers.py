@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from django_meterly.models import Customer
 
 # Workers over each database are in test_tasks; here it is brokers.
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.any_database]
+pytestmark = pytest.mark.django_db(transaction=True)
+#: In make test the broker is a folder.
+BROKERS = pytest.mark.slow("workers with Redis and RabbitMQ")
 
 #: Seconds after which Redis takes a message for lost that nobody acknowledged.
 VISIBILITY_TIMEOUT = 3
@@ -173,14 +175,25 @@ def customer(joined: None) -> Customer:
     return fund("user_1")
 
 
-@pytest.fixture(params=["filesystem", "redis", "rabbitmq"])
+@pytest.fixture(
+    params=[
+        "filesystem",
+        pytest.param("redis", marks=BROKERS),
+        pytest.param("rabbitmq", marks=BROKERS),
+    ]
+)
 def any_broker(request: pytest.FixtureRequest, site: Site, servers: Any) -> str:
     name = str(request.param)
     site.connect("filesystem://" if name == "filesystem" else servers(name))
     return name
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
+@pytest.fixture(
+    params=[
+        pytest.param("redis", marks=BROKERS),
+        pytest.param("rabbitmq", marks=BROKERS),
+    ]
+)
 def broker(request: pytest.FixtureRequest, site: Site, servers: Any) -> str:
     site.connect(servers(request.param))
     return str(request.param)
@@ -283,6 +296,7 @@ def test_f31_a_cold_shutdown_is_no_charge_and_the_next_worker_does_the_task(
 # Delivered twice
 
 
+@BROKERS
 def test_f33_a_visibility_timeout_runs_no_second_copy(
     redis: None, site: Site, customer: Customer
 ) -> None:
@@ -300,6 +314,7 @@ def test_f33_a_visibility_timeout_runs_no_second_copy(
     assert_charged_once(customer, 1, site)
 
 
+@BROKERS
 def test_f33_a_copy_that_is_told_to_ignores_what_is_at_work(
     redis: None, site: Site, customer: Customer
 ) -> None:
@@ -316,6 +331,7 @@ def test_f33_a_copy_that_is_told_to_ignores_what_is_at_work(
     assert_charged_once(customer, 1, site)
 
 
+@BROKERS
 def test_f33_a_lost_connection_runs_no_second_copy(
     site: Site, servers: Any, customer: Customer
 ) -> None:
@@ -338,6 +354,7 @@ def test_f33_a_lost_connection_runs_no_second_copy(
         wire.close()
 
 
+@BROKERS
 def test_f33_a_copy_that_was_taken_for_dead_settles_nothing(
     redis: None, site: Site, customer: Customer
 ) -> None:
@@ -356,6 +373,7 @@ def test_f33_a_copy_that_was_taken_for_dead_settles_nothing(
     assert_charged_once(customer, 2, site)
 
 
+@BROKERS
 @pytest.mark.parametrize("end", ["", "-raise", "-retry", "-reject", "-ignore"])
 def test_f33_work_is_done_when_the_copy_dies_that_took_it_up(
     end: str, redis: None, site: Site, customer: Customer
@@ -410,6 +428,7 @@ def test_f34_a_retried_task_is_charged_once(
     assert_charged_once(customer, 3, site)
 
 
+@BROKERS
 @pytest.mark.parametrize("task", [jobs.retries_keeping, jobs.autoretries])
 def test_f34_the_final_failure_of_a_retried_task_releases(
     task: Any, redis: None, site: Site, customer: Customer
@@ -422,6 +441,7 @@ def test_f34_the_final_failure_of_a_retried_task_releases(
     verify()
 
 
+@BROKERS
 def test_f34_a_task_that_replaces_itself_is_charged_for_the_last(
     redis: None, site: Site, customer: Customer
 ) -> None:
@@ -460,6 +480,7 @@ def test_f35_a_hard_time_limit_is_one_settlement(
     verify()
 
 
+@BROKERS
 def test_f35_a_soft_time_limit_within_the_commit_of_a_task_loses_no_success(
     redis: None, site: Site, customer: Customer, settings: Any
 ) -> None:

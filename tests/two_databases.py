@@ -22,7 +22,12 @@ if __name__ != "__main__":
             "ENGINE": "django.db.backends.sqlite3",
             "NAME": folder / f"{alias}.sqlite3",
             "ATOMIC_REQUESTS": True,
-            "OPTIONS": {"timeout": 20, "transaction_mode": "IMMEDIATE"},
+            "OPTIONS": {
+                "timeout": 20,
+                "transaction_mode": "IMMEDIATE",
+                # No process is killed here.
+                "init_command": "PRAGMA synchronous = OFF",
+            },
         }
     DATABASE_ROUTERS = ["tests.two_databases.Router"]
 

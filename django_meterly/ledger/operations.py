@@ -484,8 +484,9 @@ def _increase(
     *,
     field: str,
 ) -> EntryRecord:
-    def referred() -> Entry | None:
-        return _referred(account, kind, amount, reference, description)
+    referred = functools.partial(
+        _referred, account, kind, amount, reference, description
+    )
 
     def written() -> Entry | None:
         """Return the entry of this call, or of an earlier one."""
@@ -566,19 +567,18 @@ def use(
         reference=reference,
         description=description,
     )
-    answer = _spend(
-        Spending(
-            workspace,
-            idempotency_key,
-            fingerprint,
-            customer_id,
-            unit,
-            amount,
-            reference,
-            description,
-            entry_id(),
-        )
+    spending = Spending(
+        workspace,
+        idempotency_key,
+        fingerprint,
+        customer_id,
+        unit,
+        amount,
+        reference,
+        description,
+        entry_id(),
     )
+    answer = _spend(spending)
     assert answer.entry_id is not None
     assert answer.created_at is not None
     return EntryRecord(
@@ -824,16 +824,16 @@ def _extended(request: Request, hold: Hold, ttl_seconds: int) -> bool:
     live = Hold.objects.using(request.using).live().filter(pk=hold.pk)
     try:
         with transaction.atomic(using=request.using):
-            extended = live.filter(expires_at__gt=DatabaseNow()).update(
+            if not live.filter(expires_at__gt=DatabaseNow()).update(
                 expires_at=from_now(ttl_seconds)
-            )
-            if extended:
-                request.record()
+            ):
+                return False
+            request.record()
     except IntegrityError:
         if request.recorded() is None:
             raise
         return False
-    return bool(extended)
+    return True
 
 
 # Expiry

@@ -69,17 +69,19 @@ def spend(using: str, spending: Spending, statement: Statement | None = None) ->
 
 def _account(request: Request, customer_id: str, unit: str | None) -> Account | Spent:
     """Return the account to spend from, or the answer that there is none."""
-    customer = (
-        LedgerCustomer.objects.using(request.using)
-        .filter(workspace=request.workspace_id, public_id=customer_id)
-        .first()
+    accounts = Account.objects.using(request.using).filter(
+        customer__workspace=request.workspace_id, customer__public_id=customer_id
     )
+    account = accounts.filter(unit=unit or F("customer__credit_unit")).first()
+    if account is not None:
+        return account
+    customers = LedgerCustomer.objects.using(request.using)
+    customer = customers.filter(
+        workspace=request.workspace_id, public_id=customer_id
+    ).first()
     if customer is None:
         return Spent("not_found")
-    unit = unit or customer.credit_unit
-    accounts = Account.objects.using(request.using)
-    account = accounts.filter(customer=customer, unit=unit).first()
-    return account or Spent("insufficient", unit=unit)
+    return Spent("insufficient", unit=unit or customer.credit_unit)
 
 
 def _take(account: Account, amount: int, reserving: bool) -> tuple[str, Account]:
@@ -146,38 +148,42 @@ def close(using: str, closing: Closing, statement: Statement | None = None) -> C
     hold = holds.current().first()
     if hold is None:
         return Closed("not_found")
-    taken = hold.amount if closing.charged is None else closing.charged
-    if taken > hold.amount:
+    if (closing.charged or 0) > hold.amount:
         return _closed("too_much", hold)
     if hold.status != hold.present_status:
         return _closed("due", hold)
-    live = Hold.objects.using(using).live().filter(pk=hold.pk)
-    with _movement(request):
-        if live.filter(expires_at__gt=DatabaseNow()).update(
-            status=closing.status, closed_at=DatabaseNow()
-        ):
-            accounts = Account.objects.using(using).filter(pk=hold.account_id)
-            accounts.update(
-                balance=F("balance") - taken, reserved=F("reserved") - hold.amount
-            )
-            committed = closing.status == Hold.Status.COMMITTED
-            write_entry(
-                request,
-                accounts.get(),
-                Entry.Kind.COMMITTED if committed else Entry.Kind.RELEASED,
-                taken if committed else hold.amount,
-                entry_id=closing.entry_id,
-                balance_delta=-taken,
-                reserved_delta=-hold.amount,
-                reference=hold.reference,
-                hold=hold,
-            )
+    if hold.status == Hold.Status.RESERVED:
+        with _movement(request):
+            _end(request, closing, hold)
     if (known := request.known()) is not None:
         return _closed_before(closing, known)
     hold = holds.current().get()
-    if hold.status == Hold.Status.RESERVED:
-        return _closed("due", hold)
-    return _closed("replayed" if hold.status == closing.status else "closed", hold)
+    codes = {Hold.Status.RESERVED.value: "due", closing.status: "replayed"}
+    return _closed(codes.get(hold.status, "closed"), hold)
+
+
+def _end(request: Request, closing: Closing, hold: Hold) -> None:
+    """Commit or release the hold, unless its time is over or it was closed."""
+    live = Hold.objects.using(request.using).live().filter(pk=hold.pk)
+    if not live.filter(expires_at__gt=DatabaseNow()).update(
+        status=closing.status, closed_at=DatabaseNow()
+    ):
+        return
+    taken = hold.amount if closing.charged is None else closing.charged
+    committed = closing.status == Hold.Status.COMMITTED
+    accounts = Account.objects.using(request.using).filter(pk=hold.account_id)
+    accounts.update(balance=F("balance") - taken, reserved=F("reserved") - hold.amount)
+    write_entry(
+        request,
+        accounts.get(),
+        Entry.Kind.COMMITTED if committed else Entry.Kind.RELEASED,
+        taken if committed else hold.amount,
+        entry_id=closing.entry_id,
+        balance_delta=-taken,
+        reserved_delta=-hold.amount,
+        reference=hold.reference,
+        hold=hold,
+    )
 
 
 def _closed_before(closing: Closing, known: Entry | Record) -> Closed:
@@ -185,9 +191,8 @@ def _closed_before(closing: Closing, known: Entry | Record) -> Closed:
     if not isinstance(known, Entry) or known.fingerprint != closing.fingerprint:
         return Closed("mismatch")
     assert known.hold is not None
-    code = "moved" if known.public_id == closing.entry_id else "replayed"
     return Closed(
-        code,
+        "moved" if known.public_id == closing.entry_id else "replayed",
         known.account.customer.public_id,
         known.account.unit,
         known.balance_after,

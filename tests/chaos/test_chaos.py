@@ -14,7 +14,7 @@ from tests.children import ROOT
 TIMEOUT = 300
 
 
-@pytest.mark.any_database
+@pytest.mark.slow("jobs whose workers are killed at random")
 @pytest.mark.parametrize("ledger", ["joined", "remote"])
 def test_jobs_whose_workers_are_killed_are_charged_once_or_not_at_all(
     ledger: str,

@@ -19,6 +19,9 @@ from tests.ledger.spender import run, start_spender
 pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.usefixtures("any_path"),
+    pytest.mark.database,
+    # On PostgreSQL both ways to move credits.
+    pytest.mark.sample(2),
 ]
 
 # What a project may have set, and the operations have to bear.
@@ -57,6 +60,7 @@ def top_up(workspace, amount):
     )
 
 
+@pytest.mark.slow("3200 attempts to spend by 16 processes")
 def test_f40_of_3200_attempts_of_16_processes_exactly_1000_succeed(workspace, customer):
     top_up(workspace, 900)
 
@@ -302,6 +306,7 @@ def test_f44_a_process_killed_while_it_moves_credits_leaves_no_half_movement(
     call_command("meterly_ledger_verify")
 
 
+@pytest.mark.slow("a kill between any two statements of the ledger")
 def test_f44_a_kill_between_any_two_statements_leaves_no_half_movement():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.ledger.killed"],

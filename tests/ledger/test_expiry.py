@@ -14,7 +14,11 @@ from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.tasks import expire_holds
 from tests.ledger.holds import numbers, reserve
 
-pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
+pytestmark = [
+    pytest.mark.django_db,
+    pytest.mark.usefixtures("any_path"),
+    pytest.mark.database,
+]
 
 
 def let_expire():
@@ -49,6 +53,7 @@ def test_f43_300_expired_holds_are_free_after_one_sweep(workspace, customer, cap
 
 # No function takes part in it.
 @pytest.mark.parametrize("any_path", ["portable"], indirect=True)
+@pytest.mark.slow("10,000 expired holds")
 def test_f43_10000_expired_holds_go_in_one_run_with_bounded_memory(
     workspace, customer, capsys
 ):

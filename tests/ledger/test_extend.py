@@ -11,7 +11,7 @@ from django_meterly.ledger import operations
 from django_meterly.ledger.models import Entry, Hold, Record
 from django_meterly.ledger.tasks import expire_holds
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.database]
 
 
 @pytest.fixture

@@ -18,7 +18,11 @@ from django_meterly.ledger.models import (
 from django_meterly.transports.base import MAX_AMOUNT
 from tests.ledger.holds import numbers, reserve
 
-pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
+pytestmark = [
+    pytest.mark.django_db,
+    pytest.mark.usefixtures("any_path"),
+    pytest.mark.database,
+]
 
 
 # Customers

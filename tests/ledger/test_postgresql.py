@@ -24,7 +24,7 @@ from django_meterly.ledger.transport import LedgerTransport
 from tests.ledger.holds import reserve
 
 # Where the database is another, conftest.py leaves this file out.
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.database]
 
 with_migrations = pytest.mark.skipif(
     "config.getoption('nomigrations')", reason="This run has no migrations to test."

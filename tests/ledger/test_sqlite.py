@@ -13,8 +13,6 @@ import pytest
 
 from tests.ledger.spender import run, start_spender
 
-pytestmark = pytest.mark.any_database
-
 
 @pytest.fixture
 def sqlite(tmp_path):
@@ -37,6 +35,7 @@ operations.grant(
     return environment
 
 
+@pytest.mark.slow("1200 attempts to spend by 8 threads")
 def test_f40_8_threads_on_sqlite_never_see_a_locked_database(sqlite):
     # Django's own defaults: five seconds, a lock taken with the first write, and a
     # wait for the disk with each.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .serving import Site
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.sample(1)]
 
 RELEASED = ["reserved", "released"]
 COMMITTED = ["reserved", "committed"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .serving import Site
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.sample(1)]
 
 WSGI = ("sync-joined", "sync-remote-atomic", "gthread-remote", "gthread-joined-atomic")
 ASGI = ("uvicorn-joined", "uvicorn-remote")
@@ -90,6 +90,7 @@ def test_f13_a_commit_that_fails_releases(site: Site, customer: Customer) -> Non
 
 if connection.vendor == "postgresql":
 
+    @pytest.mark.database
     @each_atomic
     def test_f13_a_connection_that_is_killed_before_the_commit_releases(
         site: Site, customer: Customer

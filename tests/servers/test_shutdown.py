@@ -17,7 +17,7 @@ from .serving import LEDGERS, settled, swept
 if TYPE_CHECKING:
     from django_meterly.models import Customer
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.sample(1)]
 
 RELEASED = ["reserved", "released"]
 COMMITTED = ["reserved", "committed"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .serving import Site
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.sample(1)]
 
 WSGI = ("sync-joined", "sync-remote", "gthread-joined-atomic", "gthread-remote-atomic")
 ASGI = ("uvicorn-joined", "uvicorn-remote")

@@ -30,7 +30,6 @@ from tests.transports.server import BALANCE, KEY, RESERVE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.any_database
 
 POOL = urllib3.HTTPConnectionPool("ledger.test")
 

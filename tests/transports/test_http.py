@@ -41,8 +41,6 @@ from tests.transports.server import (
     within,
 )
 
-pytestmark = pytest.mark.any_database
-
 SETTINGS = {
     "API_KEY": KEY,
     "BASE_URL": "http://ledger.test/x",

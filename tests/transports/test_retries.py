@@ -41,8 +41,6 @@ from tests.transports.server import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = pytest.mark.any_database
-
 
 def error(status: str, code: str = "", headers: str = "") -> bytes:
     body = {"error": {"code": code, "message": "no"}} if code else {}

@@ -20,8 +20,6 @@ from django_meterly.transports import HttpTransport
 from django_meterly.transports.signing import HmacSigner
 from tests.transports.server import KEY, RESERVE, answer, close, hang, reset
 
-pytestmark = pytest.mark.any_database
-
 HMAC_KEY = "mk_hmac_k1_s3cr3ts3cr3ts3cr3t"
 MALFORMED = HMAC_KEY.replace("k1", "k-1")
 KEYS = {"bearer": KEY, "hmac": HMAC_KEY}

@@ -21,7 +21,6 @@ from tests.transports.server import BALANCE, KEY, RESERVE, answer
 if TYPE_CHECKING:
     from requests import PreparedRequest
 
-pytestmark = pytest.mark.any_database
 
 HMAC_KEY = "mk_hmac_k1_s3cr3t"
 AUTHORIZATION = re.compile(
