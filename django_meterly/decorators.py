@@ -54,8 +54,11 @@ def meterly_guard(
     Under ``ATOMIC_REQUESTS`` the guard opens the view's transaction itself,
     after the credits are reserved, and records success in it as its last
     statement, so that the work and its charge are committed together or not
-    at all. A template response or a stream is charged when it was rendered or
-    sent to its end. An async view that is cancelled is released.
+    at all. The return of the view decides: a response that is still to be rendered
+    is charged when that is done, also if its reader has left, and released if
+    rendering raises. A stream is charged after its last chunk. *on_disconnect*
+    (``"charge"`` or ``"release"``) decides for a stream whose reader leaves and for
+    an async view that is cancelled.
 
     Raises ``ValueError`` and ``TypeError`` for options out of bounds when the
     view is defined.
