@@ -469,6 +469,7 @@ def test_f35_a_soft_time_limit_releases(
     assert balance(customer) == (100, 0)
 
 
+@pytest.mark.slow("a hard time limit, with a worker of a broker")
 def test_f35_a_hard_time_limit_is_one_settlement(
     any_broker: str, site: Site, customer: Customer
 ) -> None:
