@@ -60,7 +60,7 @@ bench: $(BENCH)/.done
 
 $(TOOLS)/.done:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install --quiet "tox>=4.20"
+	$(TOOLS)/bin/python -m pip install --quiet --no-compile "tox>=4.20"
 	touch $@
 
 $(DEMO)/.done: setup.cfg

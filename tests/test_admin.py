@@ -19,7 +19,7 @@ from django.utils import timezone, translation
 from django_meterly import get_client, grants
 from django_meterly.errors import MeterlyReferenceConflictError
 from django_meterly.models import Customer, Grant, Reservation
-from tests.books import balance, fund, verify
+from tests.books import balance, fund_by_grant, verify
 
 if TYPE_CHECKING:
     from django.http import HttpResponse
@@ -65,7 +65,7 @@ def everything(db: None) -> Client:
 
 @pytest.fixture
 def customer(user: User) -> Customer:
-    return fund(user)
+    return fund_by_grant(user)
 
 
 def grant_url(*customers: Customer) -> str:
@@ -133,7 +133,7 @@ def test_grant_moves_credits_and_records_who_and_why(
 
 
 def test_grant_to_several_customers_logs_each(page: Client, customer: Customer) -> None:
-    other = fund("team_7", 1)
+    other = fund_by_grant("team_7", 1)
     action = page.post(
         CUSTOMERS,
         {"action": "grant_credits", "_selected_action": [customer.pk, other.pk]},
@@ -296,7 +296,7 @@ def test_unreachable_ledger_leaves_a_grant_the_sweeper_makes(
 def test_an_unreachable_ledger_is_asked_once_and_every_grant_is_on_record(
     page: Client, customer: Customer, remote: Any
 ) -> None:
-    others = [fund(f"team_{number}") for number in range(3)]
+    others = [fund_by_grant(f"team_{number}") for number in range(3)]
     everybody = grant_url(customer, *others)
     form = filled(page, everybody)
     remote.reset()
@@ -472,7 +472,7 @@ def test_customer_unknown_to_the_ledger_does_not_break_its_page(page: Client) ->
 
 
 def test_customer_page_leads_to_that_customers_rows(everything: Client) -> None:
-    alice, bob = fund("alice"), fund("bob")
+    alice, bob = fund_by_grant("alice"), fund_by_grant("bob")
     reserve(alice, reference="alices-work")
     reserve(bob, reference="bobs-work")
     shown = everything.get(f"{CUSTOMERS}{alice.pk}/change/").content.decode()
@@ -545,7 +545,7 @@ def test_external_id_stays_and_customers_are_not_deleted(
 def test_customers_are_found_by_either_id(
     everything: Client, customer: Customer
 ) -> None:
-    fund("team_7")
+    fund_by_grant("team_7")
     for term in (customer.external_id, customer.customer_id):
         found = everything.get(CUSTOMERS, {"q": term}).context["cl"].result_list
         assert list(found) == [customer]
@@ -616,7 +616,7 @@ def test_reservations_are_found_and_filtered(
         next_attempt_at=timezone.now(),
         stuck_at=timezone.now(),
     )
-    reserve(fund("team_7"), unit="gpu_seconds")
+    reserve(fund_by_grant("team_7"), unit="gpu_seconds")
     for query in (
         {"q": "render 42"},
         {"q": "idem-77"},
@@ -642,7 +642,7 @@ def test_changelists_ask_the_same_number_of_queries_for_any_number_of_rows(
 ) -> None:
     def add(number: int) -> None:
         owner = User.objects.create_user(f"owner-{number}")
-        customer = fund(owner)
+        customer = fund_by_grant(owner)
         Grant.objects.filter(customer=customer).update(actor=owner)
         reserve(customer)
 
@@ -676,7 +676,7 @@ def test_pages_render_in_another_language(
 def test_conflict_at_the_ledger_is_reported_for_each(
     page: Client, remote: Any, count: int
 ) -> None:
-    customers = [fund(f"team_{number}") for number in range(count)]
+    customers = [fund_by_grant(f"team_{number}") for number in range(count)]
     remote.meet("grant_credits", MeterlyReferenceConflictError())
     form = filled(page, grant_url(*customers))
     response = page.post(grant_url(*customers), form, follow=True)

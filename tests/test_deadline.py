@@ -112,6 +112,7 @@ def test_f06_dead_ledger_holds_a_view_for_the_deadline(
     assert set(ledger.paths) == {"/v1/reservations" if known else "/v1/customers"}
 
 
+@pytest.mark.sample(1)
 def test_f06_registering_and_reserving_share_the_deadline(
     ledger: Ledger, post: Any
 ) -> None:
@@ -123,6 +124,7 @@ def test_f06_registering_and_reserving_share_the_deadline(
     assert Reservation.objects.get().state == "intent"
 
 
+@pytest.mark.sample(1)
 def test_f03_settlement_in_a_request_is_tried_once_and_for_its_time(
     ledger: Ledger, post: Any
 ) -> None:
@@ -143,6 +145,7 @@ def test_settlement_in_a_request_is_not_retried(
     assert Reservation.objects.get().state == "commit_pending"
 
 
+@pytest.mark.sample(1)
 def test_f06_all_calls_of_a_settlement_share_its_time(
     ledger: Ledger, post: Any
 ) -> None:

@@ -52,7 +52,7 @@ BRIEFLY = [
     (Scenario(HELD), 80),
     (Scenario(HELD, credits=0), 35),
     (Scenario(None), 75),
-    (Scenario(HELD - 5, credits=HELD - 5, outage="late"), 100),
+    (Scenario(HELD + 5, outage="unanswered"), 40),
 ]
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.database,
-    pytest.mark.sample(2),
+    pytest.mark.sample(1),
 ]
 
 HELD = ["reserved"]

@@ -29,7 +29,7 @@ from django_meterly.errors import (
     MeterlyRateLimitedError,
 )
 from django_meterly.models import Customer, LowBalance, Reservation
-from tests.books import balance, fund, states, sweep
+from tests.books import balance, fund, fund_by_grant, states, sweep
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
@@ -142,13 +142,13 @@ class TestReservations:
     def test_a_debt_that_is_paid_is_announced_once_each(
         self, user: User, remote: Any, heard: Heard
     ) -> None:
-        customer = fund(user)
+        customer = fund_by_grant(user)
         heard.clear()
         with guard(user, 90):
             sweep()
             get_client().use_credits(str(customer.customer_id), 50)
         sweep()
-        fund(user, 50)
+        fund_by_grant(user, 50)
         sweep()
         sweep()
         assert heard.names() == [
@@ -214,7 +214,7 @@ class TestReservations:
 
 class TestGrants:
     def test_a_grant(self, user: User, any_ledger: Any, heard: Heard) -> None:
-        customer = fund(user)
+        customer = fund_by_grant(user)
         [granted] = heard.of("credits_granted")
         assert granted["grant"].state == "granted"
         assert granted["grant"].customer == customer
@@ -234,7 +234,7 @@ class TestGrants:
         self, user: User, remote: Any, heard: Heard
     ) -> None:
         remote.meet("grant_credits", "unanswered")
-        fund(user)
+        fund_by_grant(user)
         assert heard.of("credits_granted") == []
         grants.settle_due(get_client())
         assert len(heard.of("credits_granted")) == 1

@@ -218,6 +218,7 @@ def assert_charged_once(customer: Customer, runs: int, site: Site) -> None:
 # Killed
 
 
+@pytest.mark.slow("a killed child, with a worker of a broker")
 def test_f31_the_credits_of_a_killed_child_come_back(
     any_broker: str, site: Site, customer: Customer
 ) -> None:
@@ -457,6 +458,7 @@ def test_f34_a_task_that_replaces_itself_is_charged_for_the_last(
 # Time limits
 
 
+@pytest.mark.slow("a soft time limit, with a worker of a broker")
 def test_f35_a_soft_time_limit_releases(
     any_broker: str, site: Site, customer: Customer
 ) -> None:
@@ -467,6 +469,7 @@ def test_f35_a_soft_time_limit_releases(
     assert balance(customer) == (100, 0)
 
 
+@pytest.mark.slow("a hard time limit, with a worker of a broker")
 def test_f35_a_hard_time_limit_is_one_settlement(
     any_broker: str, site: Site, customer: Customer
 ) -> None:

@@ -29,7 +29,8 @@ from django_meterly.transports import Call
 from django_meterly.transports.base import MAX_AMOUNT
 from django_meterly.types import Balance
 
-pytestmark = pytest.mark.database
+# Of the transports, one for each test: they take turns.
+pytestmark = [pytest.mark.database, pytest.mark.sample(1)]
 
 
 @pytest.fixture

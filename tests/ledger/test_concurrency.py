@@ -21,7 +21,12 @@ pytestmark = [
     pytest.mark.usefixtures("any_path"),
     pytest.mark.database,
     # On PostgreSQL both ways to move credits.
-    pytest.mark.sample(2),
+    pytest.mark.sample(1),
+    *(
+        [pytest.mark.slow("what many do to one ledger at once, which PostgreSQL tries")]
+        if connection.vendor == "sqlite"
+        else []
+    ),
 ]
 
 # What a project may have set, and the operations have to bear.

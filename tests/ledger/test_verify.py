@@ -311,7 +311,7 @@ class TestLedger(TestCase):
     def test_random_calls_leave_books_that_balance(self):
         machine = Ledger.TestCase
         machine.settings = settings(
-            max_examples=15,
+            max_examples=settings().max_examples // 6,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),

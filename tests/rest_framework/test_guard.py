@@ -33,6 +33,7 @@ from tests.books import balance, fund, movements, states, verify
 pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.urls("tests.rest_framework.test_guard"),
+    pytest.mark.sample(4),
 ]
 
 

@@ -84,6 +84,7 @@ def test_f22_work_that_a_graceful_end_does_not_wait_for_is_released(
     assert movements() == RELEASED
 
 
+@pytest.mark.slow("a worker that gunicorn ends for its time")
 def test_f23_a_worker_that_gunicorn_ends_for_its_time_releases_by_itself(
     own_site: Any, customer: Customer
 ) -> None:

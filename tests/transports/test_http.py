@@ -255,6 +255,7 @@ def test_unusable_answer_does_not_spoil_the_next_call(serve):
     ids=["headers", "100 Continue", "body", "chunks"],
 )
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.sample(3)
 def test_f06_drip_feeding_server_cannot_hold_a_call_past_its_deadline(
     serve, certificate, behave, tls
 ):
