@@ -97,7 +97,7 @@ def test_f22_cancelled_in_the_work_and_again_in_its_release_still_settles(
     customer = fund(user)
     running = asyncio.Event()
 
-    @meterly_guard("image_credits", 25)
+    @meterly_guard("image_credits", 25, on_disconnect="release")
     async def view(request: Any) -> HttpResponse:
         running.set()
         await asyncio.sleep(60)
