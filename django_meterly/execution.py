@@ -464,7 +464,10 @@ class Execution:
             # A coroutine that is being closed cannot await: the lease releases.
             raise
         except asyncio.CancelledError:
-            await to_the_end(self.guard.disconnect, self._on_disconnect)
+            if _is_cancelled():
+                await to_the_end(self.guard.disconnect, self._on_disconnect)
+            else:
+                await to_the_end(self.guard.fail)
             raise
         except BaseException:
             await to_the_end(self.guard.fail)
@@ -616,6 +619,12 @@ class Execution:
     def _stop_heart(self) -> None:
         if self._heart is not None:
             self._heart.stop()
+
+
+def _is_cancelled() -> bool:
+    """Return whether somebody has cancelled this task, or its work only says so."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _length(response: Any) -> int | None:
