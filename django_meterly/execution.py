@@ -347,7 +347,8 @@ def _guard_handlers(view: View, guard: _ViewGuard | None) -> View:
             try:
                 response = await call()
                 dispatch.refuse_bypass(response, rest=rest)
-            except GeneratorExit:
+            except (GeneratorExit, asyncio.CancelledError):
+                # The handler has decided, also about a reader who left.
                 raise
             except BaseException:
                 await to_the_end(dispatch.abandon)
