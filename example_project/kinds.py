@@ -39,16 +39,6 @@ SERVERS = {
     "gunicorn": ("gunicorn", "studio.wsgi", "--bind=127.0.0.1:0", "--log-level=info"),
     "uvicorn": ("uvicorn", "studio.asgi:application", "--port=0", "--lifespan=off"),
 }
-#: Who is not charged when the reader hangs up. A stream notices it under its own kind
-#: of server (under the other one Django reads all of it first); an async view where
-#: Django cancels it; and what is rendered after the view, where nobody renders it.
-FREE_WHEN_LEFT = {
-    "gunicorn": {"stream"},
-    "uvicorn": {
-        *("async_function", "async_stream"),
-        *("template", "api_function", "api_class", "api_set"),
-    },
-}
 GRANTED = 1000
 #: Seconds between two of the twelve words for a reader who is about to leave.
 PAUSE = 0.3
@@ -130,10 +120,10 @@ def drive(site: Site, server: str, password: str, left: int) -> dict[str, list[s
         line = reader.begin(kind, PAUSE)
         reader.wait_for_work()
         line.close()
-        free = kind in FREE_WHEN_LEFT[server]
-        left -= not free
+        # Hanging up is never free: the work was done, or is done all the same.
+        left -= 1
         reader.settled(left, f"hanging up on {kind} under {server}")
-        told[kind] = ["charged", "free" if free else "charged"]
+        told[kind] = ["charged", "charged"]
 
     lines = [reader.begin(kind, PAUSE) for kind in KINDS]
     reader.wait_for_work()

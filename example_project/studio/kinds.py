@@ -1,7 +1,7 @@
 """A guarded view of every kind, each selling the same: a story, for one credit.
 
-``../kinds.py`` drives them. Readers who leave in the middle of a stream are not
-charged here (``ON_DISCONNECT``); an async view that loses its reader is cancelled.
+``../kinds.py`` drives them. Readers who leave are charged: that is what
+``ON_DISCONNECT`` says of streams and of cancelled async views by default.
 """
 
 from __future__ import annotations
