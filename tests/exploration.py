@@ -309,6 +309,9 @@ class World:
             except OperationalError:
                 # The work was rolled back together with its decision.
                 self.owed = None
+            else:
+                # One statement of PostgreSQL does not record the success by itself.
+                self.owed = self.scenario.charge
             guard.fail()
         else:
             guard.charge(self.scenario.charge)
