@@ -266,6 +266,7 @@ class Guard:
             on_unavailable=self.on_unavailable or meterly_settings.ON_UNAVAILABLE,
             lease=self.lease,
         )
+        self.fence = self.reservation.fence
 
     def adopt(self, row: Reservation) -> None:
         """Go on under a reservation that was claimed, instead of ``reserve``."""

@@ -29,9 +29,12 @@ response is still to be rendered or sent. It lapses to commit, not to release.
 
 The row's *fence* says who may decide. An even number belongs to the process that
 works under it. An odd number means that the work is offered and not yet claimed. To
-offer, to claim and to withdraw are conditional UPDATEs, too, and so is the next
-attempt of a key, which fences the earlier ones off: of all processes that ever
-worked on one thing, only the last may decide.
+offer, to claim and to withdraw are conditional UPDATEs, too.
+
+A key may have several *attempts*, and is charged once. An attempt that lapsed may
+still succeed while a later one is at work. Then the row stays ``released`` and notes
+its ``charge``, and the sweeper asks again: the charge is owed if the later attempt
+comes to nothing, and dropped if that one is charged.
 """
 
 from __future__ import annotations
@@ -58,7 +61,6 @@ from django.db import (
 )
 from django.db.models import Case, Count, F, Q, Sum, Value, When
 from django.db.models.functions import Coalesce
-from django.utils import timezone
 
 from . import signals
 from .conf import meterly_settings
@@ -100,6 +102,8 @@ State = Reservation.State
 SETTLE_TIMEOUT = 2.0
 #: Back-off of a settlement that could not be carried out: 5 s, doubled to 1 h.
 BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
+#: How long a row is kept that was denied: a day. There may be many.
+DENIED_RETENTION = 86400.0
 #: How often a debt is tried again.
 UNBILLED_INTERVAL = 6 * 3600.0
 #: Rows the sweeper takes at a time, and of how many it chooses them.
@@ -201,7 +205,7 @@ def reserve(
         ttl_seconds=ttl_seconds,
     )
     if key:
-        row.attempt = _next_attempt(using, row)
+        _number_attempt(using, row)
     try:
         customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
         if not key and fits_one_statement(client, using):
@@ -235,22 +239,24 @@ def _opened(using: str, row: Reservation) -> Iterator[None]:
     """
     try:
         with transaction.atomic(using=using):
-            if row.attempt > 1:
-                _fence_off(using, row)
+            standing = [] if row.attempt == 1 else _standing(using, row)
+            if standing:
+                # It succeeded after all, in the last moment.
+                raise _duplicate(standing[-1])
             seconds = meterly_settings.DEADLINE + meterly_settings.LEASE_GRACE
             row.lease_until = from_now(seconds)
             row.save(force_insert=True, using=using)
             yield
     except IntegrityError as exc:
         # Somebody else opened this attempt in between: theirs runs, not ours.
-        _next_attempt(using, row)
+        _number_attempt(using, row)
         raise MeterlyDuplicateError(
             f"The idempotency key {row.key!r} is in use right now.", in_progress=True
         ) from exc
 
 
-def _next_attempt(using: str, row: Reservation) -> int:
-    """Return the number of the attempt that *row* would be; its key may be tried.
+def _number_attempt(using: str, row: Reservation) -> None:
+    """Let *row* be the next attempt at its key, with a fence above the last one's.
 
     Raises ``MeterlyDuplicateError`` and ``MeterlyIdempotencyMismatchError``.
     """
@@ -261,7 +267,7 @@ def _next_attempt(using: str, row: Reservation) -> int:
         .first()
     )
     if last is None:
-        return 1
+        return
     given_up = (*State.free(), State.RELEASE_PENDING)
     # Nothing came of an attempt that was given up: the next may cost another amount.
     if (
@@ -276,35 +282,39 @@ def _next_attempt(using: str, row: Reservation) -> int:
         )
     if last.state not in State.free():
         raise _duplicate(last)
-    return last.attempt + 1
+    row.attempt = last.attempt + 1
+    row.fence = last.fence - last.fence % 2 + 2
 
 
-def _fence_off(using: str, row: Reservation) -> None:
-    """Let nobody decide an earlier attempt of the key of *row* any more.
+def _standing(using: str, row: Reservation) -> list[Reservation]:
+    """Lock the attempts at the key of *row*; return the others that stand.
 
-    Inside the transaction that opens *row*. Raises ``MeterlyDuplicateError`` when
-    one of them succeeded after all, in the last moment.
+    Part of the transaction that is open. Until it ends, no attempt at this key is
+    opened, and none of those that were released is charged.
     """
-    earlier = Reservation.objects.using(using).filter(
-        customer=row.customer, key=row.key
+    attempts = (
+        Reservation.objects.using(using)
+        .filter(customer=row.customer_id, key=row.key)
+        # Of these nothing ever comes, and there may be many.
+        .exclude(state__in=[State.DENIED, State.FAILED])
     )
-    # First the UPDATE: it waits for a decision that is being recorded, and one
-    # that comes later finds the fence moved.
-    earlier.filter(state__in=State.free()).update(fence=F("fence") + 2)
-    succeeded = earlier.exclude(state__in=State.free()).first()
-    if succeeded is not None:
-        raise _duplicate(succeeded)
+    # This locks them on every database, and on SQLite before anything is read.
+    attempts.update(fence=F("fence"))
+    others = attempts.standing().exclude(pk=row.pk).order_by("attempt")
+    # Locked once more: MySQL reads what is true now, not when the transaction began.
+    return list(others.select_for_update())
 
 
 def in_the_way(customer: Customer, key: str) -> MeterlyDuplicateError | None:
     """Return why *key* cannot be tried now; ``None`` if nothing came of it yet."""
     rows = Reservation.objects.using(alias()).filter(customer=customer, key=key)
-    row = rows.exclude(state__in=State.free()).order_by("-attempt").first()
+    row = rows.standing().order_by("-attempt").first()
     return None if row is None else _duplicate(row)
 
 
 def _duplicate(row: Reservation) -> MeterlyDuplicateError:
-    in_progress = row.state in (*State.open(), State.RELEASE_PENDING)
+    # One that was released stands for a success that is noted.
+    in_progress = row.state in (*State.open(), State.RELEASE_PENDING, State.RELEASED)
     return MeterlyDuplicateError(
         f"The idempotency key {row.key!r} "
         + ("is in use right now" if in_progress else "was used already")
@@ -350,6 +360,8 @@ def _reserve_in_one_statement(
         row._state.db = using
     else:
         row.settled_at = DatabaseNow()
+        if row.state == State.DENIED:
+            row.next_attempt_at = from_now(DENIED_RETENTION)
         row.save(force_insert=True, using=using)
     return answer
 
@@ -390,13 +402,14 @@ def _ask(
     """Send the reserve, by the *limited* client; return what it comes to.
 
     That is the answer, and the state it brings *row* to; what else is to be on
-    record of it is set on *row*. Raises ``OUTAGE``.
+    record of it is set on *row*. Raises ``OUTAGE``, and
+    ``MeterlyIdempotencyMismatchError``, of which nothing is to be on record.
     """
     try:
         held = _hold(limited, row)
     except MeterlyInsufficientCreditsError as exc:
         return exc, State.DENIED
-    except OUTAGE:
+    except (*OUTAGE, MeterlyIdempotencyMismatchError):
         raise
     except MeterlyError as exc:
         row.last_error = str(exc)
@@ -431,7 +444,13 @@ def _reserve_by_intent(
     with _opened(using, row):
         if client.transport.joins(using):
             return _ask_and_record(client, limited, row, lease)
-    return _ask_and_record(client, limited, row, lease)
+    try:
+        return _ask_and_record(client, limited, row, lease)
+    except MeterlyIdempotencyMismatchError:
+        # The key was used before the journal's rows of it were deleted or lost. It
+        # stays used: without a row there is no next attempt, and so no other key.
+        Reservation.objects.using(using).filter(pk=row.pk, state=State.INTENT).delete()
+        raise
 
 
 def _ask_and_record(
@@ -447,6 +466,10 @@ def _ask_and_record(
         reservation_id=row.reservation_id,
         last_error=row.last_error,
         lease_until=F("lease_until") + seconds if state == State.RESERVED else None,
+        # It has an index: then the sweeper comes back to delete the row.
+        next_attempt_at=(
+            from_now(DENIED_RETENTION) if state == State.DENIED else None
+        ),
     )
     if not recorded and not isinstance(answer, MeterlyError):
         # The sweeper may have been told that there is no hold, before there was.
@@ -578,6 +601,7 @@ def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | 
         Reservation.objects.using(using)
         .select_related("customer")
         .filter(customer=customer, key=key)
+        .annotate(now=DatabaseNow())
         .order_by("-attempt")
         .first()
     )
@@ -593,7 +617,7 @@ def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | 
     if not free.update(fence=fence, lease_until=from_now(meterly_settings.LEASE_GRACE)):
         return None
     row.fence = fence
-    age = (timezone.now() - row.created_at).total_seconds()
+    age = (row.now - row.created_at).total_seconds()  # type: ignore[attr-defined]
     # A hold that was offered a moment ago is there. One whose worker has died may
     # have been charged while the database was down.
     if (offered and age < row.ttl_seconds / 2) or extend(client, row, f"{fence}"):
@@ -660,13 +684,43 @@ def record_success(row: Reservation, charge: int, *, fence: int | None = None) -
     is paid for; but not when somebody else has the *fence*. Returns whether the
     row took the decision.
     """
+    decided = _decided(charge=charge)
     return _move(
-        row,
-        [State.RESERVED, State.RELEASE_PENDING, State.RELEASED],
-        State.COMMIT_PENDING,
-        fence,
-        **_decided(charge=charge, lapsed=False),
-    )
+        row, [State.RESERVED], State.COMMIT_PENDING, fence, **decided
+    ) or _record_late_success(row, charge, fence)
+
+
+def _record_late_success(row: Reservation, charge: int, fence: int | None) -> bool:
+    """Record the success of an attempt that was given up; return whether it is owed.
+
+    Its key is charged once. The success is dropped if another attempt is charged, and
+    noted while another one is open, or is not released yet.
+    """
+    using = alias()
+    late = [State.RELEASE_PENDING, State.RELEASED]
+    with transaction.atomic(using=using):
+        others = _standing(using, row)
+        charged = any(other.state in State.charged() for other in others)
+        waits = any(
+            other.state in State.open()
+            or (other.state == State.RELEASE_PENDING and other.stuck_at is None)
+            for other in others
+        )
+        if not charged and not waits:
+            owed = _decided(charge=charge)
+            return _move(row, late, State.COMMIT_PENDING, fence, **owed)
+        again = None if charged else from_now(meterly_settings.LEASE_GRACE)
+        rows = Reservation.objects.using(using).filter(pk=row.pk, state__in=late)
+        if fence is not None:
+            rows = rows.filter(fence=fence)
+        rows.update(
+            charge=None if charged else charge,
+            # One that is not released yet is due for that.
+            next_attempt_at=Case(
+                When(state=State.RELEASED, then=again), default=F("next_attempt_at")
+            ),
+        )
+    return False
 
 
 def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
@@ -882,6 +936,9 @@ def settle(
     is raised but database errors. With a *timeout*, each call is tried once, and
     all of them together may take that many seconds.
     """
+    if row.state == State.RELEASED and row.charge is not None:
+        # A success that was noted.
+        _record_late_success(row, row.charge, row.fence)
     if row.state not in State.pending():
         return Outcome.ANSWERED
     if timeout is not None:
@@ -930,22 +987,28 @@ def _release(client: MeterlyClient, row: Reservation) -> None:
 
 def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
     try:
-        _pay(client, row)
+        held = _pay(client, row)
     except MeterlyInsufficientCreditsError as exc:
         _record_debt(row, exc)
     else:
-        _finish(row, State.COMMITTED)
+        # The ledger remembers a hold that was committed by the key of its reserve.
+        # Without one, only this row knows that the key was charged.
+        _finish(row, State.COMMITTED, **({} if held else {"lapsed": True}))
 
 
-def _pay(client: MeterlyClient, row: Reservation) -> None:
-    """Commit the hold of *row*, and debit what it did not cover."""
+def _pay(client: MeterlyClient, row: Reservation) -> bool:
+    """Commit the hold of *row*, and debit what it did not cover.
+
+    Returns whether there was a hold to commit.
+    """
     assert row.charge is not None
     owed = row.charge
-    if _find_hold(client, row):
+    held = _find_hold(client, row)
+    if held:
         try:
             owed -= _commit(client, row, row.charge)
         except (MeterlyReservationExpiredError, MeterlyReservationReleasedError):
-            pass
+            held = False
     if owed:
         # What the hold did not cover. Whether there was one is on record, whether it
         # was committed or lost is final at the ledger: a replay comes to the same
@@ -958,6 +1021,7 @@ def _pay(client: MeterlyClient, row: Reservation) -> None:
             idempotency_key=row.wire_key("debit"),
         )
         _watch_balance(row, movement.balance, owed)
+    return held
 
 
 def _commit(client: MeterlyClient, row: Reservation, charge: int) -> int:
@@ -1008,13 +1072,12 @@ def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
     sources = {row.state}
     if outcome == State.COMMITTED and row.state != State.RELEASE_PENDING:
         sources |= {State.COMMIT_PENDING, State.UNBILLED}
+    again: Any = None
+    if outcome == State.RELEASED:
+        # Its worker may have noted a success meanwhile.
+        again = Case(When(charge=None, then=None), default=DatabaseNow())
     finished = _move(
-        row,
-        sources,
-        outcome,
-        next_attempt_at=None,
-        stuck_at=None,
-        **fields,
+        row, sources, outcome, next_attempt_at=again, stuck_at=None, **fields
     )
     if finished and outcome in _OUTCOMES:
         _announce(_OUTCOMES[outcome], row)
@@ -1252,7 +1315,8 @@ def retry_stuck(rows: ReservationQuerySet) -> int:
 def prune(*, seconds: float | None = None) -> int:
     """Delete what was settled ``JOURNAL_RETENTION`` ago; return how many rows.
 
-    For *seconds* at most. Nothing that is open, due, owed or stuck is deleted.
+    What was denied is deleted after a day. For *seconds* at most. Nothing that is
+    open, due, owed or stuck is deleted.
     """
     return _in_batches(
         prunable(),
@@ -1262,9 +1326,16 @@ def prune(*, seconds: float | None = None) -> int:
 
 
 def prunable() -> ReservationQuerySet:
-    """Return the rows that ``prune`` deletes."""
-    return Reservation.objects.using(alias()).settled(
-        meterly_settings.JOURNAL_RETENTION
+    """Return the rows that ``prune`` deletes.
+
+    A key that was charged stays charged. The ledger remembers the hold of a first
+    attempt for ever; what was charged in another way is only known from its row.
+    """
+    rows = Reservation.objects.using(alias())
+    charged = Q(state__in=State.charged())
+    denied = rows.filter(state=State.DENIED, next_attempt_at__lte=DatabaseNow())
+    return denied | rows.settled(meterly_settings.JOURNAL_RETENTION).exclude(
+        charged & (Q(attempt__gt=1) | Q(lapsed=True))
     )
 
 

@@ -228,9 +228,14 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
         return self.filter((running | lapsed) & unheld | models.Q(state=state.UNBILLED))
 
     def due(self, older_than: float = 0.0) -> ReservationQuerySet:
-        """Decided rows that are to be carried out, since *older_than* seconds."""
+        """Decided rows that are to be carried out, since *older_than* seconds.
+
+        And late successes that wait for what becomes of another attempt.
+        """
+        state = Reservation.State
+        noted = models.Q(state=state.RELEASED, charge__isnull=False)
         return self.filter(
-            state__in=Reservation.State.pending(),
+            noted | models.Q(state__in=state.pending()),
             stuck_at=None,
             next_attempt_at__lte=from_now(-older_than),
         )
@@ -238,12 +243,18 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
     def settled(self, older_than: float = 0.0) -> ReservationQuerySet:
         """Final rows, since *older_than* seconds: there is nothing left to do."""
         moment = from_now(-older_than)
+        noted = models.Q(state=Reservation.State.RELEASED, charge__isnull=False)
         return self.filter(
+            ~noted,
             models.Q(settled_at__lt=moment) | models.Q(settled_at=None),
             state__in=Reservation.State.final(),
             # For its index.
             created_at__lt=moment,
         )
+
+    def standing(self) -> ReservationQuerySet:
+        """Rows that keep their key from being tried again."""
+        return self.exclude(state__in=Reservation.State.free(), charge=None)
 
     def stuck(self) -> ReservationQuerySet:
         """Decided rows that the ledger has refused too often."""
@@ -283,6 +294,11 @@ class Reservation(models.Model):
         def final(cls) -> tuple[Reservation.State, ...]:
             """Nothing is left to be done."""
             return (cls.DENIED, cls.FAILED, cls.RELEASED, cls.CONFLICT, cls.COMMITTED)
+
+        @classmethod
+        def charged(cls) -> tuple[Reservation.State, ...]:
+            """The credits are spent, or owed."""
+            return (cls.COMMIT_PENDING, cls.COMMITTED, cls.UNBILLED, cls.CONFLICT)
 
         @classmethod
         def free(cls) -> tuple[Reservation.State, ...]:
@@ -366,15 +382,10 @@ class Reservation(models.Model):
                         state__in=["release_pending", "commit_pending", "unbilled"],
                         next_attempt_at__isnull=False,
                     )
-                    | models.Q(
-                        state__in=[
-                            "denied",
-                            "failed",
-                            "released",
-                            "conflict",
-                            "committed",
-                        ]
-                    )
+                    # A late success that waits for another attempt.
+                    | models.Q(state="released", next_attempt_at__isnull=False)
+                    | models.Q(state="released", charge=None)
+                    | models.Q(state__in=["denied", "failed", "conflict", "committed"])
                 ),
                 name="meterly_reservation_swept",
             ),

@@ -115,6 +115,9 @@ class Scenario:
     #: What becomes of a response that is still to come when the work has returned:
     #: it is "rendered", it "fails" to be, or "nobody" waits for it.
     late: str = ""
+    #: What becomes of the work when somebody asks for it again by the same key: it
+    #: "succeeds", for one credit less, or "fails".
+    retry: str = ""
 
     def __str__(self) -> str:
         return (
@@ -123,6 +126,7 @@ class Scenario:
             + ", forgotten" * self.forgotten
             + (self.outage and f", on trust, {self.outage}")
             + (self.late and f", late, {self.late}")
+            + (self.retry and f", tried again, {self.retry}")
         )
 
 
@@ -247,12 +251,15 @@ class World:
         self.actors: list[Actor] = []
         self.current: Actor | None = None
         self.late: list[Call] = []
-        self.calls: dict[str, Any] = {}
+        self.calls: dict[tuple[str, int], Any] = {}
         #: Whether credits may be held although the row is settled.
         self.straggler = False
-        #: What is to be charged: set once the journal has heard of the success.
-        self.owed: int | None = None
-        self.state: str | None = None
+        #: What is to be charged for each attempt of which the journal has heard that
+        #: it succeeded. One of them is charged.
+        self.owed: dict[int, int] = {}
+        self.retries = int(bool(scenario.retry))
+        #: The state of each attempt.
+        self.states: dict[int, str] = {}
         self.trace: list[str] = []
         Line.world = self
 
@@ -273,11 +280,15 @@ class World:
             guard.reserve()
         except MeterlyError:
             return
-        self._check_hold()
-        if self.scenario.charge is None:
+        assert guard.reservation is not None
+        self._check_hold(guard.reservation)
+        if guard.reservation.attempt > 1:
+            assert self.scenario.charge is not None
+            guard.charge(self.scenario.charge - 1)
+            guard.succeed() if self.scenario.retry == "succeeds" else guard.fail()
+        elif self.scenario.charge is None:
             guard.fail()
         elif self.scenario.forgotten:
-            assert guard.reservation is not None
             held = str(guard.reservation.reservation_id)
             try:
                 self.past_the_journal(
@@ -285,7 +296,7 @@ class World:
                 )
             except MeterlyError:
                 return
-            self.owed = HELD
+            self.owed[1] = HELD
         elif self.scenario.late:
             guard.charge(self.scenario.charge)
             try:
@@ -293,7 +304,7 @@ class World:
                     guard.presume()
             except OperationalError:
                 # The work was rolled back together with what its return said.
-                self.owed = None
+                self.owed.clear()
                 guard.fail()
                 return
             if self.scenario.late == "rendered":
@@ -308,10 +319,10 @@ class World:
                     guard.decide()
             except OperationalError:
                 # The work was rolled back together with its decision.
-                self.owed = None
+                self.owed.clear()
             else:
                 # One statement of PostgreSQL does not record the success by itself.
-                self.owed = self.scenario.charge
+                self.owed[1] = self.scenario.charge
             guard.fail()
         else:
             guard.charge(self.scenario.charge)
@@ -341,8 +352,13 @@ class World:
         options += [
             (f"to {other.name}", price) for other in self._live() if other is not actor
         ]
-        if self.sweeps and self.state in self.SWEPT and len(self._live()) < 3:
+        states = set(self.states.values())
+        # A success that was noted is owed, too.
+        to_sweep = states & self.SWEPT or (self.owed and State.COMMITTED not in states)
+        if self.sweeps and to_sweep and len(self._live()) < 3:
             options.append(("sweep", price))
+        if self.retries and states <= set(State.free()):
+            options.append(("retry", price))
         if self.late:
             options.append(("deliver", 1))
         if (Hold.Status.RESERVED, False) in holds():
@@ -350,7 +366,7 @@ class World:
         options.append(("credits", 1))
         return [option for option in options if option[1] <= budget]
 
-    SWEPT = (*State.open(), *State.pending())
+    SWEPT: ClassVar[set[str]] = {*State.open(), *State.pending()}
 
     def apply(self, choice: str) -> None:
         actor = self.current
@@ -367,6 +383,9 @@ class World:
             names = {live.name for live in self._live()}
             name = "sweeper" if "sweeper" not in names else "other sweeper"
             self.start(name, self.sweep)
+        elif choice == "retry":
+            self.retries -= 1
+            self.start("retry", self.work)
         elif choice.startswith("to "):
             self.current = next(a for a in self.actors if f"to {a.name}" == choice)
         elif choice == "deliver":
@@ -448,37 +467,58 @@ class World:
 
         record_success, trust = journal.record_success, journal._trust
         presume, record_failure = journal.presume, journal.record_failure
+        opened, record_late = journal._opened, journal._record_late_success
 
-        def trusted(using: str, row: Reservation, lease: float) -> bool:
+        @contextmanager
+        def one_step() -> Iterator[None]:
             # One transaction, and so one step: there is but one connection.
             actor = self.running
             if actor is None:
-                return trust(using, row, lease)
+                yield
+                return
             actor.point("write")
             actor.in_ledger = True
             try:
-                taken = trust(using, row, lease)
+                yield
             finally:
                 actor.in_ledger = False
-            actor.note(taken)
-            return taken
+                actor.note(self._outside(row_key))
+
+        def trusted(*args: Any) -> bool:
+            with one_step():
+                return trust(*args)
+
+        def recorded_late(*args: Any) -> bool:
+            with one_step():
+                return record_late(*args)
+
+        @contextmanager
+        def opened_at_once(using: str, row: Reservation) -> Iterator[None]:
+            # The transaction is over before the ledger is asked, if it is far away.
+            if get_client().transport.joins(using):
+                with opened(using, row):
+                    yield
+                return
+            with one_step(), opened(using, row):
+                pass
+            yield
 
         def recorded(row: Reservation, charge: int, **options: Any) -> bool:
             taken = record_success(row, charge, **options)
             # Whatever it says: nobody told the worker not to deliver.
-            self.owed = charge
+            self.owed[row.attempt] = charge
             return taken
 
         def presumed(row: Reservation, charge: int, **options: Any) -> bool:
             taken = presume(row, charge, **options)
             # From now on it is charged, if nothing else happens.
-            self.owed = charge
+            self.owed[row.attempt] = charge
             return taken
 
         def failed(row: Reservation, **options: Any) -> bool:
             taken = record_failure(row, **options)
             if taken:
-                self.owed = None
+                self.owed.pop(row.attempt, None)
             return taken
 
         with (
@@ -487,6 +527,8 @@ class World:
             mock.patch.object(journal, "record_failure", failed),
             mock.patch.object(journal, "record_success", recorded),
             mock.patch.object(journal, "_trust", trusted),
+            mock.patch.object(journal, "_record_late_success", recorded_late),
+            mock.patch.object(journal, "_opened", opened_at_once),
         ):
             yield
 
@@ -504,16 +546,17 @@ class World:
             read("SELECT balance, reserved FROM meterly_ledger_account"),
             holds(),
             tuple(
-                (kind, amount, (key or "").rpartition(":")[2] if hold else reference)
+                (kind, amount, (key or "").rpartition("~")[2] if hold else reference)
                 for kind, amount, key, hold, reference in read(
                     "SELECT kind, amount, idempotency_key, hold_id, reference "
                     "FROM meterly_ledger_entry ORDER BY id"
                 )
             ),
-            tuple(call.operation for call in self.late),
+            tuple((call.operation, attempt_of(call)) for call in self.late),
             self.straggler,
-            self.owed,
+            tuple(sorted(self.owed.items())),
             self.sweeps,
+            self.retries,
             # Two sweepers are alike.
             tuple(
                 sorted(
@@ -526,20 +569,28 @@ class World:
     # The promises
 
     def _check_state(self) -> None:
-        state = row_state()
-        step = (self.state, state)
-        if self.scenario.forgotten and step == (State.RELEASE_PENDING, State.COMMITTED):
-            pass  # A lease's release has found out.
-        elif state != self.state and step not in TRANSITIONS:
-            raise Broken(f"The row went from {self.state} to {state}.")
-        self.state = state
+        states = row_states()
+        for attempt, state in states.items():
+            before = self.states.get(attempt)
+            step = (before, state)
+            if self.scenario.forgotten and step == (
+                State.RELEASE_PENDING,
+                State.COMMITTED,
+            ):
+                pass  # A lease's release has found out.
+            elif state != before and step not in TRANSITIONS:
+                raise Broken(f"Attempt {attempt} went from {before} to {state}.")
+        self.states = states
+        if sum(state in State.charged() for state in states.values()) > 1:
+            raise Broken(f"A key is charged twice: {states}.")
 
     def check_call(self, call: Call) -> None:
         """A decision is durable before the ledger hears of it; keys are stable."""
+        attempt = attempt_of(call)
         sent = (call.idempotency_key, dict(call.arguments))
-        if self.calls.setdefault(call.operation, sent) != sent:
+        if self.calls.setdefault((call.operation, attempt), sent) != sent:
             raise Broken(f"{call.operation} was sent with another key or body.")
-        state = self._outside(row_state)
+        state = self._outside(row_states).get(attempt)
         if call.operation in ("commit_reservation", "use_credits"):
             allowed: tuple[str, ...] = (
                 State.COMMIT_PENDING,
@@ -556,16 +607,17 @@ class World:
         if state not in allowed:
             raise Broken(f"{call.operation} was sent while the row was {state}.")
 
-    def _check_hold(self) -> None:
+    def _check_hold(self, row: Reservation) -> None:
         """Work runs on a row that is reserved, and on a hold nobody has closed."""
-        state = self._outside(row_state)
+        state = self._outside(row_states).get(row.attempt)
         if state != State.RESERVED:
             raise Broken(f"The work runs on a row that is {state}.")
-        if not self._outside(Reservation.objects.get).reservation_id:
+        held = self._outside(lambda: Reservation.objects.get(pk=row.pk).reservation_id)
+        if not held:
             if self.scenario.outage:
                 return
             raise Broken("The work runs on a hold whose id is not recorded.")
-        status = self._outside(lambda: Hold.objects.get().status)
+        status = self._outside(lambda: Hold.objects.get(public_id=held).status)
         if status not in (Hold.Status.RESERVED, Hold.Status.EXPIRED):
             raise Broken(f"The work runs on a hold that is {status}.")
 
@@ -593,15 +645,15 @@ class World:
         for _ in range(3):
             time_passes()
             journal.sweep(get_client())
-        self.state = row_state()
-        if self.state == State.UNBILLED:
+        self.states = row_states()
+        if State.UNBILLED in self.states.values():
             account = Account.objects.get()
-            if account.available >= (self.owed or 0):
+            if account.available >= max(self.owed.values()):
                 raise Broken("There are credits, but the debt is not paid.")
             self._other("add_credits", PLENTY)
             time_passes()
             journal.sweep(get_client())
-            self.state = row_state()
+            self.states = row_states()
 
     def _check_books(self) -> None:
         account = Account.objects.get()
@@ -616,15 +668,17 @@ class World:
             .aggregate(sum=Sum("balance_delta"))["sum"]
             or 0
         )
-        if charges != (self.owed or 0):
+        if charges not in (set(self.owed.values()) or {0}):
             raise Broken(f"{charges} credits were charged, {self.owed} are owed.")
-        ends = (
-            (None, State.RELEASED, State.DENIED, State.FAILED)
-            if self.owed is None
-            else (State.COMMITTED,)
-        )
-        if self.state not in ends:
-            raise Broken(f"The row ends {self.state}, and {self.owed} are owed.")
+        ends = sorted(set(self.states.values()) - set(State.free()))
+        if ends != [State.COMMITTED] * bool(self.owed):
+            raise Broken(f"The rows end {self.states}, and {self.owed} are owed.")
+
+
+def attempt_of(call: Call) -> int:
+    """Return the number of the attempt that *call* is sent for."""
+    number = (call.idempotency_key or "").rpartition("~")[2].partition(":")[0]
+    return int(number) if number.isdecimal() else 1
 
 
 # Read past the ORM: this is what the exploration spends its time on.
@@ -646,9 +700,9 @@ def holds() -> tuple[Any, ...]:
     )
 
 
-def row_state() -> str | None:
-    rows = read(f"SELECT state FROM {JOURNAL}")
-    return rows[0][0] if rows else None
+def row_states() -> dict[int, str]:
+    """Return the state of each attempt."""
+    return dict(read(f"SELECT attempt, state FROM {JOURNAL} ORDER BY attempt"))
 
 
 def row_key() -> Any:
@@ -656,9 +710,10 @@ def row_key() -> Any:
     return tuple(
         (*values, _past(lease_until), _past(next_attempt_at), stuck_at is None)
         for lease_until, next_attempt_at, stuck_at, *values in read(
-            "SELECT lease_until, next_attempt_at, stuck_at, state, charge, lapsed, "
+            "SELECT lease_until, next_attempt_at, stuck_at, attempt, state, charge, "
+            "lapsed, "
             "CASE WHEN reservation_id IS NULL THEN 0 WHEN reservation_id = '' THEN 1 "
-            f"ELSE 2 END FROM {JOURNAL}"
+            f"ELSE 2 END FROM {JOURNAL} ORDER BY attempt"
         )
     )
 
@@ -759,7 +814,7 @@ def fail_every_statement(scenario: Scenario) -> int:
                         world.work()
                     except OperationalError:
                         pass
-                world.state = row_state()
+                world.states = row_states()
                 world.check_end()
         except Broken as exc:
             raise Broken(f"{exc}\n{scenario}:\n  {statements[number]}") from exc
@@ -794,10 +849,10 @@ def _run(
         for option in others:
             paths[spent + option[1]].append((*path, option))
         if ordinary[0] == "finish":
-            if key[0:7] not in report.checked:
-                report.checked.add(key[0:7])
+            if key[:7] not in report.checked:
+                report.checked.add(key[:7])
                 world.check_end()
-            report.ends[world.state or "no row"] += 1
+            report.ends.update(world.states.values() or ["no row"])
             return
         path = (*path, ordinary)
         world.apply(ordinary[0])

@@ -46,6 +46,11 @@ SCENARIOS = [
     (Scenario(HELD + 5, credits=HELD, late="nobody"), NARROW, 90),
     (Scenario(HELD - 5, credits=HELD - 5, outage="late", late="nobody"), NARROW, 80),
     (Scenario(None, outage="unanswered"), NARROW, 100),
+    # A key that is tried again while its first attempt, taken for dead, is at work.
+    (Scenario(HELD, retry="succeeds"), DEEP, 90),
+    (Scenario(HELD, retry="fails"), DEEP, 90),
+    (Scenario(HELD, credits=HELD, retry="succeeds"), DEEP, 90),
+    (Scenario(HELD, credits=HELD + 5, retry="fails"), DEEP, 90),
 ]
 THOROUGH = "more paths of the adversary"
 BRIEFLY = [
@@ -53,6 +58,7 @@ BRIEFLY = [
     (Scenario(HELD, credits=0), 35),
     (Scenario(None), 75),
     (Scenario(HELD + 5, outage="unanswered"), 40),
+    (Scenario(HELD, credits=HELD, retry="succeeds"), 40),
 ]
 
 

@@ -358,15 +358,14 @@ class Migration(migrations.Migration):
                                     ["release_pending", "commit_pending", "unbilled"],
                                 ),
                             ),
+                            models.Q(
+                                ("next_attempt_at__isnull", False),
+                                ("state", "released"),
+                            ),
+                            models.Q(("charge", None), ("state", "released")),
                             (
                                 "state__in",
-                                [
-                                    "denied",
-                                    "failed",
-                                    "released",
-                                    "conflict",
-                                    "committed",
-                                ],
+                                ["denied", "failed", "conflict", "committed"],
                             ),
                             _connector="OR",
                         ),
