@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db import (
     DatabaseError,
+    DataError,
     IntegrityError,
     InterfaceError,
     OperationalError,
@@ -467,9 +468,7 @@ def _ask_and_record(
         last_error=row.last_error,
         lease_until=F("lease_until") + seconds if state == State.RESERVED else None,
         # It has an index: then the sweeper comes back to delete the row.
-        next_attempt_at=(
-            from_now(DENIED_RETENTION) if state == State.DENIED else None
-        ),
+        next_attempt_at=(from_now(DENIED_RETENTION) if state == State.DENIED else None),
     )
     if not recorded and not isinstance(answer, MeterlyError):
         # The sweeper may have been told that there is no hold, before there was.
@@ -949,6 +948,8 @@ def settle(
         else:
             _settle_commit(client, row)
     except OUTAGE as exc:
+        if refusal := _refused_by_database(exc):
+            return _postpone(row, refusal, Outcome.REFUSED)
         return _postpone(row, exc, Outcome.UNREACHED)
     except MeterlyApiError as exc:
         return _postpone(row, exc, Outcome.REFUSED)
@@ -1260,9 +1261,25 @@ def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome |
         row.refresh_from_db(using=using)
         # The rollback may have given the row back.
         taken = _take(using, row)
-        if isinstance(exc, DatabaseError):
+        refusal = _refused_by_database(exc)
+        if isinstance(exc, DatabaseError) and refusal is None:
             return Outcome.UNREACHED if taken else None
-        return _postpone(row, exc, Outcome.REFUSED)
+        return _postpone(row, refusal or exc, Outcome.REFUSED)
+
+
+def _refused_by_database(exc: BaseException | None) -> Exception | None:
+    """Return what *exc* comes from if a database in reach refuses what a row asks.
+
+    A constraint or a trigger on an account, for example. The error may have been
+    reported as another one, or have broken the transaction that was to record it.
+    """
+    while isinstance(exc, Exception):
+        # SQLSTATE of RAISE EXCEPTION; MySQL's number for SIGNAL.
+        raised = getattr(exc, "sqlstate", "") == "P0001" or exc.args[:1] == (1644,)
+        if raised or isinstance(exc, IntegrityError | DataError):
+            return exc
+        exc = exc.__cause__ or exc.__context__
+    return None
 
 
 def _take(using: str, row: Reservation) -> bool:

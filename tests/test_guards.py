@@ -39,6 +39,7 @@ from django_meterly.errors import (
 )
 from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Hold
+from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Customer, Reservation
 from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
 
@@ -69,6 +70,29 @@ class TestWork:
         assert info.value is thrown
         assert states() == ["released"]
         assert balance(customer) == (100, 0)
+
+    @pytest.mark.parametrize("end", ["succeed", "fail"])
+    def test_f35_what_interrupts_the_settlement_leaves_the_decision(
+        self,
+        user: User,
+        customer: Any,
+        end: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        work = guard(user, 25, idempotency_key="k")
+        work.reserve()
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LedgerTransport, "send", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(work, end)()
+        pending = {"succeed": "commit_pending", "fail": "release_pending"}
+        assert states() == [pending[end]]
+        sweep()
+        assert balance(customer) == ((75, 0) if end == "succeed" else (100, 0))
 
     def test_release_makes_success_free(self, user: User, customer: Any) -> None:
         with guard(user, 25) as work:

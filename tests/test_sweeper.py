@@ -31,7 +31,6 @@ from django_meterly.errors import (
     MeterlyIdempotencyMismatchError,
     MeterlyInvalidRequestError,
 )
-from django_meterly.ledger.models import Entry
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Reservation
 from tests.backlog import leave_behind, settled_by_two
@@ -39,6 +38,7 @@ from tests.books import balance, fund, let_lapse, movements, states, verify
 from tests.faults import FaultyTransport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from django_meterly.models import Customer
@@ -236,6 +236,120 @@ class Poisoned(LedgerTransport):
 
 class PoisonedRemote(FaultyTransport, Poisoned):
     """The same at the far end of a line."""
+
+
+#: Refuses every change of the accounts of *unit*, by each database's own means.
+REFUSING = {
+    "sqlite": [
+        (
+            "CREATE TRIGGER refusing BEFORE UPDATE ON meterly_ledger_account "
+            "WHEN OLD.unit = 'refused' BEGIN SELECT RAISE(ABORT, 'refused'); END"
+        )
+    ],
+    "postgresql": [
+        (
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'refused'; END $$"
+        ),
+        (
+            "CREATE TRIGGER refusing BEFORE UPDATE ON meterly_ledger_account "
+            "FOR EACH ROW WHEN (OLD.unit = 'refused') EXECUTE FUNCTION refuse()"
+        ),
+    ],
+    "mysql": [
+        (
+            "CREATE TRIGGER refusing BEFORE UPDATE ON meterly_ledger_account "
+            "FOR EACH ROW IF OLD.unit = 'refused' THEN SIGNAL SQLSTATE '45000'; END IF"
+        )
+    ],
+}
+REFUSING_NO_MORE = {
+    "sqlite": ["DROP TRIGGER refusing"],
+    "postgresql": [
+        "DROP TRIGGER refusing ON meterly_ledger_account",
+        "DROP FUNCTION refuse",
+    ],
+    "mysql": ["DROP TRIGGER refusing"],
+}
+
+
+@pytest.fixture
+def refusing() -> Iterator[Callable[[], None]]:
+    """Return what has the database refuse accounts in "refused", from then on."""
+
+    def run(statements: list[str]) -> None:
+        with connection.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement, None)
+
+    began = []
+
+    def begin() -> None:
+        began.append(True)
+        run(REFUSING[connection.vendor])
+
+    yield begin
+    if began:
+        run(REFUSING_NO_MORE[connection.vendor])
+
+
+@pytest.mark.database
+@pytest.mark.parametrize("decision", ["fail", "succeed"])
+def test_f76_rows_whose_account_the_database_refuses_get_stuck_and_stop_no_others(
+    decision: str,
+    settings: Any,
+    customer: Customer,
+    refusing: Callable[[], None],
+    stuck: list[Reservation],
+) -> None:
+    settings.METERLY = {**settings.METERLY, "MAX_SETTLE_ATTEMPTS": 3}
+    fund("user_1", 100, "refused")
+    for unit in ["refused"] * 6 + ["image_credits"] * 20:
+        work = guard(customer, 1, unit)
+        work.reserve()
+        row = work.reservation
+        assert row is not None
+        if decision == "succeed":
+            journal.record_success(row, 1)
+    refusing()
+    let_lapse()
+    journal.record_lapsed()
+    let_lapse()
+    done = journal.settle_due(get_client())
+    assert (done.taken, done.settled, done.outage) == (26, 20, False)
+    assert not stuck
+    for _ in range(2):
+        let_lapse()
+        assert not journal.settle_due(get_client()).outage
+    assert len(stuck) == 6
+    rows = Reservation.objects.stuck()
+    assert set(rows.values_list("unit", flat=True)) == {"refused"}
+    assert all("refused" in row.last_error or "45000" in row.last_error for row in rows)
+    verify()
+
+
+def test_an_answer_that_comes_too_late_does_not_postpone_another_decision(
+    remote: Any,
+) -> None:
+    customer = fund("user_1")
+    work = guard(customer, 25, idempotency_key="k")
+    work.reserve()
+    let_lapse()
+    journal.record_lapsed()
+    let_lapse()
+
+    def succeed_meanwhile() -> None:
+        assert journal.record_success(Reservation.objects.get(), 25)
+        let_lapse()
+        raise MeterlyInvalidRequestError("no")
+
+    remote.meet("release_reservation", succeed_meanwhile)
+    journal.settle_due(get_client(), limit=1)
+    row = Reservation.objects.get()
+    # What was refused is the release, of which nothing is left.
+    assert (row.state, row.refusals, row.last_error) == ("commit_pending", 0, "")
+    assert journal.settle_due(get_client()).settled == 1
+    assert balance(customer) == (75, 0)
 
 
 @pytest.mark.parametrize("transport", [Poisoned, PoisonedRemote])
@@ -616,23 +730,18 @@ def test_a_forgotten_key_is_still_refused_for_the_same_request(
     verify()
 
 
-def test_a_forgotten_key_is_refused_once_for_another_request(
+def test_f74_a_forgotten_key_stays_refused_for_another_request(
     customer: Customer,
 ) -> None:
     with guard(customer, 5, reference="job-1", idempotency_key="k"):
         pass
     forget(customer)
-    with pytest.raises(MeterlyIdempotencyMismatchError):
-        guard(customer, 7, reference="job-2", idempotency_key="k").reserve()
-    assert states() == ["failed"]
-    # What it named first has been charged once, and is not again.
+    for _ in range(3):
+        with pytest.raises(MeterlyIdempotencyMismatchError):
+            guard(customer, 7, reference="job-2", idempotency_key="k").reserve()
+    # An attempt on record would be followed by the next, with a key of its own.
+    assert states() == []
     assert balance(customer) == (995, 0)
-    with guard(customer, 7, reference="job-2", idempotency_key="k"):
-        pass
-    assert states() == ["failed", "committed"]
-    assert balance(customer) == (988, 0)
-    assert Entry.objects.filter(kind="credits_committed").count() == 2
-    verify()
 
 
 def test_a_forgotten_key_whose_work_failed_may_be_used_again(

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from django.db import transaction
+from django.db import IntegrityError, transaction
 
 from ..errors import MeterlyIdempotencyMismatchError
 from .models import Entry, Record
@@ -66,3 +66,14 @@ class Request:
                 idempotency_key=self.idempotency_key,
                 fingerprint=self.fingerprint,
             )
+
+    def remember(self) -> None:
+        """Record the key of a call that was answered, and moved no credits.
+
+        Raises ``MeterlyIdempotencyMismatchError`` when a call that asked for
+        something else was faster.
+        """
+        try:
+            self.record()
+        except IntegrityError:
+            self.recorded()

@@ -6,8 +6,8 @@ answer's *code* is one of these words, and ``operations`` turns it into an error
 
 ============  ===================================================================
 moved         This call has moved the credits.
-replayed      An earlier call has: one with the same key, or one that has closed
-              the hold in the same way.
+replayed      An earlier call with the same key has.
+already       An earlier call with another key has closed the hold in the same way.
 mismatch      An earlier call with the same key asked for something else.
 not_found     The workspace has no such customer, or no such hold.
 insufficient  Fewer credits than the amount are available.

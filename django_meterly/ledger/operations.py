@@ -215,10 +215,7 @@ def create_customer(
             details={"customerId": customer.public_id},
         )
     if recorded is None:
-        try:
-            request.record()
-        except IntegrityError:
-            request.recorded()
+        request.remember()
     return _customer_record(customer, created)
 
 
@@ -494,6 +491,7 @@ def _increase(
         return entry if isinstance(entry, Entry) else referred()
 
     if (entry := referred()) is not None:
+        request.remember()
         return _entry_record(entry, replayed=True)
     public_id = entry_id()
     accounts = Account.objects.using(request.using).filter(pk=account.pk)
@@ -521,6 +519,8 @@ def _increase(
         entry = written()
     if entry is None:
         raise _invalid(field, "The balance would exceed 2**63 - 1.")
+    if entry.idempotency_key != request.idempotency_key:
+        request.remember()
     return _entry_record(entry, replayed=entry.public_id != public_id)
 
 
@@ -773,6 +773,12 @@ def _close(closing: Closing, statement: Statement | None) -> HoldRecord:
         raise _invalid("amount", f"The reservation holds {answer.amount} credits.")
     if answer.code in {"closed", "due"}:
         raise _CLOSED.get(answer.status, MeterlyReservationExpiredError)
+    if answer.code == "already":
+        workspace = closing.workspace
+        if isinstance(workspace, str):
+            workspace = ensure_workspace(workspace).pk
+        key, fingerprint = closing.idempotency_key, closing.fingerprint
+        Request(using, workspace, key, fingerprint).remember()
     assert answer.expires_at is not None
     return HoldRecord(
         reservation_id=closing.hold_id,
@@ -781,7 +787,7 @@ def _close(closing: Closing, statement: Statement | None) -> HoldRecord:
         reference=answer.reference,
         expires_at=answer.expires_at,
         account=_balance(answer.customer_id, answer),
-        replayed=answer.code == "replayed",
+        replayed=answer.code != "moved",
     )
 
 

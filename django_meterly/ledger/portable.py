@@ -140,8 +140,9 @@ def close(using: str, closing: Closing, statement: Statement | None = None) -> C
     request = _request(using, closing, statement)
     if request is None:
         return Closed("not_found")
-    if (known := request.known()) is not None:
-        return _closed_before(closing, known)
+    known = request.known()
+    if known is not None and (answer := _closed_before(closing, known)):
+        return answer
     holds = Hold.objects.using(using).filter(
         public_id=closing.hold_id, account__customer__workspace=request.workspace_id
     )
@@ -155,10 +156,12 @@ def close(using: str, closing: Closing, statement: Statement | None = None) -> C
     if hold.status == Hold.Status.RESERVED:
         with _movement(request):
             _end(request, closing, hold)
-    if (known := request.known()) is not None:
-        return _closed_before(closing, known)
+    known = request.known()
+    if known is not None and (answer := _closed_before(closing, known)):
+        return answer
     hold = holds.current().get()
-    codes = {Hold.Status.RESERVED.value: "due", closing.status: "replayed"}
+    alike = "already" if known is None else "replayed"
+    codes = {Hold.Status.RESERVED.value: "due", closing.status: alike}
     return _closed(codes.get(hold.status, "closed"), hold)
 
 
@@ -186,10 +189,15 @@ def _end(request: Request, closing: Closing, hold: Hold) -> None:
     )
 
 
-def _closed_before(closing: Closing, known: Entry | Record) -> Closed:
-    """Answer with what is known of the key, by this very call or an earlier one."""
-    if not isinstance(known, Entry) or known.fingerprint != closing.fingerprint:
+def _closed_before(closing: Closing, known: Entry | Record) -> Closed | None:
+    """Answer with what is known of the key, by this very call or an earlier one.
+
+    A record says only that an earlier call asked for the same, and moved nothing.
+    """
+    if known.fingerprint != closing.fingerprint:
         return Closed("mismatch")
+    if not isinstance(known, Entry):
+        return None
     assert known.hold is not None
     return Closed(
         "moved" if known.public_id == closing.entry_id else "replayed",

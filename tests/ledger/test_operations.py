@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from django.db import IntegrityError, transaction
 
@@ -13,6 +15,7 @@ from django_meterly.ledger.models import (
     Entry,
     Hold,
     LedgerCustomer,
+    Record,
     Workspace,
 )
 from django_meterly.transports.base import MAX_AMOUNT
@@ -590,3 +593,75 @@ def test_f75_a_neighbour_who_expires_the_hold_first_is_no_refusal(
     monkeypatch.setattr(operations, "_expire_due", outrun)
 
     assert reserve(workspace, customer, 70, "second").account.available == 30
+
+
+# Keys of calls that are answered by an earlier call's result
+
+
+def _granted(workspace, customer, *, key, amount=100, reference="opening"):
+    return operations.grant(
+        workspace.pk,
+        external_id="user_1",
+        amount=amount,
+        credit_unit="credits",
+        reference=reference,
+        idempotency_key=key,
+    )
+
+
+def _added(workspace, customer, *, key, amount=7, reference="added"):
+    return operations.add(
+        workspace.pk,
+        customer,
+        amount=amount,
+        reference=reference,
+        idempotency_key=key,
+    )
+
+
+def _closed(close, workspace, customer, *, key, **options):
+    # The same hold, or with another amount another hold.
+    hold = "first" if options.get("amount") is None else "second"
+    reservation_id = reserve(workspace, customer, 10, key=hold).reservation_id
+    return close(workspace.pk, reservation_id, idempotency_key=key)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        _granted,
+        _added,
+        partial(_closed, operations.commit),
+        partial(_closed, operations.release),
+    ],
+    ids=["grant", "add", "commit", "release"],
+)
+def test_f76_a_key_that_an_earlier_result_has_answered_is_remembered(
+    workspace, customer, call
+):
+    call(workspace, customer, key="one")
+    before = numbers(workspace, customer)
+    for _ in range(3):
+        assert call(workspace, customer, key="other").replayed
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        call(workspace, customer, key="other", amount=3)
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        operations.use(
+            workspace.pk, customer, amount=1, reference="r", idempotency_key="other"
+        )
+    held = 10 * Hold.objects.filter(public_id__isnull=False, status="reserved").count()
+    assert numbers(workspace, customer) == (before[0], held)
+    assert call(workspace, customer, key="other").replayed
+    assert Record.objects.filter(idempotency_key="other").count() == 1
+
+
+def test_f76_a_key_answered_by_the_winner_of_a_race_is_remembered(
+    workspace, customer, monkeypatch
+):
+    entries = operations._entries
+    looks = iter([Entry.objects.none])
+    monkeypatch.setattr(operations, "_entries", lambda: next(looks, entries)())
+    assert _granted(workspace, customer, key="other").replayed
+    with pytest.raises(errors.MeterlyIdempotencyMismatchError):
+        _granted(workspace, customer, key="other", reference="a second one")
+    assert numbers(workspace, customer) == (100, 0)

@@ -182,11 +182,11 @@ BEGIN
         FROM meterly_ledger_workspace w WHERE w.name = workspace_name_;
     END IF;
     LOOP
-        -- A record is the key of a call that was no movement: a mismatch.
+        -- A record is the key of a call that moved nothing.
         SELECT coalesce(
             (SELECT e.fingerprint FROM meterly_ledger_entry e
             WHERE e.workspace_id = workspace_ AND e.idempotency_key = key_),
-            (SELECT '' FROM meterly_ledger_record r
+            (SELECT r.fingerprint FROM meterly_ledger_record r
             WHERE r.workspace_id = workspace_ AND r.idempotency_key = key_)
         ) INTO known_;
         IF known_ <> fingerprint_ THEN
@@ -254,14 +254,17 @@ BEGIN
         END IF;
         IF known_ IS NOT NULL THEN
             code_ := 'replayed';
-            SELECT e.balance_after, e.reserved_after INTO balance_, reserved_
+            -- A record has no balance of its own.
+            SELECT coalesce(max(e.balance_after), balance_),
+                coalesce(max(e.reserved_after), reserved_)
+            INTO balance_, reserved_
             FROM meterly_ledger_entry e
             WHERE e.workspace_id = workspace_ AND e.idempotency_key = key_;
         ELSIF coalesce(charged_, 0) > amount_ THEN
             code_ := 'too_much';
         ELSE
             code_ := CASE present_
-                WHEN 'reserved' THEN 'due' WHEN status_ THEN 'replayed'
+                WHEN 'reserved' THEN 'due' WHEN status_ THEN 'already'
                 ELSE 'closed' END;
         END IF;
         IF present_ = 'reserved' AND until_ <= now_ THEN
