@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .decorators import meterly_guard
     from .errors import (
         MeterlyApiError,
+        MeterlyDebtError,
         MeterlyDuplicateError,
         MeterlyError,
         MeterlyIdempotencyMismatchError,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MeterlyApiError",
     "MeterlyClient",
+    "MeterlyDebtError",
     "MeterlyDuplicateError",
     "MeterlyError",
     "MeterlyIdempotencyMismatchError",

@@ -23,7 +23,7 @@ from . import grants, journal
 from .client import get_client
 from .errors import MeterlyError
 from .forms import CustomerForm, GrantCreditsForm
-from .models import Customer, Grant, Reservation
+from .models import MAX_REASON_LENGTH, Customer, Grant, Reservation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -366,9 +366,9 @@ MEANING = {
     ),
     Reservation.State.COMMITTED: gettext_lazy("The work is done and was charged."),
     Reservation.State.UNBILLED: gettext_lazy(
-        "The work is done, but the hold was gone and there were too few credits "
-        "left to charge. This is a debt: it is tried again every few hours, and "
-        "succeeds once there are enough credits."
+        "The work is done, but there were too few credits left to charge. This is a "
+        "debt: it is paid from the customer's next credits, and until then the "
+        "customer starts no other work in this unit."
     ),
 }
 STUCK = gettext_lazy(
@@ -378,12 +378,13 @@ STUCK = gettext_lazy(
 
 @admin.register(Reservation)
 class ReservationAdmin(ReadOnlyAdmin):
-    """The journal, to read; stuck reservations can be tried again.
+    """The journal, to read. Two actions change it, each with a permission.
 
-    That needs ``meterly.change_reservation``.
+    To try stuck reservations again needs ``meterly.change_reservation``, to write a
+    debt off ``meterly.write_off_debt``.
     """
 
-    actions = ["retry_stuck"]
+    actions = ["retry_stuck", "write_off"]
     list_display = [
         "created_at",
         "customer",
@@ -417,6 +418,7 @@ class ReservationAdmin(ReadOnlyAdmin):
                     "unit",
                     "amount",
                     "charge",
+                    "owed",
                 ]
             },
         ),
@@ -505,30 +507,98 @@ class ReservationAdmin(ReadOnlyAdmin):
                 messages.SUCCESS,
             )
             return None
-        count = stuck.count()
-        if not count:
+        if not stuck.exists():
             self.message_user(
                 request,
                 _("None of these is stuck: there is nothing to try again."),
                 messages.WARNING,
             )
             return None
+        return self._confirmation(request, "retry_stuck", _("Try again"), stuck)
+
+    def has_write_off_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("meterly.write_off_debt")
+
+    @admin.action(
+        description=gettext_lazy("Write off (debts)"), permissions=["write_off"]
+    )
+    def write_off(
+        self, request: HttpRequest, queryset: ReservationQuerySet
+    ) -> HttpResponse | None:
+        """Let debts be, after a confirmation that gives a reason."""
+        debts = queryset.debts()
+        if not debts.exists():
+            self.message_user(
+                request,
+                _("None of these is a debt: there is nothing to write off."),
+                messages.WARNING,
+            )
+            return None
+        title = _("Write off")
+        if not request.POST.get("confirmed"):
+            return self._confirmation(request, "write_off", title, debts)
+        reason = request.POST.get("reason", "").strip()
+        if not reason or len(reason) > MAX_REASON_LENGTH:
+            return self._confirmation(
+                request,
+                "write_off",
+                title,
+                debts,
+                error=_("Give a reason of at most %(length)d characters.")
+                % {"length": MAX_REASON_LENGTH},
+            )
+        count = 0
+        for debt in debts.select_related("customer"):
+            if journal.write_off(debt):
+                count += 1
+                self.log_change(
+                    request,
+                    debt,
+                    _("Debt of %(owed)s %(unit)s written off: %(reason)s")
+                    % {"owed": debt.owed, "unit": debt.unit, "reason": reason},
+                )
+        self.message_user(
+            request,
+            ngettext(
+                "%(count)d debt was written off.",
+                "%(count)d debts were written off.",
+                count,
+            )
+            % {"count": count},
+            messages.SUCCESS,
+        )
+        return None
+
+    def _confirmation(
+        self,
+        request: HttpRequest,
+        action: str,
+        title: str,
+        rows: ReservationQuerySet,
+        *,
+        error: str = "",
+    ) -> TemplateResponse:
+        """Ask on a page of its own whether *action* is to be done to *rows*."""
+        count = rows.count()
         request.current_app = self.admin_site.name
-        title = _("Try again")
         return TemplateResponse(
             request,
-            "admin/meterly/reservation/retry_stuck.html",
+            f"admin/meterly/reservation/{action}.html",
             {
                 **self.admin_site.each_context(request),
                 "title": title,
                 "opts": self.opts,
                 "media": self.media,
+                "action": action,
                 "count": count,
-                "shown": stuck.select_related("customer")[:MAX_SHOWN],
+                "shown": rows.select_related("customer")[:MAX_SHOWN],
                 "more": max(0, count - MAX_SHOWN),
                 "checkbox": ACTION_CHECKBOX_NAME,
                 "selected": request.POST.getlist(ACTION_CHECKBOX_NAME),
                 "select_across": request.POST.get("select_across", "0"),
+                "error": error,
+                "reason": request.POST.get("reason", ""),
+                "reason_length": MAX_REASON_LENGTH,
             },
         )
 

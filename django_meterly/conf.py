@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "EXTERNAL_ID": "django_meterly.resolvers.external_id",
     "OVERAGE": "charge",
     "ON_DISCONNECT": "charge",
+    "ON_DEBT": "deny",
     "GUARDED_VIEWS": {},
     "ENFORCEMENT": "enforce",
     "ON_UNAVAILABLE": "deny",
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
 CHOICES = {
     "OVERAGE": ("charge", "cap"),
     "ON_DISCONNECT": ("charge", "release"),
+    "ON_DEBT": ("deny", "allow"),
     "ENFORCEMENT": ("enforce", "shadow", "off"),
     "ON_UNAVAILABLE": ("deny", "allow"),
 }

@@ -182,6 +182,20 @@ class MeterlyInsufficientCreditsError(MeterlyApiError):
         return self.available < self.required <= self.available + self.reserved
 
 
+class MeterlyDebtError(MeterlyInsufficientCreditsError):
+    """The customer owes credits for earlier work, and has too few to pay for it.
+
+    No ledger says so: the guard does. *owed* is the debt in credits of *unit*, and
+    *required* is what the debt and the new work cost together.
+    """
+
+    code = "debt"
+
+    @property
+    def owed(self) -> int:
+        return int(self.details.get("owed") or 0)
+
+
 class MeterlyForbiddenError(MeterlyApiError):
     """The API key may not do this."""
 

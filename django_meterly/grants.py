@@ -6,11 +6,11 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from django.db import IntegrityError, router, transaction
+from django.db import DatabaseError, IntegrityError, router, transaction
 
 from . import signals
-from .errors import OUTAGE, MeterlyApiError
-from .journal import announce, in_transaction
+from .errors import OUTAGE, MeterlyApiError, MeterlyError
+from .journal import announce, collect, in_transaction
 from .models import MAX_REASON_LENGTH, Customer, Grant
 from .transports.base import check_amount, check_description, check_text, check_unit
 
@@ -92,10 +92,21 @@ def settle(client: MeterlyClient, row: Grant) -> None:
         logger.warning("Grant %s was refused: %s", row.pk, exc)
     else:
         _record(row, State.GRANTED, "")
+        _collect(client, row)
         # The ledger has registered a customer it did not know.
         Customer.objects.filter(pk=row.customer.pk, customer_id=None).update(
             customer_id=answer.grant.customer_id
         )
+
+
+def _collect(client: MeterlyClient, row: Grant) -> None:
+    """Have what the customer owes paid from the grant."""
+    try:
+        row.customer.refresh_from_db(fields=["owes"])
+        if row.customer.owes:
+            collect(client, row.customer, row.unit)
+    except (MeterlyError, DatabaseError):
+        logger.exception("The debts of %s are left to the sweeper", row.customer)
 
 
 def _record(row: Grant, state: str, error: str) -> None:

@@ -69,6 +69,7 @@ from .db import DatabaseNow, from_now
 from .errors import (
     OUTAGE,
     MeterlyApiError,
+    MeterlyDebtError,
     MeterlyDuplicateError,
     MeterlyError,
     MeterlyIdempotencyInProgressError,
@@ -187,7 +188,8 @@ def reserve(
 
     With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
     trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
-    ``MeterlyInsufficientCreditsError`` (row ``denied``),
+    ``MeterlyInsufficientCreditsError`` (row ``denied``), ``MeterlyDebtError`` when the
+    customer owes credits of *unit* and cannot pay them now (no row),
     ``MeterlyUnavailableError`` (the work must not run; a hold that may exist is
     released by the sweeper), ``MeterlyDuplicateError`` when *key* was used, and
     ``MeterlyIdempotencyMismatchError`` when it was used for something else.
@@ -207,6 +209,8 @@ def reserve(
     )
     if key:
         _number_attempt(using, row)
+    if customer.owes and meterly_settings.ON_DEBT == "deny":
+        _refuse_debtor(limited, customer, amount, unit)
     try:
         customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
         if not key and fits_one_statement(client, using):
@@ -499,7 +503,7 @@ def _trust(using: str, row: Reservation, lease: float) -> bool:
             Reservation.objects.using(using)
             .on_trust()
             .filter(customer=row.customer, unit=row.unit)
-            .aggregate(sum=Sum(Coalesce("charge", "amount")))["sum"]
+            .aggregate(sum=Sum(Coalesce("owed", "charge", "amount")))["sum"]
         )
         if (owed or 0) + row.amount > meterly_settings.UNAVAILABLE_CAP:
             return False
@@ -856,7 +860,7 @@ def _move(
     changed = on_live_connection(using, lambda: rows.update(state=target, **fields))
     if changed:
         row.state = target
-        for name in fields.keys() & {"charge", "fence"}:
+        for name in fields.keys() & {"charge", "fence", "owed"}:
             setattr(row, name, fields[name])
     return bool(changed)
 
@@ -987,21 +991,7 @@ def _release(client: MeterlyClient, row: Reservation) -> None:
 
 
 def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
-    try:
-        held = _pay(client, row)
-    except MeterlyInsufficientCreditsError as exc:
-        _record_debt(row, exc)
-    else:
-        # The ledger remembers a hold that was committed by the key of its reserve.
-        # Without one, only this row knows that the key was charged.
-        _finish(row, State.COMMITTED, **({} if held else {"lapsed": True}))
-
-
-def _pay(client: MeterlyClient, row: Reservation) -> bool:
-    """Commit the hold of *row*, and debit what it did not cover.
-
-    Returns whether there was a hold to commit.
-    """
+    """Commit the hold of *row*, and debit what it did not cover."""
     assert row.charge is not None
     owed = row.charge
     held = _find_hold(client, row)
@@ -1011,18 +1001,23 @@ def _pay(client: MeterlyClient, row: Reservation) -> bool:
         except (MeterlyReservationExpiredError, MeterlyReservationReleasedError):
             held = False
     if owed:
-        # What the hold did not cover. Whether there was one is on record, whether it
-        # was committed or lost is final at the ledger: a replay comes to the same
-        # amount.
-        movement = client.use_credits(
-            _customer_id(client, row),
-            owed,
-            row.unit,
-            row.reference,
-            idempotency_key=row.wire_key("debit"),
-        )
+        # Whether there was a hold is on record, whether it was committed or lost is
+        # final at the ledger: a replay comes to the same amount.
+        try:
+            movement = client.use_credits(
+                _customer_id(client, row),
+                owed,
+                row.unit,
+                row.reference,
+                idempotency_key=row.wire_key("debit"),
+            )
+        except MeterlyInsufficientCreditsError as exc:
+            _record_debt(row, owed, exc)
+            return
         _watch_balance(row, movement.balance, owed)
-    return held
+    # The ledger remembers a hold that was committed by the key of its reserve.
+    # Without one, only this row knows that the key was charged.
+    _finish(row, State.COMMITTED, owed=None, **({} if held else {"lapsed": True}))
 
 
 def _commit(client: MeterlyClient, row: Reservation, charge: int) -> int:
@@ -1091,15 +1086,29 @@ _OUTCOMES: dict[str, Signal] = {
 }
 
 
-def _record_debt(row: Reservation, exc: MeterlyError) -> None:
+def _record_debt(
+    row: Reservation, owed: int, exc: MeterlyInsufficientCreditsError
+) -> None:
     first = row.state == State.COMMIT_PENDING
-    recorded = _move(
-        row,
-        [State.COMMIT_PENDING, State.UNBILLED],
-        State.UNBILLED,
-        next_attempt_at=from_now(UNBILLED_INTERVAL * random.uniform(0.8, 1.2)),  # noqa: S311
-        last_error=str(exc),
-    )
+    using = alias()
+    row.shortage = exc
+
+    @transaction.atomic(using=using)
+    def record() -> bool:
+        recorded = _move(
+            row,
+            [State.COMMIT_PENDING, State.UNBILLED],
+            State.UNBILLED,
+            owed=owed,
+            next_attempt_at=from_now(UNBILLED_INTERVAL * random.uniform(0.8, 1.2)),  # noqa: S311
+            last_error=str(exc),
+        )
+        if recorded:
+            Customer.objects.using(using).filter(pk=row.customer_id).update(owes=True)
+        return recorded
+
+    recorded = on_live_connection(using, record)
+    row.customer.owes |= recorded
     logger.warning("Reservation %s could not be billed: %s", row.pk, exc)
     if recorded and first:
         _announce(signals.reservation_unbilled, row)
@@ -1178,6 +1187,89 @@ def _watch_balance(row: Reservation, balance: Balance, moved: int) -> None:
     if signals.low_balance.has_listeners(Customer):
         # Afterwards: no movement is to wait for this, or to fail with it.
         transaction.on_commit(announce_once, using=using, robust=True)
+
+
+# Debts
+
+
+def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reservation]:
+    """Debit what *customer* owes in *unit*, the oldest debt first.
+
+    Stops at the first debt for which there are too few credits. Stuck ones are
+    tried, too. Returns the debts that are left, each with what is *owed*; the first
+    knows its *shortage*. Raises ``MeterlyUnavailableError`` when the ledger cannot be
+    asked.
+    """
+    using = alias()
+    debts = Reservation.objects.using(using).debts().filter(customer=customer)
+    for row in debts.filter(unit=unit).select_related("customer"):
+        with client.transport.unit_of_work(using):
+            # The row before its account: so does everybody.
+            if not debts.filter(pk=row.pk).update(
+                settle_attempts=F("settle_attempts") + 1
+            ):
+                continue
+            outcome = settle(client, row, timeout=SETTLE_TIMEOUT)
+        if outcome is Outcome.UNREACHED:
+            raise MeterlyUnavailableError(f"The debt {row.pk} cannot be asked for.")
+        if row.state == State.UNBILLED:
+            left = debts.filter(unit=unit).exclude(pk=row.pk)
+            return [row, *left]
+    _clear_owing(using, customer)
+    return []
+
+
+def _clear_owing(using: str, customer: Customer) -> None:
+    """Let *customer* owe nothing, unless there is a debt, in whatever unit."""
+    customers = Customer.objects.using(using).filter(pk=customer.pk)
+    with transaction.atomic(using=using):
+        # Locks the customer: a debt that is being recorded is seen, or waits.
+        customers.update(owes=True)
+        debts = Reservation.objects.using(using).debts().filter(customer=customer)
+        if not debts.exists():
+            customers.update(owes=False)
+            customer.owes = False
+
+
+def _refuse_debtor(
+    client: MeterlyClient, customer: Customer, amount: int, unit: str
+) -> None:
+    """Raise ``MeterlyDebtError`` if *customer* owes credits of *unit* after all."""
+    debts = collect(client, customer, unit)
+    if not debts:
+        return
+    owed = sum(row.owed or 0 for row in debts)
+    shortage = debts[0].shortage
+    available = shortage.available if shortage else 0
+    raise MeterlyDebtError(
+        f"{customer} owes {owed} credits of {unit!r}, {available} are available.",
+        details={
+            "required": owed + amount,
+            "available": available,
+            "reserved": shortage.reserved if shortage else 0,
+            "unit": unit,
+            "owed": owed,
+        },
+    )
+
+
+def write_off(row: Reservation) -> bool:
+    """Let the debt *row* be: it is committed, and nothing more is charged for it.
+
+    What it *owed* stays on record. Returns whether it was a debt.
+    """
+    written_off = _move(
+        row,
+        [State.UNBILLED],
+        State.COMMITTED,
+        # Only this row knows that its key was charged.
+        lapsed=True,
+        next_attempt_at=None,
+        stuck_at=None,
+    )
+    if written_off:
+        _clear_owing(alias(), row.customer)
+    return written_off
 
 
 # The sweeper

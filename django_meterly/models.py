@@ -18,6 +18,7 @@ from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text
 
 if TYPE_CHECKING:
     from .client import MeterlyClient
+    from .errors import MeterlyInsufficientCreditsError
 
 #: A caller's key at most; the rest of the wire's 255 is for what is derived from it.
 MAX_CALLER_KEY_LENGTH = 200
@@ -96,6 +97,12 @@ class Customer(models.Model):
         unique=True,
         editable=False,
         help_text=_("The ledger's id, known from the first use on."),
+    )
+    owes = models.BooleanField(
+        _("owes credits"),
+        default=False,
+        editable=False,
+        help_text=_("Whether a reservation of this customer may be a debt."),
     )
     created_at = models.DateTimeField(_("created at"), auto_now_add=True)
 
@@ -227,6 +234,11 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
         unheld = models.Q(reservation_id=None) | models.Q(reservation_id="")
         return self.filter((running | lapsed) & unheld | models.Q(state=state.UNBILLED))
 
+    def debts(self) -> ReservationQuerySet:
+        """Rows whose charge there were too few credits for, the oldest first."""
+        unbilled = self.filter(state=Reservation.State.UNBILLED)
+        return unbilled.order_by("decided_at", "pk")
+
     def due(self, older_than: float = 0.0) -> ReservationQuerySet:
         """Decided rows that are to be carried out, since *older_than* seconds.
 
@@ -317,6 +329,15 @@ class Reservation(models.Model):
         blank=True,
         help_text=_("What is to be charged; empty while the work runs."),
     )
+    owed = models.BigIntegerField(
+        _("amount owed"),
+        null=True,
+        blank=True,
+        help_text=_(
+            "What of the charge there were no credits for. Once the reservation is "
+            "committed, this was written off."
+        ),
+    )
     reference = ExactCharField(_("reference"), max_length=MAX_TEXT_LENGTH)
     name = ExactCharField(
         _("view or task"),
@@ -359,6 +380,7 @@ class Reservation(models.Model):
     class Meta:
         verbose_name = _("reservation")
         verbose_name_plural = _("reservations")
+        permissions = [("write_off_debt", _("Can write off debts"))]
         constraints = [
             models.UniqueConstraint(
                 fields=["customer", "key", "attempt"],
@@ -370,6 +392,10 @@ class Reservation(models.Model):
             models.CheckConstraint(
                 condition=models.Q(charge=None) | models.Q(charge__gte=0),
                 name="meterly_reservation_charge",
+            ),
+            models.CheckConstraint(
+                condition=~models.Q(state="unbilled") | models.Q(owed__gt=0),
+                name="meterly_reservation_owed",
             ),
             models.CheckConstraint(
                 # An open row without a lease, or a decided one without a next
@@ -395,6 +421,9 @@ class Reservation(models.Model):
             models.Index(fields=["next_attempt_at"], name="meterly_reservation_due"),
             models.Index(fields=["created_at"], name="meterly_reservation_created"),
         ]
+
+    #: Why its debit was refused, if this very object has just tried it.
+    shortage: MeterlyInsufficientCreditsError | None = None
 
     def __str__(self) -> str:
         return f"{self.reference} ({self.get_state_display()})"

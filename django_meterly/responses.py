@@ -14,6 +14,7 @@ from django.utils.translation import gettext as _
 
 from .conf import meterly_settings
 from .errors import (
+    MeterlyDebtError,
     MeterlyDuplicateError,
     MeterlyIdempotencyMismatchError,
     MeterlyInsufficientCreditsError,
@@ -51,13 +52,24 @@ class Problem(NamedTuple):
 def problem(exc: Exception) -> Problem:
     """Return what to say about one of the ``RENDERED`` exceptions.
 
-    402 with ``required, available, reserved, unit, top_up_url``, 503 with
+    402 with ``required, available, reserved, unit, top_up_url`` (and ``owed`` for a
+    customer with debts), 503 with
     ``Retry-After``, 409 with ``state`` and ``reference``, 422 for a key that was
     used for something else, or 400 for one that cannot be one. Raises
     ``TypeError`` for any other exception.
     """
     if isinstance(exc, MeterlyInsufficientCreditsError):
-        if exc.held_by_running_work:
+        code = "insufficient_credits"
+        extra: dict[str, Any] = {}
+        if isinstance(exc, MeterlyDebtError):
+            code = "debt"
+            extra["owed"] = exc.owed
+            title = _("Earlier work is not paid for yet")
+            detail = _(
+                "You owe %(owed)d %(unit)s for earlier work, and %(available)d are "
+                "available. New credits pay for that first."
+            ) % {"owed": exc.owed, "unit": exc.unit, "available": exc.available}
+        elif exc.held_by_running_work:
             title = _("Your credits are in use")
             detail = _(
                 "Your running work holds the credits this needs. "
@@ -72,7 +84,7 @@ def problem(exc: Exception) -> Problem:
                 "unit": exc.unit,
                 "available": exc.available,
             }
-        extra = {
+        extra |= {
             "required": exc.required,
             "available": exc.available,
             "reserved": exc.reserved,
@@ -80,7 +92,7 @@ def problem(exc: Exception) -> Problem:
             "top_up_url": meterly_settings.TOP_UP_URL,
             "held_by_running_work": exc.held_by_running_work,
         }
-        return Problem(402, "insufficient_credits", title, detail, extra)
+        return Problem(402, code, title, detail, extra)
     if isinstance(exc, MeterlyUnavailableError):
         return Problem(
             503,

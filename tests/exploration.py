@@ -468,6 +468,7 @@ class World:
         record_success, trust = journal.record_success, journal._trust
         presume, record_failure = journal.presume, journal.record_failure
         opened, record_late = journal._opened, journal._record_late_success
+        record_debt = journal._record_debt
 
         @contextmanager
         def one_step() -> Iterator[None]:
@@ -491,6 +492,10 @@ class World:
         def recorded_late(*args: Any) -> bool:
             with one_step():
                 return record_late(*args)
+
+        def recorded_debt(*args: Any) -> None:
+            with one_step():
+                record_debt(*args)
 
         @contextmanager
         def opened_at_once(using: str, row: Reservation) -> Iterator[None]:
@@ -528,6 +533,7 @@ class World:
             mock.patch.object(journal, "record_success", recorded),
             mock.patch.object(journal, "_trust", trusted),
             mock.patch.object(journal, "_record_late_success", recorded_late),
+            mock.patch.object(journal, "_record_debt", recorded_debt),
             mock.patch.object(journal, "_opened", opened_at_once),
         ):
             yield

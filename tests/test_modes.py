@@ -253,7 +253,8 @@ class TestOnTrust:
         failed.fail()
         assert not Reservation.objects.on_trust().filter(pk=failed.reservation.pk)
 
-    def test_the_cap_counts_debts(self, user: User, remote: Any) -> None:
+    def test_the_cap_counts_debts(self, user: User, remote: Any, settings: Any) -> None:
+        settings.METERLY = {**settings.METERLY, "ON_DEBT": "allow"}
         customer = fund(user, 10)
         remote.meet("reserve_credits", "unsent")
         with guard(user, 25):

@@ -52,6 +52,17 @@ class Migration(migrations.Migration):
                     ),
                 ),
                 (
+                    "owes",
+                    models.BooleanField(
+                        default=False,
+                        editable=False,
+                        help_text=(
+                            "Whether a reservation of this customer may be a debt."
+                        ),
+                        verbose_name="owes credits",
+                    ),
+                ),
+                (
                     "created_at",
                     models.DateTimeField(auto_now_add=True, verbose_name="created at"),
                 ),
@@ -183,6 +194,18 @@ class Migration(migrations.Migration):
                         help_text="What is to be charged; empty while the work runs.",
                         null=True,
                         verbose_name="amount charged",
+                    ),
+                ),
+                (
+                    "owed",
+                    models.BigIntegerField(
+                        blank=True,
+                        help_text=(
+                            "What of the charge there were no credits for. Once the "
+                            "reservation is committed, this was written off."
+                        ),
+                        null=True,
+                        verbose_name="amount owed",
                     ),
                 ),
                 (
@@ -319,6 +342,7 @@ class Migration(migrations.Migration):
             options={
                 "verbose_name": "reservation",
                 "verbose_name_plural": "reservations",
+                "permissions": [("write_off_debt", "Can write off debts")],
                 "indexes": [
                     models.Index(
                         fields=["lease_until"], name="meterly_reservation_lease"
@@ -344,6 +368,14 @@ class Migration(migrations.Migration):
                             ("charge", None), ("charge__gte", 0), _connector="OR"
                         ),
                         name="meterly_reservation_charge",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(
+                            models.Q(("state", "unbilled"), _negated=True),
+                            ("owed__gt", 0),
+                            _connector="OR",
+                        ),
+                        name="meterly_reservation_owed",
                     ),
                     models.CheckConstraint(
                         condition=models.Q(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rest_framework.response import Response
 
 __all__ = [
+    "Debt",
     "Duplicate",
     "GuardException",
     "InsufficientCredits",
@@ -54,6 +55,10 @@ class InsufficientCredits(GuardException):
     default_code = "insufficient_credits"
 
 
+class Debt(InsufficientCredits):
+    default_code = "debt"
+
+
 class Unavailable(GuardException):
     status_code = status.HTTP_503_SERVICE_UNAVAILABLE
     default_code = "unavailable"
@@ -80,14 +85,21 @@ def counterpart(exc: Exception) -> GuardException:
     Raises ``TypeError`` for any other exception.
     """
     problem = responses.problem(exc)
-    answer = _CLASSES[problem.status](problem.detail, **problem.extra)
+    answer = _CLASSES[problem.code](problem.detail, **problem.extra)
     answer.wait = problem.retry_after
     return answer
 
 
-_CLASSES: dict[int, type[GuardException]] = {
-    cls.status_code: cls
-    for cls in (InsufficientCredits, Unavailable, Duplicate, InvalidKey, KeyMismatch)
+_CLASSES: dict[str, type[GuardException]] = {
+    cls.default_code: cls
+    for cls in (
+        InsufficientCredits,
+        Debt,
+        Unavailable,
+        Duplicate,
+        InvalidKey,
+        KeyMismatch,
+    )
 }
 
 
