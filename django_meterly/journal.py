@@ -76,6 +76,7 @@ from .errors import (
     MeterlyIdempotencyMismatchError,
     MeterlyInsufficientCreditsError,
     MeterlyNotFoundError,
+    MeterlyRateLimitedError,
     MeterlyReservationCommittedError,
     MeterlyReservationExpiredError,
     MeterlyReservationReleasedError,
@@ -218,7 +219,11 @@ def reserve(
         else:
             answer = _reserve_by_intent(using, client, limited, row, lease)
     except OUTAGE as exc:
-        if on_unavailable == "allow" and _trust(using, row, lease):
+        # Whoever sends too many requests must not get work for nothing by that.
+        trusts = on_unavailable == "allow" and not isinstance(
+            exc, MeterlyRateLimitedError
+        )
+        if trusts and _trust(using, row, lease):
             logger.info("Reservation %s runs on trust: %s", row.pk, exc)
             return row, None
         _give_up(row, exc, lapses=on_unavailable != "allow")

@@ -105,7 +105,6 @@ class TestOnTrust:
             "unsent",
             MeterlyAuthenticationError("no"),
             MeterlyIdempotencyInProgressError("wait"),
-            MeterlyRateLimitedError("wait"),
             MeterlyServerError("oops"),
         ],
         ids=str,
@@ -268,6 +267,15 @@ class TestOnTrust:
         assert balance(customer) == (10, 0)
         with guard(user, 6):
             pass
+
+    def test_f59_too_many_requests_are_no_reason_for_trust(
+        self, user: User, customer: Any, remote: Any
+    ) -> None:
+        remote.meet("reserve_credits", MeterlyRateLimitedError())
+        with pytest.raises(MeterlyUnavailableError):
+            guard(user, 1).reserve()
+        assert states() == ["failed"]
+        assert balance(customer) == (100, 0)
 
     def test_no_cap_allows_nothing(
         self, user: User, customer: Any, remote: Any, settings: Any
