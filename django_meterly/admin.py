@@ -371,6 +371,14 @@ MEANING = {
         "customer starts no other work in this unit."
     ),
 }
+PRESUMED = gettext_lazy(
+    "The work has returned well, and its response is still to be sent. If nobody "
+    "decides before the lease ends, it is charged."
+)
+NOTED = gettext_lazy(
+    "The credits were given back, but the work succeeded afterwards. It is charged if "
+    "the next attempt at its key is not."
+)
 STUCK = gettext_lazy(
     "But it is stuck: it is not tried any more until somebody looks into it."
 )
@@ -605,6 +613,10 @@ class ReservationAdmin(ReadOnlyAdmin):
     @admin.display(description=gettext_lazy("what this means"))
     def meaning(self, reservation: Reservation) -> str:
         meaning = str(MEANING[Reservation.State(reservation.state)])
+        if reservation.is_presumed:
+            meaning = str(PRESUMED)
+        elif reservation.is_noted:
+            meaning = str(NOTED)
         if reservation.stuck_at is None:
             return meaning
         return f"{meaning} {STUCK}"

@@ -944,8 +944,7 @@ def settle(
     is raised but database errors. With a *timeout*, each call is tried once, and
     all of them together may take that many seconds.
     """
-    if row.state == State.RELEASED and row.charge is not None:
-        # A success that was noted.
+    if row.is_noted and row.charge is not None:
         _record_late_success(row, row.charge, row.fence)
     if row.state not in State.pending():
         return Outcome.ANSWERED

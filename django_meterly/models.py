@@ -394,7 +394,8 @@ class Reservation(models.Model):
                 name="meterly_reservation_charge",
             ),
             models.CheckConstraint(
-                condition=~models.Q(state="unbilled") | models.Q(owed__gt=0),
+                condition=~models.Q(state="unbilled")
+                | models.Q(owed__isnull=False, owed__gt=0),
                 name="meterly_reservation_owed",
             ),
             models.CheckConstraint(
@@ -432,6 +433,11 @@ class Reservation(models.Model):
     def is_presumed(self) -> bool:
         """Whether the work has returned well, and its response is not sent yet."""
         return self.state == self.State.RESERVED and self.charge is not None
+
+    @property
+    def is_noted(self) -> bool:
+        """Whether the work succeeded late, and waits for another attempt's end."""
+        return self.state == self.State.RELEASED and self.charge is not None
 
     @property
     def is_offered(self) -> bool:

@@ -587,16 +587,35 @@ def test_every_field_is_shown(
         assert f"field-{field.name}" in shown, field.name
 
 
+def meaning_of(everything: Client, row: Reservation) -> str:
+    shown = everything.get(f"{RESERVATIONS}{row.pk}/change/").content.decode()
+    (meaning,) = re.findall(
+        r'What this means:</label>\s*<div class="readonly">([^<]+)<', shown
+    )
+    return str(meaning)
+
+
+@pytest.mark.parametrize(
+    ("state", "word"), [("reserved", "still to be sent"), ("released", "afterwards")]
+)
+def test_a_charge_that_waits_is_explained(
+    everything: Client, customer: Customer, state: str, word: str
+) -> None:
+    now = timezone.now()
+    times = {"lease_until": now, "next_attempt_at": now}
+    row = reserve(customer, state=state, charge=3, **times)
+    assert word in meaning_of(everything, row)
+    Reservation.objects.update(charge=None)
+    assert word not in meaning_of(everything, row)
+
+
 @pytest.mark.parametrize("state", Reservation.State.values)
 def test_every_state_is_explained(
     everything: Client, customer: Customer, state: str
 ) -> None:
     now = timezone.now()
-    row = reserve(customer, state=state, lease_until=now, next_attempt_at=now)
-    shown = everything.get(f"{RESERVATIONS}{row.pk}/change/").content.decode()
-    (meaning,) = re.findall(
-        r'What this means:</label>\s*<div class="readonly">([^<]+)<', shown
-    )
+    row = reserve(customer, state=state, lease_until=now, next_attempt_at=now, owed=1)
+    meaning = meaning_of(everything, row)
     assert len(meaning) > 30
     assert "stuck" not in meaning
     Reservation.objects.update(stuck_at=now)

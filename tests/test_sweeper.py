@@ -640,7 +640,7 @@ def make(customer: Customer, state: str, **fields: Any) -> Reservation:
         "reserved": {"lease_until": now + DAY},
         "release_pending": {"next_attempt_at": now + DAY},
         "commit_pending": {"next_attempt_at": now + DAY, "charge": 1},
-        "unbilled": {"next_attempt_at": now + DAY, "charge": 1},
+        "unbilled": {"next_attempt_at": now + DAY, "charge": 1, "owed": 1},
     }.get(state, {"settled_at": now})
     return Reservation.objects.create(
         customer=customer,

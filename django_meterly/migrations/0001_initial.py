@@ -372,7 +372,7 @@ class Migration(migrations.Migration):
                     models.CheckConstraint(
                         condition=models.Q(
                             models.Q(("state", "unbilled"), _negated=True),
-                            ("owed__gt", 0),
+                            models.Q(("owed__gt", 0), ("owed__isnull", False)),
                             _connector="OR",
                         ),
                         name="meterly_reservation_owed",
