@@ -102,11 +102,21 @@ def _chunks(request: HttpRequest) -> Iterator[bytes]:
             request.meterly.charge(int(used))  # type: ignore[attr-defined]
 
 
+def _pauses(request: HttpRequest) -> Iterator[float]:
+    """Yield how long each chunk is followed by nothing: ``?pace=&last=`` seconds."""
+    count = int(request.GET.get("chunks", "3"))
+    pace = float(request.GET.get("pace", "0"))
+    yield from [pace] * (count - 2)
+    # Before the last chunk.
+    yield float(request.GET.get("last", pace))
+    yield from [pace] * 2
+
+
 def stream(request: HttpRequest) -> HttpResponseBase:
     def chunks() -> Iterator[bytes]:
-        for chunk in _chunks(request):
+        for chunk, pause in zip(_chunks(request), _pauses(request), strict=False):
             yield chunk
-            time.sleep(float(request.GET.get("pace", "0")))
+            time.sleep(pause)
         hold(request)
 
     return StreamingHttpResponse(chunks())
@@ -114,9 +124,9 @@ def stream(request: HttpRequest) -> HttpResponseBase:
 
 async def astream(request: HttpRequest) -> HttpResponseBase:
     async def chunks() -> AsyncIterator[bytes]:
-        for chunk in _chunks(request):
+        for chunk, pause in zip(_chunks(request), _pauses(request), strict=False):
             yield chunk
-            await asyncio.sleep(float(request.GET.get("pace", "0")))
+            await asyncio.sleep(pause)
         await ahold(request)
 
     return StreamingHttpResponse(chunks())
