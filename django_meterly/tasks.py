@@ -170,7 +170,7 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
     Workers, ``apply`` and plain calls come here. Only out here it is known whether
     an exception is a retry.
     """
-    from .guards import RESERVATION_HEADER
+    from .handoffs import header_of
     from .jobs import Job
 
     request, outer = task.request, _job_of(task)
@@ -186,9 +186,7 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
         task.name,
         None if direct else task_id,
         request_id=request.id,
-        reservation_id=None
-        if direct
-        else (request.headers or {}).get(RESERVATION_HEADER),
+        header=None if direct else header_of(request),
         outer=_current.get(),
     )
     if not direct:
@@ -321,26 +319,28 @@ def settle_reservations(seconds: float = 60.0) -> None:
 
 
 @shared_task(name="django_meterly.tasks.release_handed_off", ignore_result=True)
-def release_handed_off(reservation_id: str) -> None:
-    """Release what was handed off to a task that will not run.
+def release_handed_off(header: Any, name: str, task_id: str) -> None:
+    """Release what *header* hands off to the task *name*[*task_id*]: it will not run.
 
     Unless the task has claimed it.
     """
-    from . import journal
+    from . import handoffs, journal
     from .client import get_client
 
-    journal.withdraw(get_client(), reservation_id)
+    reservation_id = handoffs.read(header, name, task_id)
+    if reservation_id != handoffs.UNCHARGED:
+        journal.withdraw(get_client(), reservation_id)
 
 
 @task_revoked.connect
 def _release_revoked(sender: Any = None, request: Any = None, **kwargs: Any) -> None:
     """Have the credits released of a hand-off that was revoked, or has expired."""
-    from .guards import RESERVATION_HEADER, UNCHARGED
+    from .handoffs import header_of
 
-    reservation_id = (request.headers or {}).get(RESERVATION_HEADER)
-    if reservation_id not in (None, UNCHARGED):
+    header = header_of(request)
+    if header is not None and getattr(sender, "meterly_guarded", False):
         # This is the worker's main process, which cannot wait for a database.
-        release_handed_off.apply_async((reservation_id,), retry=False)
+        release_handed_off.apply_async((header, sender.name, request.id), retry=False)
 
 
 @register("meterly")
