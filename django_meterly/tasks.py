@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from celery import current_app, shared_task
 from celery.exceptions import Ignore, Retry
 from celery.signals import task_revoked
+from django.conf import settings
 from django.core.checks import CheckMessage, register
 from django.core.checks import Warning as CheckWarning
+from django.core.checks.security.base import SECRET_KEY_INSECURE_PREFIX
+from django.core.exceptions import ImproperlyConfigured
 
 from .conf import meterly_settings
 from .errors import (
@@ -358,6 +361,31 @@ def check_tasks(**kwargs: Any) -> list[CheckMessage]:
         )
         for task in guarded_tasks()
         if task.meterly_on_duplicate == "ignore" and task.acks_late
+    ]
+
+
+@register("meterly", deploy=True)
+def check_secret_key(**kwargs: Any) -> list[CheckMessage]:
+    """Warn when hand-offs are signed with a key that others may know."""
+    try:
+        keys = [settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS]
+    except ImproperlyConfigured:
+        return []  # Django says so.
+    if not guarded_tasks() or not any(
+        str(key).startswith(SECRET_KEY_INSECURE_PREFIX) for key in keys
+    ):
+        return []
+    return [
+        CheckWarning(
+            "Hand-offs to tasks are signed with a SECRET_KEY that startproject has "
+            "written: whoever knows it and your broker can run tasks for nothing.",
+            hint=(
+                "Set a long random SECRET_KEY, the same for web and workers. When you "
+                "change it, keep the old one in SECRET_KEY_FALLBACKS of both until the "
+                "queues are empty."
+            ),
+            id="meterly.W009",
+        )
     ]
 
 

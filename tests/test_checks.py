@@ -117,6 +117,24 @@ def test_what_runs_for_nothing_is_warned_of_when_deployed(
     assert deployed() == ["meterly.E001"]
 
 
+def test_f58_a_secret_key_that_others_know_is_warned_of_when_deployed(
+    settings: Any,
+) -> None:
+    def deployed() -> list[Any]:
+        return run_checks(tags=["meterly"], include_deployment_checks=True)
+
+    assert deployed() == []
+    key = settings.SECRET_KEY
+    for keys in (("django-insecure-1", []), (key, ["old", "django-insecure-1"])):
+        settings.SECRET_KEY, settings.SECRET_KEY_FALLBACKS = keys
+        [message] = deployed()
+        assert message.id == "meterly.W009"
+        assert "the same for web and workers" in message.hint
+        assert "SECRET_KEY_FALLBACKS" in message.hint
+    settings.SECRET_KEY, settings.SECRET_KEY_FALLBACKS = "", []
+    assert deployed() == []
+
+
 def test_an_unknown_setting_gets_a_suggestion() -> None:
     with override_settings(METERLY={"API_KEYS": "x"}):
         (message,) = checks.check_settings()
