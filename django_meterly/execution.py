@@ -67,7 +67,11 @@ def guard_class(view: View, options_for: OptionsFor | None) -> View:
 
 
 def install_guards(instance: DjangoView, request: Any) -> None:
-    """Guard the handler that *request* selects, on *instance* only.
+    """Guard the handler that ``dispatch()`` calls, on *instance* only.
+
+    That is not always the one that *request* selects by now: a class may let a form
+    say that its POST is a DELETE. The handlers that a handler calls are part of its
+    work.
 
     For the hook of a view's class that runs once for a request, before its handler:
     ``setup()`` in Django, ``initial()`` in Django REST framework.
@@ -76,13 +80,25 @@ def install_guards(instance: DjangoView, request: Any) -> None:
     if dispatch is None or dispatch.installed:
         return
     dispatch.installed = True
-    method = request.method.lower()
-    handler = getattr(instance, method, None)
-    if handler is None:
+    if not dispatch.waiting:
         return
-    for guard in reversed(dispatch.waiting):
-        handler = _guard(handler, partial(dispatch.begin, guard))
-    setattr(instance, method, handler)
+    plain = {
+        method: getattr(instance, method)
+        for method in instance.http_method_names
+        if method != "options" and hasattr(instance, method)
+    }
+
+    def call(method: str, *args: Any, **kwargs: Any) -> Any:
+        handler = plain.pop(method)
+        for guard in reversed(dispatch.waiting):
+            handler = _guard(handler, partial(dispatch.begin, guard))
+        # Guarded it stays: a dispatch() may try it again.
+        for name, other in {**plain, method: handler}.items():
+            setattr(instance, name, other)
+        return handler(*args, **kwargs)
+
+    for method, handler in plain.items():
+        setattr(instance, method, wraps(handler)(partial(call, method)))
 
 
 def handlers(view: Any) -> dict[str, Any]:

@@ -499,3 +499,69 @@ def test_f48_a_free_options_is_told_so(send: Any, monkeypatch: Any) -> None:
         MeterlyUsageError, match=r"OPTIONS costs nothing on this view.$"
     ):
         send("OPTIONS", "/own/around/")
+
+
+class Overrides(MeterlyGuardMixin, View):
+    """Lets a form decide, as browsers have no PUT and no DELETE."""
+
+    guard_options = {"unit": "image_credits"}
+
+    def dispatch(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        request.method = request.POST.get("_method", request.method)
+        return super().dispatch(request, *args, **kwargs)
+
+    get = post = put = answer
+
+    def delete(self, request: Any) -> HttpResponse:
+        # One piece of work, whoever does it.
+        return self.post(request)
+
+
+class AsyncOverrides(Overrides):
+    get = post = put = aanswer
+
+    async def delete(self, request: Any) -> HttpResponse:
+        response: HttpResponse = await self.post(request)
+        return response
+
+
+class Calls(Overrides):
+    def dispatch(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        name = request.POST.get("_method", request.method).lower()
+        return getattr(self, name)(request, *args, **kwargs)
+
+
+class ApiOverrides(MeterlyGuardMixin, APIView):
+    guard_options = {"unit": "image_credits"}
+
+    def initialize_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        request.method = request.POST.get("_method", request.method)
+        return super().initialize_request(request, *args, **kwargs)
+
+    get = post = put = api_answer
+
+    def delete(self, request: Any) -> Response:
+        return self.post(request)
+
+
+overriding = [Overrides, AsyncOverrides, Calls, ApiOverrides]
+urlpatterns += [
+    path(f"overriding/{cls.__name__}/", cls.as_view()) for cls in overriding
+]
+
+
+@pytest.mark.parametrize("name", [cls.__name__ for cls in overriding])
+def test_f48_a_class_that_chooses_another_handler_is_charged_once(
+    send: Any, request: Any, any_requests: bool, name: str
+) -> None:
+    if any_requests and name == "AsyncOverrides":
+        # Django refuses it.
+        return
+    for method in ("POST", "PUT", "DELETE"):
+        work, cost, response = send(
+            "POST",
+            f"/overriding/{name}/",
+            data=f"_method={method}",
+            content_type="application/x-www-form-urlencoded",
+        )
+        assert (len(work), cost, response.status_code) == (1, 1, 200), method
