@@ -69,9 +69,9 @@ def guard_class(view: View, options_for: OptionsFor | None) -> View:
 def install_guards(instance: DjangoView, request: Any) -> None:
     """Guard the handler that ``dispatch()`` calls, on *instance* only.
 
-    That is not always the one that *request* selects by now: a class may let a form
-    say that its POST is a DELETE. The handlers that a handler calls are part of its
-    work.
+    That need not be the handler that *request* selects now: for example, a class may
+    let a form turn its POST into a DELETE. If the handler calls others, they are part
+    of its work and not guarded.
 
     For the hook of a view's class that runs once for a request, before its handler:
     ``setup()`` in Django, ``initial()`` in Django REST framework.
@@ -122,10 +122,11 @@ def handlers(view: Any) -> dict[str, Any]:
 
 
 def _answers_options(view: Any) -> bool:
-    """Return whether *view* has a handler for OPTIONS that does nothing else.
+    """Return whether *view* has a handler that answers OPTIONS and nothing else.
 
-    A function has not, nor has a class whose ``dispatch()`` does all the work. Where a
-    handler answers other methods, too, OPTIONS would do their work for nothing.
+    Functions have none, and a class without any handler does its work in
+    ``dispatch()``. A handler that also answers POST, for example, would do the work of
+    POST for nothing.
     """
     found = handlers(view)
     own = found.pop("options", None)
@@ -133,6 +134,7 @@ def _answers_options(view: Any) -> bool:
 
 
 def _allowed(view: Any) -> list[str]:
+    """Return what ``Allow`` says where the guard of *view* answers instead of it."""
     names = [name.upper() for name in handlers(view) if name != "trace"]
     if len(names) > 1:
         return names

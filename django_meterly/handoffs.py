@@ -1,7 +1,7 @@
-"""What a message says of the reservation that was handed off, and who signed it.
+"""The message that hands a reservation off to a task, and its signed header.
 
-A worker believes nothing in a message about reservations but the header of this
-module. It is signed with ``SECRET_KEY``, for one task id of one task.
+A worker learns from this header only which reservation it works under. The header is
+signed with ``SECRET_KEY`` for one task id of one task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ SALT = "django_meterly.handoffs"
 def sign(reservation_id: str, name: str, task_id: str) -> str:
     """Return the header that hands *reservation_id* off to the task *name*[*task_id*].
 
-    The row's fence is no part of it: the database knows who has claimed the row.
+    The signature does not cover the row's fence: who has claimed the row is a
+    condition in the database.
     """
     return Signer(salt=SALT).sign_object([reservation_id, name, task_id])
 
@@ -54,13 +55,13 @@ def read(header: Any, name: str, task_id: str | None) -> str:
 def header_of(request: Any) -> Any:
     """Return the header in a task's *request*, or ``None`` if there is none.
 
-    Celery has all custom headers in ``request.headers``, unless somebody has put
-    headers of that name into the message, as sentry-sdk does. Then ours stands beside
-    them, and is put back, so that a retry sends it again.
+    ``request.headers`` holds all custom headers, unless the message itself has a dict
+    named ``headers``, as sentry-sdk sends it. Then our header is beside that dict. It
+    is copied into the dict, because a retry sends only that.
     """
     headers = request.headers if isinstance(request.headers, dict) else {}
     if HEADER in headers:
-        # What is there, but says nothing, is no hand-off to believe in either.
+        # A header without a value is refused, too, not treated as absent.
         return headers[HEADER] or ""
     header = request.get(HEADER)
     if header is not None:
