@@ -14,6 +14,7 @@ from django.db import DatabaseError, OperationalError, connections, router
 from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
+from . import methods
 from .conf import CHOICES, DEFAULTS, check_choice, meterly_settings, suggestion
 from .execution import class_of, handlers, is_guarded
 from .middleware import MeterlyMiddleware, key_for, named_patterns
@@ -354,14 +355,14 @@ def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
             hint="Put MeterlyGuardMixin first among the bases of its class.",
             id="meterly.E012",
         )
-    methods = _methods(view)
+    answered = _methods(view)
     options = getattr(view, "meterly_options", None)
     if named and not is_guarded(view):
         try:
             options = GuardOptions.of(meterly_settings.GUARDED_VIEWS[name], name)
         except (TypeError, ValueError, ImportError):
             return
-    guards = [(where, options, methods)] if options and methods else []
+    guards = [(where, options, answered)] if options and answered else []
     for method, handler in handlers(view).items():
         options = getattr(handler, "meterly_options", None)
         if options and not (method == "head" and "get" in handlers(view)):
@@ -372,7 +373,10 @@ def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
             yield CheckWarning(
                 f"The guard of {guarded!r} never charges: only {listed} is answered, "
                 "and costs nothing.",
-                hint='Name the methods that cost something: methods=["GET"].',
+                hint=(
+                    'To charge for reading, set methods=["GET"]. Otherwise guard the '
+                    "view that does the work by POST."
+                ),
                 id="meterly.W003",
             )
 
@@ -430,19 +434,8 @@ def _methods(view: Any) -> set[str] | None:
     """Return the HTTP methods that *view* answers, or ``None`` if it answers any."""
     if found := handlers(view):
         return {method.upper() for method in found} - {"OPTIONS"}
-    allowed: set[str] | None = None
-    while view is not None:
-        # require_http_methods() and its kin leave no other trace.
-        for name, cell in zip(
-            getattr(getattr(view, "__code__", None), "co_freevars", ()),
-            getattr(view, "__closure__", None) or (),
-            strict=False,
-        ):
-            if name == "request_method_list":
-                methods = {str(method).upper() for method in cell.cell_contents}
-                allowed = methods if allowed is None else allowed & methods
-        view = getattr(view, "__wrapped__", None)
-    return allowed
+    allowed = methods.required(view)
+    return None if allowed is None else set(allowed)
 
 
 @register("meterly", Tags.database)

@@ -41,11 +41,12 @@ def meterly_guard(
     *customer*, *reference* and *idempotency_key* may be callables, sync or async;
     they get the view's arguments. The customer is who ``CUSTOMER_RESOLVER``
     finds, the logged-in user by default; when there is none, a browser is sent to
-    the log-in page and everybody else gets 401. *methods* are the HTTP methods
-    that cost something: all but GET, HEAD, OPTIONS and TRACE by default. *success*
-    decides by the response: a status below 400 by default. *overage*,
-    *on_disconnect*, *on_unavailable* and *enforcement* stand above the settings of
-    these names.
+    the log-in page and everybody else gets 401. Every HTTP method costs something
+    except GET, HEAD and OPTIONS; *methods* adds GET (and with it HEAD) or HEAD. A
+    guarded function does not run for OPTIONS, which is answered with ``Allow``, or
+    for TRACE. *success* decides by the response: a status below 400 by default.
+    *overage*, *on_disconnect*, *on_unavailable* and *enforcement* stand above the
+    settings of these names.
 
     Too few credits are answered by 402, a ledger that cannot be asked by 503,
     a used idempotency key by 409; the view does not run then. While it runs,

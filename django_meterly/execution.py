@@ -14,8 +14,9 @@ from django.db import DatabaseError, connections, transaction
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.views import View as DjangoView
+from django.views.generic import RedirectView
 
-from . import journal, responses
+from . import journal, methods, responses
 from .conf import meterly_settings
 from .errors import MeterlyUsageError
 from .guards import Guard, to_the_end
@@ -66,7 +67,11 @@ def guard_class(view: View, options_for: OptionsFor | None) -> View:
 
 
 def install_guards(instance: DjangoView, request: Any) -> None:
-    """Guard the handler that *request* selects, on *instance* only.
+    """Guard the handler that ``dispatch()`` calls, on *instance* only.
+
+    That need not be the handler that *request* selects now: for example, a class may
+    let a form turn its POST into a DELETE. If the handler calls others, they are part
+    of its work and not guarded.
 
     For the hook of a view's class that runs once for a request, before its handler:
     ``setup()`` in Django, ``initial()`` in Django REST framework.
@@ -75,13 +80,25 @@ def install_guards(instance: DjangoView, request: Any) -> None:
     if dispatch is None or dispatch.installed:
         return
     dispatch.installed = True
-    method = request.method.lower()
-    handler = getattr(instance, method, None)
-    if handler is None:
+    if not dispatch.waiting:
         return
-    for guard in reversed(dispatch.waiting):
-        handler = _guard(handler, partial(dispatch.begin, guard))
-    setattr(instance, method, handler)
+    plain = {
+        method: getattr(instance, method)
+        for method in instance.http_method_names
+        if method != "options" and hasattr(instance, method)
+    }
+
+    def call(method: str, *args: Any, **kwargs: Any) -> Any:
+        handler = plain.pop(method)
+        for guard in reversed(dispatch.waiting):
+            handler = _guard(handler, partial(dispatch.begin, guard))
+        # Guarded it stays: a dispatch() may try it again.
+        for name, other in {**plain, method: handler}.items():
+            setattr(instance, name, other)
+        return handler(*args, **kwargs)
+
+    for method, handler in plain.items():
+        setattr(instance, method, wraps(handler)(partial(call, method)))
 
 
 def handlers(view: Any) -> dict[str, Any]:
@@ -89,18 +106,40 @@ def handlers(view: Any) -> dict[str, Any]:
     cls = class_of(view)
     if cls is None:
         return {}
+    view = _as_view(view)
+    settings = getattr(view, "view_initkwargs", {})
+    answered = settings.get("http_method_names", cls.http_method_names)
     # A view set's as_view() was told which of its methods answer what.
-    names = getattr(view, "actions", None)
-    if names is None:
-        names = {method: method for method in cls.http_method_names}
+    names = getattr(view, "actions", None) or {}
     found = {
-        method: getattr(cls, name)
-        for method, name in names.items()
-        if hasattr(cls, name)
+        method: getattr(cls, names.get(method, method))
+        for method in answered
+        if (method in names or not names) and hasattr(cls, names.get(method, method))
     }
     if "get" in found:
         found.setdefault("head", found["get"])
     return found
+
+
+def _answers_options(view: Any) -> bool:
+    """Return whether *view* has a handler that answers OPTIONS and nothing else.
+
+    Functions have none, and a class without any handler does its work in
+    ``dispatch()``. A handler that also answers POST, for example, would do the work of
+    POST for nothing.
+    """
+    found = handlers(view)
+    own = found.pop("options", None)
+    return bool(found) and own not in [RedirectView.options, *found.values()]
+
+
+def _allowed(view: Any) -> list[str]:
+    """Return what ``Allow`` says where the guard of *view* answers instead of it."""
+    names = [name.upper() for name in handlers(view) if name != "trace"]
+    if len(names) > 1:
+        return names
+    required = methods.required(view)
+    return methods.ALL_BUT_TRACE if required is None else required
 
 
 def is_guarded(view: Any) -> bool:
@@ -155,6 +194,8 @@ class _ViewGuard:
         #: The view's name: for people, and with its module for the journal.
         self.name, self.full_name = _names(view)
         self.options_for = options_for
+        #: What ``Allow`` says where the guard answers OPTIONS and TRACE itself.
+        self.allowed = None if _answers_options(view) else _allowed(view)
 
     def costs(self, request: HttpRequest) -> bool:
         options = self.options_for(request)
@@ -169,9 +210,14 @@ class _ViewGuard:
         options = self.options_for(request)
         if options is None:
             return None
+        if self.allowed is not None and (
+            answer := methods.answer(request.method, self.allowed)
+        ):
+            return answer
         if not options.costs(request.method):
             if not isinstance(getattr(request, "meterly", None), Guard):
-                request.meterly = NoGuard(_FREE.format(request.method))
+                why = _FREE if request.method == "OPTIONS" else _FREE + _NAME_IT
+                request.meterly = NoGuard(why.format(*[request.method] * 2))
             return None
         try:
             guard = options.guard(self.name, call.given, *call.args, **call.kwargs)
@@ -334,15 +380,18 @@ def _guard_handlers(view: View, guard: _ViewGuard | None) -> View:
     if rest:
         _hook_initial(class_of(view))
 
+    def free(*args: Any, **kwargs: Any) -> Any:
+        """Return the guard's own answer to a request that costs nothing, if any."""
+        return None if guard is None else guard.begin(_Call(view, args, kwargs))
+
     if _is_async(view):
 
         @wraps(view)
         async def _view_wrapper(request: Any, *args: Any, **kwargs: Any) -> Any:
             call = partial(view, request, *args, **kwargs)
             if not (_Dispatch.of(request) or costs(request)):
-                if guard is not None:
-                    guard.begin(_Call(view, (request, *args), kwargs))
-                return await call()
+                answer = free(request, *args, **kwargs)
+                return await call() if answer is None else answer
             dispatch = _Dispatch.prepare(request, guard, [])
             try:
                 response = await call()
@@ -367,8 +416,8 @@ def _guard_handlers(view: View, guard: _ViewGuard | None) -> View:
             call = partial(view, request, *args, **kwargs)
             # One wrapper around is enough to leave the transaction to the handler.
             if not (_Dispatch.of(request) or costs(request)):
-                if guard is not None:
-                    guard.begin(_Call(view, (request, *args), kwargs))
+                if (answer := free(request, *args, **kwargs)) is not None:
+                    return answer
                 with _atomic(aliases):
                     return call()
             dispatch = _Dispatch.prepare(request, guard, aliases)
@@ -665,10 +714,8 @@ _PAST_THE_GUARD = (
     "{} answered without calling the handler that is guarded, so nothing was charged. "
     "If its class overrides dispatch(), setup() or initial(), call super() there."
 )
-_FREE = (
-    "{0} costs nothing on this view. If it is to cost something, name it: "
-    'meterly_guard(..., methods=["{0}"]).'
-)
+_FREE = "{} costs nothing on this view."
+_NAME_IT = ' To charge for it, name it: meterly_guard(..., methods=["{}"]).'
 
 
 def _refuse(view: View) -> None:
@@ -700,25 +747,31 @@ def _names(view: Any) -> tuple[str, str]:
 
 def class_of(view: Any) -> Any:
     """Return the class that *view* is ``as_view()`` of, or ``None``."""
-    for name in ("cls", "view_class"):
-        cls = getattr(view, name, None)
-        if isclass(cls) and issubclass(cls, DjangoView):
-            return cls
+    view = _as_view(view)
+    return getattr(view, "cls", None) or getattr(view, "view_class", None)
+
+
+def _as_view(view: Any) -> Any:
+    """Return what ``as_view()`` returned, below wrappers and partials, or ``None``."""
+    for layer in methods.layers(view):
+        for name in ("cls", "view_class"):
+            cls = getattr(layer, name, None)
+            if isclass(cls) and issubclass(cls, DjangoView):
+                return layer
     return None
 
 
 def _is_rest(view: Any) -> bool:
     """Return whether *view* is one of Django REST framework, which is not imported."""
-    return hasattr(view, "cls") and hasattr(class_of(view), "initial")
+    return hasattr(_as_view(view), "cls") and hasattr(class_of(view), "initial")
 
 
 def _is_bound(view: Any) -> bool:
     """Return whether *view* is a handler bound to its view, below any decorators."""
-    while view is not None:
-        if isinstance(getattr(_unpartial(view), "__self__", None), DjangoView):
-            return True
-        view = getattr(view, "__wrapped__", None)
-    return False
+    return any(
+        isinstance(getattr(layer, "__self__", None), DjangoView)
+        for layer in methods.layers(view)
+    )
 
 
 def _unpartial(view: Any) -> Any:

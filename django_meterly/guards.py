@@ -23,6 +23,7 @@ from .errors import (
     MeterlyUnavailableError,
     MeterlyUsageError,
 )
+from .handoffs import UNCHARGED, Message
 from .heart import Heart
 from .models import MAX_CALLER_KEY_LENGTH, Customer
 from .transports.base import check_amount, check_key, check_text, check_ttl, check_unit
@@ -41,11 +42,6 @@ __all__ = ["Guard", "guard"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-#: The header of a task's message that names the reservation handed off to it.
-RESERVATION_HEADER = "meterly_reservation"
-#: What stands there instead of an id, for work that nobody is charged for.
-UNCHARGED = "uncharged"
 
 
 class Guard:
@@ -545,36 +541,6 @@ class Guard:
 
     def _settle_now(self) -> None:
         journal.settle(self._client, self._row, timeout=journal.SETTLE_TIMEOUT)
-
-
-class Message:
-    """A task that is sent when the work that hands it off is committed.
-
-    Raises ``TypeError`` for a task that is not guarded, or for wrong arguments.
-    """
-
-    def __init__(self, task: Any, args: Any, kwargs: Any) -> None:
-        # A signature has a type, and options of its own.
-        guarded = getattr(task, "type", task)
-        if not getattr(guarded, "meterly_guarded", False):
-            raise TypeError(
-                f"{task!r} is no meterly_task: nobody would settle what is handed off."
-            )
-        if guarded is task:
-            self._signature = task.s(*args, **kwargs)
-        else:
-            self._signature = task.clone(args, kwargs)
-        if guarded.typing:
-            guarded.__header__(*self._signature.args, **self._signature.kwargs)
-        self.task_id = str(self._signature.options.get("task_id") or uuid.uuid4())
-
-    def send(self, reservation_id: str) -> None:
-        """Send it, with the id of the reservation and nothing else of ours."""
-        headers = self._signature.options.get("headers") or {}
-        self._signature.apply_async(
-            task_id=self.task_id,
-            headers={**headers, RESERVATION_HEADER: reservation_id},
-        )
 
 
 async def to_the_end(function: Callable[..., T], /, *args: Any) -> T:

@@ -9,7 +9,7 @@ import hashlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from . import guards, journal
+from . import guards, handoffs, journal
 from .client import get_client
 from .conf import meterly_settings
 from .errors import MeterlyIdempotencyMismatchError, MeterlyUsageError
@@ -26,8 +26,8 @@ class Job:
     """One run of a guarded task.
 
     *name* and *task_id* are what its key is made of; a task that was called as a
-    plain function has no id, and every call is for itself. *reservation_id* names
-    the reservation that was handed off to it.
+    plain function has no id, and every call is for itself. *header* is that of the
+    message, if it says that a reservation was handed off.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Job:
         task_id: str | None,
         *,
         request_id: str | None = None,
-        reservation_id: str | None = None,
+        header: Any = None,
         outer: Job | None = None,
     ) -> None:
         self.name = name
@@ -45,7 +45,7 @@ class Job:
         self.outer = outer
         self.guard: Guard | None = None
         self.kept = False
-        self._reservation_id = reservation_id
+        self._header = header
         self._heart: Heart | None = None
 
     @property
@@ -64,16 +64,22 @@ class Job:
         """Claim what was offered or abandoned, or else reserve.
 
         Raises ``MeterlyDuplicateError`` when another copy of this job is at work or
-        has been, and what ``journal.reserve`` raises.
+        has been, ``MeterlyUsageError`` for a hand-off that is forged, and what
+        ``journal.reserve`` raises.
         """
-        if self._reservation_id == guards.UNCHARGED:
-            # Nobody is charged for what handed it off: not for this, either.
-            self.guard = guards.guard(
-                None, 1, options.unit or guards.UNCHARGED, enforcement="off"
-            )
-            self.guard.reserve()
-            return
-        customer, guard = self._guard(options, args, kwargs)
+        if self._header is None:
+            customer, guard = self._guard(options, args, kwargs)
+        else:
+            # Not as if it were not there: the customer would hold credits twice.
+            handed_off = handoffs.read(self._header, self.name, self.request_id)
+            if handed_off == handoffs.UNCHARGED:
+                # Nobody is charged for what handed it off: not for this, either.
+                self.guard = guards.guard(
+                    None, 1, options.unit or handoffs.UNCHARGED, enforcement="off"
+                )
+                self.guard.reserve()
+                return
+            customer, guard = self._guard_handed_off(options, handed_off)
         # Whoever beats needs no longer lease than that of a beat.
         guard.lease = 0
         self.guard = guard
@@ -98,8 +104,6 @@ class Job:
     def _guard(
         self, options: GuardOptions, args: Any, kwargs: Any
     ) -> tuple[Customer | None, Guard]:
-        if self._reservation_id is not None:
-            return self._guard_handed_off(options, self._reservation_id)
         payer = options.customer(*args, **kwargs) if options.customer else None
         enforcement = options.enforcement or meterly_settings.ENFORCEMENT
         if payer is None and enforcement == "enforce":

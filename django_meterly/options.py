@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from asgiref.sync import async_to_sync
 from django.utils.module_loading import import_string
 
+from . import methods
 from .conf import check_choice, meterly_settings, suggestion
 from .guards import guard
 from .keys import requested_key
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 #: Options that are functions: a mapping may name them by their dotted paths.
 FUNCTIONS = ("amount", "customer", "idempotency_key", "success")
-#: Reading is free, unless ``methods`` says otherwise.
-FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,21 +87,12 @@ class GuardOptions:
         for name in ("on_disconnect", "overage", "on_unavailable", "enforcement"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name))
-        if self.methods is None:
-            return
-        if isinstance(self.methods, str):
-            raise TypeError(f"methods is a list of HTTP methods, not {self.methods!r}.")
-        methods = {method.upper() for method in self.methods}
-        if "GET" in methods:
-            # Or the work could be had for nothing.
-            methods.add("HEAD")
-        object.__setattr__(self, "methods", frozenset(methods))
+        if self.methods is not None:
+            object.__setattr__(self, "methods", methods.check_methods(self.methods))
 
     def costs(self, method: str | None) -> bool:
         """Return whether a request with this HTTP *method* costs something."""
-        if self.methods is None:
-            return method not in FREE_METHODS
-        return method in set(self.methods)
+        return methods.costs(method, self.methods)
 
     def succeeded(self, response: HttpResponseBase) -> bool:
         """Return whether the work that led to *response* is to be charged."""

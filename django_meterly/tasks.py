@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from celery import current_app, shared_task
 from celery.exceptions import Ignore, Retry
 from celery.signals import task_revoked
+from django.conf import settings
 from django.core.checks import CheckMessage, register
 from django.core.checks import Warning as CheckWarning
+from django.core.checks.security.base import SECRET_KEY_INSECURE_PREFIX
+from django.core.exceptions import ImproperlyConfigured
 
 from .conf import meterly_settings
 from .errors import (
@@ -170,7 +173,7 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
     Workers, ``apply`` and plain calls come here. Only out here it is known whether
     an exception is a retry.
     """
-    from .guards import RESERVATION_HEADER
+    from .handoffs import header_of
     from .jobs import Job
 
     request, outer = task.request, _job_of(task)
@@ -186,9 +189,7 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
         task.name,
         None if direct else task_id,
         request_id=request.id,
-        reservation_id=None
-        if direct
-        else (request.headers or {}).get(RESERVATION_HEADER),
+        header=None if direct else header_of(request),
         outer=_current.get(),
     )
     if not direct:
@@ -321,26 +322,28 @@ def settle_reservations(seconds: float = 60.0) -> None:
 
 
 @shared_task(name="django_meterly.tasks.release_handed_off", ignore_result=True)
-def release_handed_off(reservation_id: str) -> None:
-    """Release what was handed off to a task that will not run.
+def release_handed_off(header: Any, name: str, task_id: str) -> None:
+    """Release what *header* hands off to the task *name*[*task_id*]: it will not run.
 
     Unless the task has claimed it.
     """
-    from . import journal
+    from . import handoffs, journal
     from .client import get_client
 
-    journal.withdraw(get_client(), reservation_id)
+    reservation_id = handoffs.read(header, name, task_id)
+    if reservation_id != handoffs.UNCHARGED:
+        journal.withdraw(get_client(), reservation_id)
 
 
 @task_revoked.connect
 def _release_revoked(sender: Any = None, request: Any = None, **kwargs: Any) -> None:
     """Have the credits released of a hand-off that was revoked, or has expired."""
-    from .guards import RESERVATION_HEADER, UNCHARGED
+    from .handoffs import header_of
 
-    reservation_id = (request.headers or {}).get(RESERVATION_HEADER)
-    if reservation_id not in (None, UNCHARGED):
+    header = header_of(request)
+    if header is not None and getattr(sender, "meterly_guarded", False):
         # This is the worker's main process, which cannot wait for a database.
-        release_handed_off.apply_async((reservation_id,), retry=False)
+        release_handed_off.apply_async((header, sender.name, request.id), retry=False)
 
 
 @register("meterly")
@@ -358,6 +361,31 @@ def check_tasks(**kwargs: Any) -> list[CheckMessage]:
         )
         for task in guarded_tasks()
         if task.meterly_on_duplicate == "ignore" and task.acks_late
+    ]
+
+
+@register("meterly", deploy=True)
+def check_secret_key(**kwargs: Any) -> list[CheckMessage]:
+    """Warn when hand-offs are signed with a key that others may know."""
+    try:
+        keys = [settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS]
+    except ImproperlyConfigured:
+        return []  # Django says so.
+    if not guarded_tasks() or not any(
+        str(key).startswith(SECRET_KEY_INSECURE_PREFIX) for key in keys
+    ):
+        return []
+    return [
+        CheckWarning(
+            "Hand-offs to tasks are signed with a SECRET_KEY that startproject has "
+            "written: whoever knows it and your broker can run tasks for nothing.",
+            hint=(
+                "Set a long random SECRET_KEY, the same for web and workers. When you "
+                "change it, keep the old one in SECRET_KEY_FALLBACKS of both until the "
+                "queues are empty."
+            ),
+            id="meterly.W009",
+        )
     ]
 
 

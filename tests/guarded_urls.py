@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial, wraps
 from typing import Any
 
 from django.http import HttpResponse
@@ -68,6 +69,34 @@ class Posters(ViewSet):
         return Response()
 
 
+class ReadOnlyPosters(Posters):
+    http_method_names = ["get", "options"]
+
+
+class OnlyOptions(Writes):
+    @guarded
+    def options(self, request: Any) -> HttpResponse:
+        return HttpResponse()
+
+
+async def aview(request: Any) -> HttpResponse:
+    return HttpResponse()
+
+
+def request_method_list(request_method_list: Any) -> Any:
+    """A decorator that only looks like Django's from outside."""
+
+    def decorator(function: Any) -> Any:
+        @wraps(function)
+        def inner(request: Any) -> Any:
+            return function(request, request_method_list)
+
+        return inner
+
+    return decorator
+
+
+both = {"get": "list", "post": "create"}
 handler = [path("handler/", Handler.as_view(), name="handler")]
 dispatch = [path("dispatch/", Dispatch.as_view(), name="dispatch")]
 urlpatterns = [
@@ -78,6 +107,18 @@ urlpatterns = [
     path("never/mixin/", ReadsByMixin.as_view(), name="never-5"),
     path("never/api/", guarded(api), name="never-6"),
     path("never/set/", guarded(Posters.as_view({"get": "list"})), name="never-7"),
+    path("never/async/", guarded(require_safe(aview)), name="never-8"),
+    path("never/partial/", guarded(partial(require_GET(view), x=1)), name="never-9"),
+    path(
+        "never/as-view/",
+        guarded(Writes.as_view(http_method_names=["get"])),
+        name="never-10",
+    ),
+    path("never/read-only/", guarded(ReadOnlyPosters.as_view(both)), name="never-11"),
+    path("never/part/", guarded(partial(Reads.as_view(), x=1)), name="never-12"),
+    path("never/options/", OnlyOptions.as_view(), name="never-13"),
+    path("fine/lookalike/", guarded(request_method_list(["GET"])(view))),
+    path("fine/asked/async/", reads(require_safe(aview))),
     path("fine/function/", guarded(view), name="fine-1"),
     path("fine/methods/", guarded(require_http_methods(["GET", "POST"])(view))),
     path("fine/asked/", reads(require_GET(view))),

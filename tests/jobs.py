@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from celery import current_task
+from celery import current_task, shared_task
 from celery.exceptions import Ignore, Reject
 
-from django_meterly import MeterlyUnavailableError
+from django_meterly import MeterlyUnavailableError, guard
 from django_meterly.tasks import meterly_task
 
 if TYPE_CHECKING:
@@ -89,6 +89,18 @@ def handed_off_retries(self: Any, folder: str | None = None) -> None:
     if not self.request.retries:
         raise self.retry(countdown=0)
     self.meterly.charge(7)
+
+
+@shared_task(name="jobs.hands_off", ignore_result=True)
+def hands_off(folder: str) -> None:
+    with guard("user_1", 25) as work:
+        work.hand_off(handed_off, folder, used=2)
+
+
+@meterly_task(amount=25, name="jobs.handed_off_replaces", bind=True)
+def handed_off_replaces(self: Any, folder: str | None = None) -> None:
+    at_work(folder)
+    raise self.replace(plain.si("user_1", used=3))
 
 
 @meterly_task(

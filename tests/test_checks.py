@@ -117,6 +117,24 @@ def test_what_runs_for_nothing_is_warned_of_when_deployed(
     assert deployed() == ["meterly.E001"]
 
 
+def test_f58_a_secret_key_that_others_know_is_warned_of_when_deployed(
+    settings: Any,
+) -> None:
+    def deployed() -> list[Any]:
+        return run_checks(tags=["meterly"], include_deployment_checks=True)
+
+    assert deployed() == []
+    key = settings.SECRET_KEY
+    for keys in (("django-insecure-1", []), (key, ["old", "django-insecure-1"])):
+        settings.SECRET_KEY, settings.SECRET_KEY_FALLBACKS = keys
+        [message] = deployed()
+        assert message.id == "meterly.W009"
+        assert "the same for web and workers" in message.hint
+        assert "SECRET_KEY_FALLBACKS" in message.hint
+    settings.SECRET_KEY, settings.SECRET_KEY_FALLBACKS = "", []
+    assert deployed() == []
+
+
 def test_an_unknown_setting_gets_a_suggestion() -> None:
     with override_settings(METERLY={"API_KEYS": "x"}):
         (message,) = checks.check_settings()
@@ -279,11 +297,12 @@ def test_guarded_views_need_the_middleware(guard_views: Any, settings: Any) -> N
 
 
 @pytest.mark.urls("tests.guarded_urls")
-def test_guards_that_never_charge_are_warned_of() -> None:
+def test_f48_guards_that_never_charge_are_warned_of() -> None:
     messages = run_checks(tags=["meterly"])
     assert {message.id for message in messages} == {"meterly.W003"}
+    handlers = {4: "never-4, get()", 13: "never-13, options()"}
     assert [message.msg.split("'")[1] for message in messages] == [
-        f"never-{number}" if number != 4 else "never-4, get()" for number in range(1, 8)
+        handlers.get(number, f"never-{number}") for number in range(1, 14)
     ]
 
 

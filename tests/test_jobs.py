@@ -13,6 +13,7 @@ import pytest
 from celery import Celery, _state, chord, group
 from celery.exceptions import Reject
 from django.contrib.auth.models import User
+from django.core.signing import Signer
 from django.db import connections, transaction
 from django.http import HttpResponse
 from django.test import Client, override_settings
@@ -32,6 +33,7 @@ from django_meterly import (
     meterly_guard,
     signals,
 )
+from django_meterly.handoffs import sign
 from django_meterly.heart import Heart
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Reservation
@@ -766,7 +768,13 @@ def test_f36_a_view_reserves_and_its_task_settles(
     assert not message["in_transaction"]
     assert response.content.decode() == message["task_id"]
     # Ids, and nothing else, travel.
-    assert message["headers"] == {"meterly_reservation": str(row.pk)}
+    assert message["headers"].keys() == {"meterly_reservation"}
+    signed = message["headers"]["meterly_reservation"]
+    assert Signer(salt="django_meterly.handoffs").unsign_object(signed) == [
+        str(row.pk),
+        "jobs.handed_off",
+        message["task_id"],
+    ]
     assert (row.state, row.fence) == ("reserved", 1)
     assert balance(row.customer) == (100, 25)
 
@@ -905,9 +913,9 @@ def test_f36_what_was_handed_off_is_taken_back_unless_it_was_taken_up(
             work.hand_off(jobs.handed_off)
     taken = Reservation.objects.latest("created_at")
     assert journal.claim(get_client(), customer, taken.key)
-    for row in Reservation.objects.all():
-        release_handed_off(str(row.pk))
-        release_handed_off(str(row.pk))
+    for message in sent * 2:
+        header = message["headers"]["meterly_reservation"]
+        release_handed_off(header, message["name"], message["task_id"])
     assert states() == ["released", "reserved"]
     assert balance(customer) == (100, 25)
     assert deliver(sent[0]).state == "SUCCESS"
@@ -1043,9 +1051,9 @@ def test_f37_a_task_that_is_always_eager_can_be_handed_off(
 def test_a_header_that_names_no_reservation_runs_nothing(
     customer: Customer, tmp_path: Any
 ) -> None:
+    header = sign("00000000-0000-0000-0000-000000000000", "jobs.handed_off", "1")
     result = jobs.handed_off.apply(
-        (str(tmp_path),),
-        headers={"meterly_reservation": "00000000-0000-0000-0000-000000000000"},
+        (str(tmp_path),), task_id="1", headers={"meterly_reservation": header}
     )
     assert isinstance(result.result, MeterlyUsageError)
     assert not (tmp_path / "notes").exists()

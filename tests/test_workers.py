@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
-from celery import Celery, _state
+from celery import Celery, _state, chain, group
+from celery.signals import before_task_publish
 from django.utils import timezone
 
 from django_meterly import (
@@ -20,7 +21,9 @@ from django_meterly import (
     get_client,
     guard,
     journal,
+    tasks,
 )
+from django_meterly.handoffs import sign
 from django_meterly.models import Reservation
 from tests import brokers, jobs
 from tests.books import balance, fund, movements, states, sweep, verify
@@ -559,6 +562,132 @@ def test_f36_a_handed_off_task_that_expires_or_is_revoked_is_released(
     site.wait_for("released", "released")
     assert site.noted("began") == []
     assert balance(customer) == (100, 0)
+
+
+def test_f58_a_worker_refuses_what_was_not_signed_for_the_task(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    with guard("user_1", 25) as work:
+        # On a queue that nobody reads: the forger has only seen the id.
+        work.hand_off(jobs.handed_off.s(str(site.folder)).set(queue="elsewhere"))
+    row = str(work._row.pk)
+    site.worker()
+    forged = ("uncharged", row, sign(row, "jobs.handed_off", "other"), 7, None, [row])
+    for header in forged:
+        jobs.handed_off.apply_async(
+            (str(site.folder),), headers={"meterly_reservation": header}
+        )
+    tasks.release_handed_off.delay("uncharged", "jobs.handed_off", "1")
+    tasks.release_handed_off.delay(row, "jobs.handed_off", "1")
+    site.wait_until(lambda: site.said().count(" raised ") == len(forged) + 2)
+    assert site.said().count("is refused: its header") >= len(forged) + 2
+    assert site.noted("began") == []
+    assert (states(), balance(customer)) == (["reserved"], (100, 25))
+
+
+def test_f58_web_and_worker_need_one_key(
+    any_broker: str, site: Site, customer: Customer, settings: Any
+) -> None:
+    old = settings.SECRET_KEY
+    worker = site.worker(CHILD_SECRET_KEY="new")
+    with guard("user_1", 25) as work:
+        work.hand_off(jobs.handed_off, str(site.folder))
+    site.wait_until(lambda: " raised " in site.said())
+    assert site.noted("began") == []
+    assert states() == ["reserved"]
+    kill_group(worker)
+    # Nobody runs it, so it is free.
+    sweep()
+    assert states() == ["released"]
+
+    site.worker(CHILD_SECRET_KEY="new", CHILD_SECRET_KEY_FALLBACKS=old)
+    with guard("user_1", 25) as work:
+        work.hand_off(jobs.handed_off, str(site.folder))
+    site.wait_until(lambda: sorted(states()) == ["committed", "released"])
+    assert balance(customer) == (75, 0)
+
+
+def test_f58_what_celery_does_with_a_task_keeps_its_hand_off(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    """Callbacks, chains, groups, retries, replacements, ids, and tracing."""
+    folder = str(site.folder)
+    after = jobs.plain.si("user_1", used=1)
+
+    def trace(headers: Any = None, **kwargs: Any) -> None:
+        headers.setdefault("headers", {})["trace"] = "1"
+
+    site.worker()
+    handed_off = jobs.handed_off.s(folder, used=2)
+    sent = [
+        handed_off.set(task_id="of-the-projects-own"),
+        handed_off.clone().set(link=after),
+        handed_off.clone().set(link=chain(after, after)),
+        handed_off.clone().set(link=group(after, after)),
+        jobs.handed_off_retries.s(folder),
+        # What takes its place has its id, no hand-off, and a payer of its own.
+        jobs.handed_off_replaces.s(folder),
+    ]
+    for signature in sent:
+        signature.options.setdefault("task_id", str(uuid.uuid4()))
+        with guard("user_1", 10) as work:
+            work.hand_off(signature)
+    before_task_publish.connect(trace)
+    try:
+        with guard("user_1", 10) as work:
+            work.hand_off(jobs.handed_off_retries, folder)
+    finally:
+        before_task_publish.disconnect(trace)
+    committed = 4 + 2 + 5 + 1
+    site.wait_until(lambda: states().count("committed") == committed)
+    assert states().count("released") == 1
+    assert "is refused" not in site.said()
+    assert balance(customer) == (100 - 4 * 2 - 2 * 7 - 5 * 1 - 3, 0)
+    assert len(site.noted("began")) == 4 + 2 * 2 + 1
+    verify()
+
+
+def test_f58_tasks_of_a_chord_hand_off(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    """A chord's tasks hand work off to others, which have headers of their own."""
+    site.worker()
+    chain(
+        jobs.hands_off.si(str(site.folder)),
+        group(jobs.hands_off.si(str(site.folder)), jobs.plain.si("user_1", used=1)),
+    ).apply_async()
+    site.wait_until(lambda: states().count("committed") == 3)
+    assert balance(customer) == (100 - 2 * 2 - 1, 0)
+    assert "is refused" not in site.said()
+
+
+@pytest.mark.slow("a lease that runs out, with a worker of a broker")
+def test_f58_a_copy_that_looks_again_takes_the_hand_off_up(
+    any_broker: str, site: Site, customer: Customer
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def see(sender: Any = None, headers: Any = None, **kwargs: Any) -> None:
+        seen.update(headers)
+
+    site.worker(concurrency=2)
+    before_task_publish.connect(see)
+    try:
+        with guard("user_1", 25) as work:
+            task_id = work.hand_off(
+                jobs.works_early, "user_1", str(site.folder), "hang", "finish"
+            )
+    finally:
+        before_task_publish.disconnect(see)
+    site.wait_for_run()
+    # Its copy finds it at work, and is sent around until the lease has run out.
+    header = {"meterly_reservation": seen["meterly_reservation"]}
+    site.work(jobs.works_early, "hang", "finish", task_id=task_id, headers=header)
+    site.wait_until(lambda: "is left alone" in site.said())
+    os.kill(int(site.noted("began")[0].split()[1]), signal.SIGKILL)
+    site.wait_for("committed")
+    assert_charged_once(customer, 2, site)
+    assert "is refused" not in site.said()
 
 
 @pytest.mark.parametrize("scheme", ["redis", "amqp"])

@@ -9,7 +9,7 @@ from rest_framework.permissions import BasePermission
 
 from ..conf import meterly_settings
 from ..errors import OUTAGE, MeterlyUnavailableError
-from ..options import FREE_METHODS
+from ..methods import costs
 from .balances import balances_of
 from .exceptions import counterpart
 
@@ -35,7 +35,7 @@ class HasCredits(BasePermission):
     amount = 1
 
     def has_permission(self, request: Request, view: APIView) -> bool:
-        if request.method in FREE_METHODS:
+        if not costs(request.method, None):
             return True
         unit = self.unit or meterly_settings.DEFAULT_UNIT
         try:
