@@ -8,7 +8,7 @@ import pytest
 
 from tests.books import balance, movements, states
 
-from .serving import served, settled, swept
+from .serving import served, settled
 
 if TYPE_CHECKING:
     from django_meterly.models import Customer
