@@ -514,10 +514,18 @@ def _chain(
 def _json_object(response: urllib3.BaseHTTPResponse) -> dict[str, Any] | None:
     body = response.read(decode_content=False)
     try:
-        data = json.loads(body)
+        data = _decode(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON.")
+
+
+# Python's own decoder takes NaN and Infinity for numbers.
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _refusal(
@@ -527,21 +535,25 @@ def _refusal(
 ) -> MeterlyError:
     call, request_id = operation.call, operation.request_id
     status = response.status
-    if not 400 <= status < 600:
-        return MeterlyUnknownOutcomeError(
-            f"The ledger answered {call.method} {call.path} (request {request_id}) "
-            f"with status {status} and no result: not what a ledger does."
-        )
     error = (data or {}).get("error")
     details = dict(error) if isinstance(error, dict) else {}
     code, message = details.pop("code", None), details.pop("message", "")
+    # A proxy, too, has pages for these.
+    by_status = status == 429 or 500 <= status < 600
+    if not (400 <= status < 600 and (by_status or isinstance(code, str))):
+        url = operation.request.url if operation.request else ""
+        return MeterlyUnknownOutcomeError(
+            f"{call.method} {url} (request {request_id}) was answered with status "
+            f"{status} and a body that is not a ledger's. Check the base URL "
+            '(METERLY["BASE_URL"]).'
+        )
     retry_after = response.headers.get("Retry-After", "")
     if re.fullmatch(r"[0-9]{1,5}", retry_after):
         details["retryAfter"] = int(retry_after)
     return api_error(
         status,
-        code if isinstance(code, str) else None,
-        message if isinstance(message, str) else "",
+        code,
+        message,
         request_id=response.headers.get("X-Request-Id", request_id),
         method=call.method,
         path=call.path,
