@@ -220,7 +220,10 @@ def _balance_in(
     fields = body.get("balance")
     if fields is None:
         return None
-    return _balance(_object(fields, "balance"), customer_id, unit)
+    try:
+        return _balance(_object(fields, "It"), customer_id, unit)
+    except ValueError as exc:
+        raise ValueError(f"balance: {exc}") from None
 
 
 def _entry(fields: dict[str, Any], asked: Mapping[str, Any]) -> LedgerEntry:
