@@ -104,7 +104,15 @@ class Transport:
     """Carries calls to a ledger.
 
     A transport raises the exceptions of ``django_meterly.errors`` and no others,
-    and may be used from several threads at once.
+    and may be used from several threads at once. The client checks every answer, so a
+    transport only has to decode it. For example::
+
+        class MyTransport(Transport):
+            def send(self, call):
+                status, body = my_gateway(call.method, call.path, call.payload)
+                if status < 400:
+                    return body
+                raise api_error(status, body["error"]["code"])
     """
 
     #: Whether a commit may name less than the hold. Where not, the client commits
@@ -129,7 +137,8 @@ class Transport:
     def send(self, call: Call) -> dict[str, Any]:
         """Carry out *call* and return the answer's body, with its wire names.
 
-        Raises ``MeterlyApiError`` when the ledger said no, ``MeterlyNotSentError``
+        The body is a ``dict`` of what JSON can say: texts, whole numbers, lists and
+        ``dict``. Raises ``MeterlyApiError`` when the ledger said no, ``MeterlyNotSentError``
         when the call provably never reached it, and
         ``MeterlyUnknownOutcomeError`` when it may or may not have been applied.
         """
