@@ -542,7 +542,7 @@ def test_the_docs_transport_of_ones_own_works(asked: Any) -> None:
         return answer
 
     names: dict[str, Any] = {"gateway": SimpleNamespace(request=request)}
-    exec(code.removeprefix("python"), names)  # noqa: S102
+    exec(code.removeprefix("python"), names)
     client = MeterlyClient(transport=names["GatewayTransport"]())
     assert client.reserve_credits(*args, **kwargs).is_held
     with pytest.raises(MeterlyUnknownOutcomeError, match="customerId is 'cus_2'"):

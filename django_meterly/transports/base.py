@@ -138,8 +138,8 @@ class Transport:
         """Carry out *call* and return the answer's body, with its wire names.
 
         The body is a ``dict`` of what JSON can say: texts, whole numbers, lists and
-        ``dict``. Raises ``MeterlyApiError`` when the ledger said no, ``MeterlyNotSentError``
-        when the call provably never reached it, and
+        ``dict``. Raises ``MeterlyApiError`` when the ledger said no,
+        ``MeterlyNotSentError`` when the call provably never reached it, and
         ``MeterlyUnknownOutcomeError`` when it may or may not have been applied.
         """
         raise NotImplementedError

@@ -67,6 +67,7 @@ _HEADERS = {
     "Accept-Encoding": "identity",
     "User-Agent": f"django-meterly/{__version__}",
 }
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -547,6 +548,8 @@ def _refusal(
             f"{status} and a body that is not a ledger's. Check the base URL "
             '(METERLY["BASE_URL"]).'
         )
+    if _REQUEST_ID.fullmatch(named := response.headers.get("X-Request-Id", "")):
+        request_id = named
     retry_after = response.headers.get("Retry-After", "")
     if re.fullmatch(r"[0-9]{1,5}", retry_after):
         details["retryAfter"] = int(retry_after)
@@ -554,7 +557,7 @@ def _refusal(
         status,
         code,
         message,
-        request_id=response.headers.get("X-Request-Id", request_id),
+        request_id=request_id,
         method=call.method,
         path=call.path,
         details=details,
