@@ -8,6 +8,7 @@ import datetime as dt
 import json
 import logging
 import pickle
+import re
 import time
 from collections import deque
 from dataclasses import fields, is_dataclass
@@ -830,6 +831,14 @@ def test_f51_whatever_a_ledger_answers_a_guard_ends_in_the_books(
     def alteration() -> Altered:
         path = data.draw(st.sampled_from([(), *((name,) for name in names)]))
         value = data.draw(ANYTHING)
+        # What a ledger may well say: another id of its own, and that a replayed hold
+        # has ended.
+        believable = (
+            path == ("reservationId",)
+            and isinstance(value, str)
+            and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value)
+        ) or (path == ("status",) and value in ("committed", "released", "expired"))
+        hypothesis.assume(not believable)
         return Altered(lambda answer: altered(answer, path, value))
 
     for operation in ("reserve_credits", "commit_reservation", "release_reservation"):

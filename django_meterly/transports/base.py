@@ -290,7 +290,7 @@ def shown(value: object) -> str:
     """Return *value* for an error's message: one printable line of a bounded length."""
     if isinstance(value, dict | list | tuple):
         # It may be too deep for repr().
-        return f"a {type(value).__name__}"
+        return "{...}" if isinstance(value, dict) else "[...]"
     if isinstance(value, int) and value.bit_length() > 128:
         # It may be too long for repr().
         return "a huge number"

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from contextvars import ContextVar
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, parse_headers
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -405,6 +405,15 @@ class _Response(HTTPResponse):
         super().__init__(sock, *args, **kwargs)
         buffered: Any = self.fp
         self.fp = io.BufferedReader(_Reader(buffered.detach(), sock))
+
+    def _read_status(self) -> Any:
+        # http.client itself skips no other interim answer than 100.
+        parent: Any = super()
+        while True:
+            version, status, reason = parent._read_status()
+            if not 102 <= status < 200:
+                return version, status, reason
+            parse_headers(self.fp)
 
 
 class _Watched(HTTPConnection):

@@ -387,6 +387,29 @@ def test_f67_error_that_is_no_ledgers_is_an_outage_and_names_url_and_setting(
     assert 'METERLY["BASE_URL"]' in str(caught.value)
 
 
+INTERIM = [
+    "100 Continue\r\n",
+    "102 Processing\r\n",
+    "103 Early Hints\r\nLink: </a.css>\r\n",
+]
+
+
+@pytest.mark.parametrize("interim", INTERIM, ids=lambda text: text[:3])
+@pytest.mark.parametrize("times", [1, 3])
+def test_f67_interim_answers_are_skipped(serve, interim, times):
+    server = serve(f"HTTP/1.1 {interim}\r\n".encode() * times + answer({"ok": 1}))
+    for _ in range(2):
+        assert server.transport.send(RESERVE) == {"ok": 1}
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("interim", INTERIM[1:], ids=lambda text: text[:3])
+def test_f67_interim_answers_without_an_end_are_cut_off(serve, interim):
+    server = serve(say(f"HTTP/1.1 {interim}\r\n".encode() * 100_000))
+    with within(3), pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
+
+
 @pytest.mark.parametrize("body", [*NO_LEDGERS[:4], b'{"amount": NaN}', b"-Infinity"])
 def test_f67_success_that_is_no_ledgers_names_url_and_setting(serve, body):
     server = serve(answer(body))
