@@ -28,7 +28,7 @@ from typing import (
 
 from asgiref.sync import sync_to_async
 
-from . import signals
+from . import answers, signals
 from .errors import (
     OUTAGE,
     MeterlyError,
@@ -49,22 +49,24 @@ from .transports.base import (
     check_unit,
 )
 from .transports.signing import Secret
-from .types import (
-    Balance,
-    Balances,
-    CustomerResult,
-    EntryPage,
-    GrantResult,
-    MovementResult,
-    ReservationResult,
-)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
     from .transports.base import Statement, Transport
+    from .types import (
+        Balance,
+        Balances,
+        CustomerResult,
+        EntryPage,
+        GrantResult,
+        MovementResult,
+        ReservationResult,
+    )
+
+    Reader = Callable[[dict[str, Any], Mapping[str, Any]], "T"]
 
 __all__ = ["MeterlyClient", "get_client"]
 
@@ -201,7 +203,7 @@ class MeterlyClient:
         """
         return self._post(
             "create_customer",
-            CustomerResult.from_wire,
+            answers.customer,
             {
                 "customerExternalId": check_text(
                     customer_external_id, "customer_external_id"
@@ -217,7 +219,7 @@ class MeterlyClient:
         """Return the customer with *your* id, or ``None``."""
         return self._send(
             "find_customer",
-            _first_customer,
+            answers.found_customer,
             {"externalId": check_text(customer_external_id, "external_id")},
         )
 
@@ -248,16 +250,14 @@ class MeterlyClient:
         }
         if description:
             arguments["description"] = check_description(description)
-        return self._post(
-            "grant_credits", GrantResult.from_wire, arguments, idempotency_key
-        )
+        return self._post("grant_credits", answers.grant, arguments, idempotency_key)
 
     agrant_credits = _twin(grant_credits)
 
     def get_balance(self, customer_id: str) -> Balance:
         """Return the customer's default account."""
         return self._send(
-            "get_balance", Balance.from_wire, {"customerId": _customer(customer_id)}
+            "get_balance", answers.balance, {"customerId": _customer(customer_id)}
         )
 
     aget_balance = _twin(get_balance)
@@ -265,7 +265,7 @@ class MeterlyClient:
     def get_balances(self, customer_id: str) -> Balances:
         """Return every account of the customer."""
         return self._send(
-            "get_balances", Balances.from_wire, {"customerId": _customer(customer_id)}
+            "get_balances", answers.balances, {"customerId": _customer(customer_id)}
         )
 
     aget_balances = _twin(get_balances)
@@ -283,7 +283,7 @@ class MeterlyClient:
             arguments["unit"] = check_unit(unit)
         if cursor is not None:
             arguments["cursor"] = check_text(cursor, "cursor")
-        return self._send("list_entries", EntryPage.from_wire, arguments)
+        return self._send("list_entries", answers.entries, arguments)
 
     alist_entries = _twin(list_entries)
 
@@ -350,7 +350,7 @@ class MeterlyClient:
         if ttl_seconds is not None:
             arguments["ttlSeconds"] = check_ttl(ttl_seconds)
         return self._post(
-            "reserve_credits", ReservationResult.from_wire, arguments, idempotency_key
+            "reserve_credits", answers.reserved, arguments, idempotency_key
         )
 
     areserve_credits = _twin(reserve_credits)
@@ -359,7 +359,7 @@ class MeterlyClient:
         """Return a reservation as it is now."""
         return self._send(
             "get_reservation",
-            ReservationResult.from_wire,
+            answers.reservation,
             {"reservationId": _reservation(reservation_id)},
         )
 
@@ -388,7 +388,7 @@ class MeterlyClient:
             arguments["amount"] = amount
         return self._post(
             "commit_reservation",
-            ReservationResult.from_wire,
+            answers.committed,
             arguments,
             idempotency_key,
         )
@@ -400,6 +400,11 @@ class MeterlyClient:
     ) -> ReservationResult:
         """Charge *amount* at a ledger that can only commit a hold as a whole."""
         held = self.get_reservation(reservation_id)
+        if held.amount is None or held.customer_id is None or held.unit is None:
+            raise MeterlyUnknownOutcomeError(
+                f"The ledger does not say what reservation {reservation_id} holds, and "
+                "for whom. It is not committed, because the rest could not be returned."
+            )
         if amount > held.amount:
             raise MeterlyInvalidRequestError(
                 f"amount must be at most the {held.amount} credits held, not {amount}."
@@ -438,7 +443,7 @@ class MeterlyClient:
         """
         return self._post(
             "release_reservation",
-            ReservationResult.from_wire,
+            answers.released,
             {"reservationId": _reservation(reservation_id)},
             idempotency_key,
         )
@@ -460,7 +465,7 @@ class MeterlyClient:
         """
         return self._post(
             "extend_reservation",
-            ReservationResult.from_wire,
+            answers.reservation,
             {
                 "reservationId": _reservation(reservation_id),
                 "ttlSeconds": check_ttl(ttl_seconds),
@@ -587,26 +592,24 @@ class MeterlyClient:
         }
         if unit is not None:
             arguments["unit"] = check_unit(unit)
-        return self._post(
-            operation, MovementResult.from_wire, arguments, idempotency_key
-        )
+        return self._post(operation, answers.movement, arguments, idempotency_key)
 
     def _post(
         self,
         operation: str,
-        read: Callable[[dict[str, Any]], T],
+        reader: Reader[T],
         arguments: dict[str, Any],
         idempotency_key: str | None,
     ) -> T:
         key = (
             str(uuid.uuid4()) if idempotency_key is None else check_key(idempotency_key)
         )
-        return self._send(operation, read, arguments, key)
+        return self._send(operation, reader, arguments, key)
 
     def _send(
         self,
         operation: str,
-        read: Callable[[dict[str, Any]], T],
+        reader: Reader[T],
         arguments: dict[str, Any],
         idempotency_key: str | None = None,
     ) -> T:
@@ -622,23 +625,16 @@ class MeterlyClient:
             self._statement,
         )
         try:
-            data = self.transport.send(call)
+            answer = answers.read(reader, call, self.transport.send(call))
         except MeterlyError as exc:
             _reached(self.transport, exc)
+            answers.complete_refusal(call, exc)
             if isinstance(exc, MeterlyUnknownOutcomeError):
                 exc.idempotency_key = call.idempotency_key
             raise
         if not self.transport.reachable:
             _reached(self.transport)
-        try:
-            return read(data)
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
-            unknown = MeterlyUnknownOutcomeError(
-                f"The answer to {call.method} {call.path} does not have the "
-                f"expected shape: {exc!r}."
-            )
-            unknown.idempotency_key = call.idempotency_key
-            raise unknown from exc
+        return answer
 
 
 class _Held(Generic[T]):
@@ -677,7 +673,7 @@ class _Held(Generic[T]):
 
     def __enter__(self) -> ReservationResult:
         reservation = self._reserve()
-        if reservation.status != "reserved":
+        if not reservation.is_held:
             raise MeterlyUnknownOutcomeError(
                 f"The reservation of idempotency key {self._key!r} is "
                 f"{reservation.status} already. Use a new key for new work."
@@ -787,11 +783,6 @@ def _reservation(value: object) -> str:
 
 def _reference(value: str | None) -> str:
     return str(uuid.uuid4()) if value is None else check_text(value, "reference")
-
-
-def _first_customer(data: dict[str, Any]) -> CustomerResult | None:
-    customers = [CustomerResult.from_wire(item) for item in data["customers"]]
-    return customers[0] if customers else None
 
 
 class _Configured:

@@ -30,11 +30,27 @@ A call has three outcomes: yes, no and unknown. ``MeterlyApiError`` is a no,
 ``MeterlyNotSentError`` is a no as well (nothing can have happened), and
 ``MeterlyUnknownOutcomeError`` is neither: send the same call again with the
 same idempotency key to learn what became of it.
+
+A message may quote what a ledger has said, and a detail is what it has said. Both are
+cleaned here, before anybody can store, log or show them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from .transports.base import (
+    MAX_AMOUNT,
+    MAX_TEXT_LENGTH,
+    check_amount,
+    check_identifier,
+    check_unit,
+    clean_text,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "OUTAGE",
@@ -64,8 +80,18 @@ __all__ = [
 ]
 
 
+#: Characters of a message at most.
+MAX_MESSAGE_LENGTH = 2000
+#: Details at most, and lines in them.
+MAX_DETAILS = 32
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
 class MeterlyError(Exception):
     """The root of every exception of this package."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(clean_text(str(message), MAX_MESSAGE_LENGTH))
 
 
 class MeterlyApiError(MeterlyError):
@@ -74,6 +100,9 @@ class MeterlyApiError(MeterlyError):
     *status* is the HTTP status (the embedded ledger names the one it would have
     sent), *code* the stable name of the condition, *details* what came with it.
     *request_id*, *method* and *path* say which call it was.
+
+    All of it is cleaned. For example, a ``required`` that is not a number of credits
+    is dropped, and so is every other detail that is a list or an object.
     """
 
     status = 500
@@ -90,16 +119,17 @@ class MeterlyApiError(MeterlyError):
         path: str | None = None,
         details: dict[str, Any] | None = None,
     ) -> None:
+        message = clean_text(message, MAX_MESSAGE_LENGTH).strip()
         self.message = message or (self.__doc__ or "").partition("\n")[0]
         super().__init__(self.message)
         if status is not None:
             self.status = status
-        if code is not None:
+        if _is_code(code):
             self.code = code
-        self.request_id = request_id
+        self.request_id = clean_text(request_id, MAX_TEXT_LENGTH) or None
         self.method = method
         self.path = path
-        self.details = details or {}
+        self.details = _clean_details(details)
 
     def __str__(self) -> str:
         where = f" [{self.method} {self.path}]" if self.method else ""
@@ -114,6 +144,62 @@ class MeterlyApiError(MeterlyError):
 
 def _rebuild(cls: type[MeterlyApiError], message: str) -> MeterlyApiError:
     return cls(message)
+
+
+def _is_code(code: object) -> TypeGuard[str]:
+    return isinstance(code, str) and _CODE.fullmatch(code) is not None
+
+
+def _clean_details(details: object) -> dict[str, Any]:
+    """Return what can be used of an error's *details*."""
+    cleaned: dict[str, Any] = {}
+    if not isinstance(details, dict):
+        return cleaned
+    for name, check in _DETAILS.items():
+        if name in details:
+            try:
+                cleaned[name] = check(details[name], name)
+            except ValueError:
+                pass
+    for name, value in details.items():
+        if len(cleaned) == MAX_DETAILS:
+            break
+        if isinstance(value, str):
+            value = clean_text(value, MAX_TEXT_LENGTH)
+        elif type(value) is not bool and not (
+            type(value) is int and -MAX_AMOUNT <= value <= MAX_AMOUNT
+        ):
+            continue
+        if name not in _DETAILS:
+            cleaned[clean_text(name, MAX_TEXT_LENGTH)] = value
+    return cleaned
+
+
+def _whole_number(value: object, name: str) -> int:
+    return check_amount(value, name, minimum=0)
+
+
+def _fields(value: object, name: str) -> dict[str, list[str]]:
+    fields = value.items() if isinstance(value, dict) else ()
+    return {
+        clean_text(field, MAX_TEXT_LENGTH): [
+            clean_text(text, MAX_TEXT_LENGTH) for text in texts[:MAX_DETAILS]
+        ]
+        for field, texts in list(fields)[:MAX_DETAILS]
+        if isinstance(texts, list)
+    }
+
+
+#: Details that have a meaning, and what checks them.
+_DETAILS: dict[str, Callable[[Any, str], Any]] = {
+    "required": _whole_number,
+    "available": _whole_number,
+    "reserved": _whole_number,
+    "unit": check_unit,
+    "customerId": check_identifier,
+    "retryAfter": _whole_number,
+    "fields": _fields,
+}
 
 
 class MeterlyUnknownOutcomeError(MeterlyError):
@@ -215,6 +301,7 @@ class MeterlyCustomerExistsError(MeterlyApiError):
 
     @property
     def customer_id(self) -> str:
+        """The existing customer's id; empty if the ledger has not named it."""
         return str(self.details.get("customerId") or "")
 
 
@@ -357,11 +444,12 @@ def api_error(
     if status >= 500:
         cls: type[MeterlyApiError] = MeterlyServerError
     else:
-        cls = _BY_CODE.get(code or "") or _BY_STATUS.get(status, MeterlyApiError)
+        known = _BY_CODE.get(code) if _is_code(code) else None
+        cls = known or _BY_STATUS.get(status, MeterlyApiError)
     return cls(
         message,
         status=status,
-        code=code or cls.code,
+        code=code,
         request_id=request_id,
         method=method,
         path=path,

@@ -84,6 +84,8 @@ def settle(client: MeterlyClient, row: Grant) -> None:
             row.reason,
             idempotency_key=row.wire_key,
         )
+        # The ledger may have registered a customer it did not know.
+        row.customer.learn(answer.grant.customer_id)
     except OUTAGE as exc:
         _record(row, State.PENDING, str(exc))
         logger.info("Grant %s is still pending: %s", row.pk, exc)
@@ -93,10 +95,6 @@ def settle(client: MeterlyClient, row: Grant) -> None:
     else:
         _record(row, State.GRANTED, "")
         _collect(client, row)
-        # The ledger has registered a customer it did not know.
-        Customer.objects.filter(pk=row.customer.pk, customer_id=None).update(
-            customer_id=answer.grant.customer_id
-        )
 
 
 def _collect(client: MeterlyClient, row: Grant) -> None:

@@ -67,6 +67,7 @@ from . import signals
 from .conf import meterly_settings
 from .db import DatabaseNow, from_now
 from .errors import (
+    MAX_MESSAGE_LENGTH,
     OUTAGE,
     MeterlyApiError,
     MeterlyDebtError,
@@ -85,7 +86,7 @@ from .errors import (
     MeterlyUsageError,
 )
 from .models import Customer, LowBalance, Reservation
-from .transports.base import NothingLocked, Statement
+from .transports.base import NothingLocked, Statement, clean_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -424,7 +425,7 @@ def _ask(
     except MeterlyError as exc:
         row.last_error = str(exc)
         return exc, State.FAILED
-    if held.status == "reserved":
+    if held.is_held:
         row.reservation_id = held.reservation_id
         return held, State.RESERVED
     # A key from before the journal was lost or restored: that hold is over.
@@ -432,7 +433,7 @@ def _ask(
     duplicate = MeterlyDuplicateError(
         f"The ledger knows the idempotency key {row.key!r} already: its "
         f"reservation is {held.status}.",
-        state=held.status,
+        state=str(held.status),
     )
     return duplicate, over
 
@@ -666,11 +667,12 @@ def extend(
     if not row.reservation_id:
         return True
     try:
-        client.within(SETTLE_TIMEOUT, attempts=1).extend_reservation(
+        extended = client.within(SETTLE_TIMEOUT, attempts=1).extend_reservation(
             row.reservation_id,
             row.ttl_seconds if seconds is None else seconds,
             idempotency_key=row.wire_key(f"extend-{name}"),
         )
+        return extended.is_held
     except (
         MeterlyReservationExpiredError,
         MeterlyReservationReleasedError,
@@ -1130,7 +1132,7 @@ def _postpone(row: Reservation, exc: Exception, outcome: Outcome) -> Outcome:
             next_attempt_at=from_now(delay * random.uniform(0.5, 1.0)),  # noqa: S311
             refusals=F("refusals") + int(refused),
             stuck_at=DatabaseNow() if stuck else None,
-            last_error=str(exc) or repr(exc),
+            last_error=clean_text(str(exc) or repr(exc), MAX_MESSAGE_LENGTH),
         )
     )
     level = logging.WARNING if refused else logging.INFO
@@ -1157,8 +1159,11 @@ def _announce(signal: Signal, row: Reservation) -> None:
     announce(signal, Reservation, using=alias(), reservation=row)
 
 
-def _watch_balance(row: Reservation, balance: Balance, moved: int) -> None:
+def _watch_balance(row: Reservation, balance: Balance | None, moved: int) -> None:
     """Announce that *moved* credits took the balance below ``LOW_BALANCE``."""
+    if balance is None:
+        # The ledger did not tell it.
+        return
     threshold = meterly_settings.LOW_BALANCE.get(row.unit)
     available = balance.available
     if threshold is None or not available < threshold <= available + moved:

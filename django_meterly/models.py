@@ -7,13 +7,13 @@ import uuid
 from typing import TYPE_CHECKING, Any, cast
 
 from django.conf import settings
-from django.db import connections, models
+from django.db import IntegrityError, connections, models, router, transaction
 from django.utils.module_loading import import_string
 from django.utils.translation import gettext_lazy as _
 
 from .conf import meterly_settings
 from .db import ExactCharField, from_now
-from .errors import MeterlyCustomerExistsError
+from .errors import MeterlyCustomerExistsError, MeterlyUnknownOutcomeError
 from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ class Customer(models.Model):
 
         *unit* becomes the default unit of a new customer. Two first uses at
         once end with one customer: the ledger deduplicates by external id.
-        Raises what ``create_customer`` raises.
+        Raises what ``create_customer`` raises, and ``MeterlyUnknownOutcomeError`` if
+        the ledger names no id, or that of another customer.
         """
         if self.customer_id:
             return str(self.customer_id)
@@ -138,9 +139,38 @@ class Customer(models.Model):
             customer_id = client.create_customer(self.external_id, unit).customer_id
         except MeterlyCustomerExistsError as exc:
             customer_id = exc.customer_id
-        Customer.objects.filter(pk=self.pk).update(customer_id=customer_id)
-        self.customer_id = customer_id
+            if not customer_id:
+                raise MeterlyUnknownOutcomeError(
+                    f"The ledger knows {self.external_id!r}, but not by a valid id."
+                ) from exc
+        self.learn(customer_id)
         return customer_id
+
+    def learn(self, customer_id: str) -> None:
+        """Keep *customer_id*, which the ledger says is this customer's.
+
+        Raises ``MeterlyUnknownOutcomeError`` if this customer has another one, or if it
+        belongs to another customer.
+        """
+        if self.customer_id == customer_id:
+            return
+        if self.customer_id:
+            raise MeterlyUnknownOutcomeError(
+                f"The ledger knew {self.external_id!r} as {self.customer_id}, and now "
+                f"as {customer_id}."
+            )
+        using = router.db_for_write(Customer)
+        try:
+            with transaction.atomic(using=using):
+                Customer.objects.using(using).filter(pk=self.pk).update(
+                    customer_id=customer_id
+                )
+        except IntegrityError as exc:
+            raise MeterlyUnknownOutcomeError(
+                f"The ledger knows {self.external_id!r} as {customer_id}, which is "
+                "another customer."
+            ) from exc
+        self.customer_id = customer_id
 
     def forget_registration(self) -> None:
         """Let the next use register the customer again."""

@@ -1,12 +1,13 @@
-"""What the client returns: frozen results, amounts in whole credits, times in UTC."""
+"""What the client returns: frozen results, amounts in whole credits, times in UTC.
+
+A field that may be ``None`` is one that a ledger may leave out: the vendor's guide does
+not show it. This project's own ledger leaves none out.
+"""
 
 from __future__ import annotations
 
-import datetime as dt
+import datetime as dt  # noqa: TC003 (dataclasses keep their types)
 from dataclasses import dataclass
-from typing import Any
-
-from .transports.base import check_identifier
 
 __all__ = [
     "Balance",
@@ -21,27 +22,14 @@ __all__ = [
 ]
 
 
-def _time(value: str) -> dt.datetime:
-    return dt.datetime.fromisoformat(value)
-
-
 @dataclass(frozen=True, slots=True)
 class CustomerResult:
     """Who pays with credits, as the ledger knows them."""
 
     customer_id: str
-    customer_external_id: str
-    credit_unit: str
-    created_at: dt.datetime
-
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> CustomerResult:
-        return cls(
-            customer_id=check_identifier(data["customerId"], "customerId"),
-            customer_external_id=data["customerExternalId"],
-            credit_unit=data["creditUnit"],
-            created_at=_time(data["createdAt"]),
-        )
+    customer_external_id: str | None
+    credit_unit: str | None
+    created_at: dt.datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +37,9 @@ class Balance:
     """One account: *available* is *balance* less *reserved*."""
 
     credit_unit: str
-    balance: int
-    reserved: int
+    balance: int | None
+    reserved: int | None
     available: int
-
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> Balance:
-        return cls(
-            credit_unit=data["creditUnit"],
-            balance=data["balance"],
-            reserved=data["reserved"],
-            available=data["available"],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,37 +49,18 @@ class Balances:
     customer_id: str
     balances: tuple[Balance, ...]
 
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> Balances:
-        return cls(
-            customer_id=data["customerId"],
-            balances=tuple(Balance.from_wire(item) for item in data["balances"]),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class GrantedCredits:
     """Credits added once per *reference*."""
 
-    grant_id: str
+    grant_id: str | None
     customer_id: str
-    credit_amount: int
-    credit_unit: str
-    reference: str
-    description: str
-    created_at: dt.datetime
-
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> GrantedCredits:
-        return cls(
-            grant_id=data["grantId"],
-            customer_id=data["customerId"],
-            credit_amount=data["creditAmount"],
-            credit_unit=data["creditUnit"],
-            reference=data["reference"],
-            description=data["description"],
-            created_at=_time(data["createdAt"]),
-        )
+    credit_amount: int | None
+    credit_unit: str | None
+    reference: str | None
+    description: str | None
+    created_at: dt.datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,45 +68,23 @@ class GrantResult:
     """A grant, and the balance right after it."""
 
     grant: GrantedCredits
-    balance: Balance
-
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> GrantResult:
-        return cls(
-            grant=GrantedCredits.from_wire(data["grant"]),
-            balance=Balance.from_wire(data["balance"]),
-        )
+    balance: Balance | None
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
     """One line of the ledger. Deltas are signed, *amount* is not."""
 
-    entry_id: str
-    kind: str
-    amount: int
-    balance_delta: int
-    reserved_delta: int
-    balance_after: int
-    reserved_after: int
-    unit: str
-    reference: str
-    created_at: dt.datetime
-
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> LedgerEntry:
-        return cls(
-            entry_id=data["entryId"],
-            kind=data["kind"],
-            amount=data["amount"],
-            balance_delta=data["balanceDelta"],
-            reserved_delta=data["reservedDelta"],
-            balance_after=data["balanceAfter"],
-            reserved_after=data["reservedAfter"],
-            unit=data["unit"],
-            reference=data["reference"],
-            created_at=_time(data["createdAt"]),
-        )
+    entry_id: str | None
+    kind: str | None
+    amount: int | None
+    balance_delta: int | None
+    reserved_delta: int | None
+    balance_after: int | None
+    reserved_after: int | None
+    unit: str | None
+    reference: str | None
+    created_at: dt.datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,27 +94,13 @@ class EntryPage:
     entries: tuple[LedgerEntry, ...]
     next_cursor: str | None
 
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> EntryPage:
-        return cls(
-            entries=tuple(LedgerEntry.from_wire(item) for item in data["entries"]),
-            next_cursor=data["nextCursor"],
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class MovementResult:
     """Credits added or used: the ledger's entry, and the balance right after it."""
 
-    entry: LedgerEntry
-    balance: Balance
-
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> MovementResult:
-        return cls(
-            entry=LedgerEntry.from_wire(data["entry"]),
-            balance=Balance.from_wire(data["balance"]),
-        )
+    entry: LedgerEntry | None
+    balance: Balance | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,23 +112,15 @@ class ReservationResult:
     """
 
     reservation_id: str
-    customer_id: str
-    unit: str
-    amount: int
-    status: str
-    reference: str
-    expires_at: dt.datetime
-    balance: Balance
+    customer_id: str | None
+    unit: str | None
+    amount: int | None
+    status: str | None
+    reference: str | None
+    expires_at: dt.datetime | None
+    balance: Balance | None
 
-    @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> ReservationResult:
-        return cls(
-            reservation_id=check_identifier(data["reservationId"], "reservationId"),
-            customer_id=data["customerId"],
-            unit=data["unit"],
-            amount=data["amount"],
-            status=data["status"],
-            reference=data["reference"],
-            expires_at=_time(data["expiresAt"]),
-            balance=Balance.from_wire(data["balance"]),
-        )
+    @property
+    def is_held(self) -> bool:
+        """Whether the credits are held, as far as this answer says."""
+        return self.status in (None, "reserved")

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from django_meterly.errors import MeterlyNotSentError, MeterlyUnknownOutcomeError
 from django_meterly.ledger.transport import LedgerTransport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from django_meterly.transports.base import Call
+
+
+@dataclass(frozen=True)
+class Altered:
+    """A fault: the call is carried out, and its answer goes through *change*."""
+
+    change: Callable[[dict[str, Any]], Any]
 
 
 class FaultyTransport(LedgerTransport):
@@ -39,6 +49,7 @@ class FaultyTransport(LedgerTransport):
         ``"unsent"``: never reaches the ledger, and that is known.
         ``"lost"``: never reaches the ledger, but that is not known.
         ``"unanswered"``: carried out, and the answer is lost.
+        ``Altered``: carried out, and answered otherwise.
         An exception is raised instead of the call, a callable is called before it.
         """
         cls.faults.setdefault(operation, deque()).extend(faults)
@@ -71,4 +82,7 @@ class FaultyTransport(LedgerTransport):
         answer = super().send(call)
         if fault == "unanswered":
             raise MeterlyUnknownOutcomeError("read time-out")
+        if isinstance(fault, Altered):
+            altered: dict[str, Any] = fault.change(answer)
+            return altered
         return answer

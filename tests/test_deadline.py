@@ -26,7 +26,6 @@ SLACK = 1.0
 
 CUSTOMER = {
     "customerId": "cus_1",
-    "customerExternalId": "user_1",
     "creditUnit": "image_credits",
     "createdAt": "2026-01-01T00:00:00Z",
 }
@@ -36,7 +35,6 @@ HELD = {
     "unit": "image_credits",
     "amount": 25,
     "status": "reserved",
-    "reference": "job",
     "expiresAt": "2099-01-01T00:00:00Z",
     "balance": {
         "creditUnit": "image_credits",

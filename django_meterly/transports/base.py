@@ -104,7 +104,15 @@ class Transport:
     """Carries calls to a ledger.
 
     A transport raises the exceptions of ``django_meterly.errors`` and no others,
-    and may be used from several threads at once.
+    and may be used from several threads at once. The client checks every answer, so a
+    transport only has to decode it. For example::
+
+        class MyTransport(Transport):
+            def send(self, call):
+                status, body = my_gateway(call.method, call.path, call.payload)
+                if status < 400:
+                    return body
+                raise api_error(status, body["error"]["code"])
     """
 
     #: Whether a commit may name less than the hold. Where not, the client commits
@@ -129,8 +137,9 @@ class Transport:
     def send(self, call: Call) -> dict[str, Any]:
         """Carry out *call* and return the answer's body, with its wire names.
 
-        Raises ``MeterlyApiError`` when the ledger said no, ``MeterlyNotSentError``
-        when the call provably never reached it, and
+        The body is a ``dict`` of what JSON can say: texts, whole numbers, lists and
+        ``dict``. Raises ``MeterlyApiError`` when the ledger said no,
+        ``MeterlyNotSentError`` when the call provably never reached it, and
         ``MeterlyUnknownOutcomeError`` when it may or may not have been applied.
         """
         raise NotImplementedError
@@ -198,11 +207,13 @@ def check_amount(value: object, name: str = "amount", *, minimum: int = 1) -> in
     # amount anybody meant.
     if type(value) is not int:
         raise ValueError(
-            f"{name} must be an int, not {type(value).__name__} {value!r}. "
+            f"{name} must be an int, not {type(value).__name__} {shown(value)}. "
             "Credits are whole numbers."
         )
     if not minimum <= value <= MAX_AMOUNT:
-        raise ValueError(f"{name} must be from {minimum} to 2**63 - 1, not {value!r}.")
+        raise ValueError(
+            f"{name} must be from {minimum} to 2**63 - 1, not {shown(value)}."
+        )
     return value
 
 
@@ -211,7 +222,7 @@ def check_ttl(value: object, name: str = "ttl_seconds") -> int:
     if type(value) is not int or not 1 <= value <= MAX_TTL_SECONDS:
         raise ValueError(
             f"{name} must be a whole number of seconds from 1 to "
-            f"{MAX_TTL_SECONDS}, not {value!r}."
+            f"{MAX_TTL_SECONDS}, not {shown(value)}."
         )
     return value
 
@@ -227,7 +238,7 @@ def check_key(
     ):
         raise ValueError(
             f"{name} must be 1 to {length} visible ASCII characters "
-            f"without spaces, not {_shown(value)}."
+            f"without spaces, not {shown(value)}."
         )
     return value
 
@@ -237,7 +248,7 @@ def check_text(value: object, name: str, *, length: int = MAX_TEXT_LENGTH) -> st
     if not isinstance(value, str) or len(value) > length or not _TEXT.fullmatch(value):
         raise ValueError(
             f"{name} must be 1 to {length} printable ASCII characters, with no "
-            f"space at either end, not {_shown(value)}."
+            f"space at either end, not {shown(value)}."
         )
     return value
 
@@ -247,7 +258,7 @@ def check_unit(value: object, name: str = "unit") -> str:
     if not isinstance(value, str) or not _UNIT.fullmatch(value):
         raise ValueError(
             f"{name} must be 1 to 64 letters, digits, '_', '.' or '-', and begin "
-            f"with a letter or digit, not {_shown(value)}."
+            f"with a letter or digit, not {shown(value)}."
         )
     return value
 
@@ -256,7 +267,7 @@ def check_identifier(value: object, name: str) -> str:
     """Return *value* if it can be an id in a path, or raise ``ValueError``."""
     if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value):
         raise ValueError(
-            f"{name} must be 1 to 64 letters, digits, '_' or '-', not {_shown(value)}."
+            f"{name} must be 1 to 64 letters, digits, '_' or '-', not {shown(value)}."
         )
     return value
 
@@ -267,8 +278,7 @@ def check_description(
     """Return *value* if it is a description, or raise ``ValueError``."""
     if not isinstance(value, str) or len(value) > length:
         raise ValueError(
-            f"{name} must be a text of at most {length} "
-            f"characters, not {_shown(value)}."
+            f"{name} must be a text of at most {length} characters, not {shown(value)}."
         )
     # Half of a surrogate pair, which JSON can name, is no text to a database.
     if "\x00" in value or re.search("[\ud800-\udfff]", value):
@@ -276,9 +286,30 @@ def check_description(
     return value
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def shown(value: object) -> str:
+    """Return *value* for an error's message: one printable line of a bounded length."""
+    if isinstance(value, dict | list | tuple):
+        # It may be too deep for repr().
+        return "{...}" if isinstance(value, dict) else "[...]"
+    if isinstance(value, int) and value.bit_length() > 128:
+        # It may be too long for repr().
+        return "a huge number"
+    text = repr(value[:80] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def clean_text(value: object, length: int) -> str:
+    """Return the first *length* characters of a text, each made printable.
+
+    Control characters, line feeds, NUL, surrogates and marks that change the writing
+    direction become spaces. Anything but a text becomes an empty one.
+    """
+    if not isinstance(value, str):
+        return ""
+    text = value[:length]
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def key_problem(api_key: str) -> str:

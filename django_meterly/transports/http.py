@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from contextvars import ContextVar
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, parse_headers
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -67,6 +67,7 @@ _HEADERS = {
     "Accept-Encoding": "identity",
     "User-Agent": f"django-meterly/{__version__}",
 }
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -405,6 +406,15 @@ class _Response(HTTPResponse):
         buffered: Any = self.fp
         self.fp = io.BufferedReader(_Reader(buffered.detach(), sock))
 
+    def _read_status(self) -> Any:
+        # http.client itself skips no other interim answer than 100.
+        parent: Any = super()
+        while True:
+            version, status, reason = parent._read_status()
+            if not 102 <= status < 200:
+                return version, status, reason
+            parse_headers(self.fp)
+
 
 class _Watched(HTTPConnection):
     response_class = _Response
@@ -514,10 +524,18 @@ def _chain(
 def _json_object(response: urllib3.BaseHTTPResponse) -> dict[str, Any] | None:
     body = response.read(decode_content=False)
     try:
-        data = json.loads(body)
+        data = _decode(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON.")
+
+
+# Python's own decoder takes NaN and Infinity for numbers.
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _refusal(
@@ -527,22 +545,28 @@ def _refusal(
 ) -> MeterlyError:
     call, request_id = operation.call, operation.request_id
     status = response.status
-    if not 400 <= status < 600:
-        return MeterlyUnknownOutcomeError(
-            f"The ledger answered {call.method} {call.path} (request {request_id}) "
-            f"with status {status} and no result: not what a ledger does."
-        )
     error = (data or {}).get("error")
     details = dict(error) if isinstance(error, dict) else {}
     code, message = details.pop("code", None), details.pop("message", "")
+    # A proxy, too, has pages for these.
+    by_status = status == 429 or 500 <= status < 600
+    if not (400 <= status < 600 and (by_status or isinstance(code, str))):
+        url = operation.request.url if operation.request else ""
+        return MeterlyUnknownOutcomeError(
+            f"{call.method} {url} (request {request_id}) was answered with status "
+            f"{status} and a body that is not a ledger's. Check the base URL "
+            '(METERLY["BASE_URL"]).'
+        )
+    if _REQUEST_ID.fullmatch(named := response.headers.get("X-Request-Id", "")):
+        request_id = named
     retry_after = response.headers.get("Retry-After", "")
     if re.fullmatch(r"[0-9]{1,5}", retry_after):
         details["retryAfter"] = int(retry_after)
     return api_error(
         status,
-        code if isinstance(code, str) else None,
-        message if isinstance(message, str) else "",
-        request_id=response.headers.get("X-Request-Id", request_id),
+        code,
+        message,
+        request_id=request_id,
         method=call.method,
         path=call.path,
         details=details,

@@ -17,11 +17,8 @@ import pytest
 from django_meterly import MeterlyClient, __version__
 from django_meterly.errors import (
     MeterlyApiError,
-    MeterlyAuthenticationError,
     MeterlyError,
-    MeterlyForbiddenError,
     MeterlyInsufficientCreditsError,
-    MeterlyNotFoundError,
     MeterlyNotSentError,
     MeterlyRateLimitedError,
     MeterlyServerError,
@@ -349,14 +346,21 @@ def test_error_carries_status_code_details_and_call(serve):
     assert set(error.details) == {"required", "available", "reserved", "unit"}
 
 
-@pytest.mark.parametrize("body", [b"<h1>No</h1>", b"", b'"x"', b'{"error": 1}', b"[]"])
+NO_LEDGERS = [
+    b"<h1>No</h1>",
+    b"",
+    b'"x"',
+    b"[]",
+    b'{"message": "no route"}',
+    b'{"error": 1}',
+    b'{"error": {"code": 5, "message": "no"}}',
+]
+
+
+@pytest.mark.parametrize("body", NO_LEDGERS)
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
-        ("401 Unauthorized", MeterlyAuthenticationError),
-        ("403 Forbidden", MeterlyForbiddenError),
-        ("404 Not Found", MeterlyNotFoundError),
-        ("418 Teapot", MeterlyApiError),
         ("429 Too Many Requests", MeterlyRateLimitedError),
         ("503 Service Unavailable", MeterlyServerError),
     ],
@@ -367,6 +371,73 @@ def test_f08_error_without_json_is_classed_by_its_status(serve, status, expected
         server.transport.send(RESERVE)
     assert type(caught.value) is expected
     assert caught.value.status == int(status[:3])
+
+
+@pytest.mark.parametrize("body", NO_LEDGERS)
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 407, 409, 410, 418, 422])
+def test_f67_error_that_is_no_ledgers_is_an_outage_and_names_url_and_setting(
+    serve, status, body
+):
+    server = serve(answer(body, f"{status} No"))
+    with pytest.raises(MeterlyUnknownOutcomeError) as caught:
+        server.transport.send(RESERVE)
+    assert type(caught.value) is MeterlyUnknownOutcomeError
+    assert f"{server.url}/v1/reservations" in str(caught.value)
+    assert str(status) in str(caught.value)
+    assert 'METERLY["BASE_URL"]' in str(caught.value)
+
+
+INTERIM = [
+    "100 Continue\r\n",
+    "102 Processing\r\n",
+    "103 Early Hints\r\nLink: </a.css>\r\n",
+]
+
+
+@pytest.mark.parametrize("interim", INTERIM, ids=lambda text: text[:3])
+@pytest.mark.parametrize("times", [1, 3])
+def test_f67_interim_answers_are_skipped(serve, interim, times):
+    server = serve(f"HTTP/1.1 {interim}\r\n".encode() * times + answer({"ok": 1}))
+    for _ in range(2):
+        assert server.transport.send(RESERVE) == {"ok": 1}
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("interim", INTERIM[1:], ids=lambda text: text[:3])
+def test_f67_interim_answers_without_an_end_are_cut_off(serve, interim):
+    server = serve(say(f"HTTP/1.1 {interim}\r\n".encode() * 100_000))
+    with within(3), pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
+
+
+@pytest.mark.parametrize("body", [*NO_LEDGERS[:4], b'{"amount": NaN}', b"-Infinity"])
+def test_f67_success_that_is_no_ledgers_names_url_and_setting(serve, body):
+    server = serve(answer(body))
+    with pytest.raises(MeterlyUnknownOutcomeError) as caught:
+        server.transport.send(RESERVE)
+    assert f"{server.url}/v1/reservations" in str(caught.value)
+    assert 'METERLY["BASE_URL"]' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": -Infinity}',
+        b'{"a": [{"b": NaN}]}',
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+        '{"a": 1}'.encode("utf-16"),
+        b'{"a": 1} {}',
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_f57_json_that_is_not_json_is_unknown(serve, body):
+    server = serve(answer(body))
+    with pytest.raises(MeterlyUnknownOutcomeError):
+        server.transport.send(RESERVE)
 
 
 def test_f07_sane_retry_after_is_a_detail(serve):

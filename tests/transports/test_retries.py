@@ -148,9 +148,9 @@ def test_first_attempt_that_could_not_connect_is_followed_by_another(free_port):
         error("404 Not Found", "not_found"),
         error("409 Conflict", "customer_exists"),
         error("409 Conflict", "reservation_expired"),
-        error("409 Conflict"),
+        error("409 Conflict", "something_new"),
         error("422 Unprocessable", "idempotency_mismatch"),
-        error("418 Teapot"),
+        error("418 Teapot", "teapot"),
     ],
 )
 def test_f07_verdict_is_not_asked_for_again(serve, verdict):
@@ -169,6 +169,9 @@ def test_f07_verdict_is_not_asked_for_again(serve, verdict):
         (error("502 No"), MeterlyServerError),
         (DOWN, MeterlyServerError),
         (error("504 No"), MeterlyServerError),
+        (error("401 No"), MeterlyUnknownOutcomeError),
+        (error("404 No"), MeterlyUnknownOutcomeError),
+        (error("409 No"), MeterlyUnknownOutcomeError),
         (reset, MeterlyUnknownOutcomeError),
         (answer(b"<h1>Hello</h1>"), MeterlyUnknownOutcomeError),
     ],
