@@ -281,9 +281,16 @@ class Guard:
 
     @property
     def superseded(self) -> bool:
-        """Whether somebody else has claimed the work, and decides."""
+        """Whether somebody else has taken the work up, and nothing is owed for this.
+
+        Either they have claimed this reservation, or they have made the next attempt.
+        """
         row = self.reservation
-        return row is not None and self._message is None and row.fence != self.fence
+        if row is None or self._message is not None:
+            return False
+        return row.fence != self.fence or (
+            row.charge is None and journal.is_tried_again(row)
+        )
 
     def decide(self) -> None:
         """Record success as part of the transaction that is open, the work's own.

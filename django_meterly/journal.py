@@ -316,6 +316,14 @@ def _standing(using: str, row: Reservation) -> list[Reservation]:
     return list(others.select_for_update())
 
 
+def is_tried_again(row: Reservation) -> bool:
+    """Return whether there is a later attempt at the key of *row*."""
+    later = Reservation.objects.using(alias()).filter(
+        customer=row.customer_id, key=row.key, attempt__gt=row.attempt
+    )
+    return later.exists()
+
+
 def in_the_way(customer: Customer, key: str) -> MeterlyDuplicateError | None:
     """Return why *key* cannot be tried now; ``None`` if nothing came of it yet."""
     rows = Reservation.objects.using(alias()).filter(customer=customer, key=key)

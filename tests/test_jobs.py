@@ -328,6 +328,9 @@ def test_f33_of_two_attempts_of_a_key_only_the_later_one_settles(
         work.succeed()
     assert sorted(states()) == ["committed", "released"]
     assert late.fence > early.fence
+    # What it did was not charged: its result is dropped, if it is a task's.
+    assert early.superseded == (ends == "last")
+    assert not late.superseded
     sweep()
     assert sorted(states()) == ["committed", "released"]
     assert balance(customer) == (75, 0)

@@ -378,7 +378,30 @@ def test_f33_a_copy_that_was_taken_for_dead_settles_nothing(
 
 
 @BROKERS
-@pytest.mark.parametrize("end", ["", "-raise", "-retry", "-reject", "-ignore"])
+def test_f72_work_is_charged_when_the_copy_dies_that_was_at_work_meanwhile(
+    redis: None, site: Site, customer: Customer
+) -> None:
+    site.worker()
+    site.work(jobs.works, "wait", "hang", "finish")
+    child = site.wait_for_run()
+    os.kill(child, signal.SIGSTOP)
+    site.sweep_until("released")
+    time.sleep(VISIBILITY_TIMEOUT)
+    second = site.worker()
+    site.wait_for_run(2)
+
+    os.kill(child, signal.SIGCONT)
+    site.go()
+    site.wait_until(lambda: site.noted("done 1"))
+    kill_group(second)
+    site.sweep_until("committed", "released")
+    # Its hold was given back: what it cost was debited.
+    assert movements() == ["reserved", "released", "reserved", "released", "used"]
+    assert balance(customer) == (75, 0)
+
+
+@BROKERS
+@pytest.mark.parametrize("end", ["-raise", "-retry", "-reject", "-ignore"])
 def test_f33_work_is_done_when_the_copy_dies_that_took_it_up(
     end: str, redis: None, site: Site, customer: Customer
 ) -> None:
