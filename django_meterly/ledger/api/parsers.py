@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from typing import IO, TYPE_CHECKING, Any
 
+from django.conf import settings
 from rest_framework.exceptions import ParseError
 from rest_framework.parsers import BaseParser
 
@@ -11,15 +13,17 @@ from .exceptions import wrong_field
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from django.http import HttpRequest
+
 MAX_BODY_BYTES = 64 * 1024
 
 
 class StrictJSONParser(BaseParser):
     """Reads one JSON object, and refuses what readers disagree about.
 
-    That is: a name that comes twice, text that is no UTF-8, and anything longer
-    than 64 KiB. NaN and the infinities are read, as what no field takes, so that
-    the refusal can name the field.
+    That is: a name that comes twice, and text that is no UTF-8. NaN and the
+    infinities are read, as what no field takes, so that the refusal can name the
+    field. How long a body may be is ``read_body``'s to say.
     """
 
     media_type = "application/json"
@@ -30,11 +34,8 @@ class StrictJSONParser(BaseParser):
         media_type: str | None = None,
         parser_context: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        body = stream.read(MAX_BODY_BYTES + 1)
-        if len(body) > MAX_BODY_BYTES:
-            raise ParseError(f"The body is longer than {MAX_BODY_BYTES} bytes.")
         try:
-            data = json.loads(body.decode(), object_pairs_hook=_object)
+            data = json.loads(stream.read().decode(), object_pairs_hook=_object)
             # "\ud800" is valid JSON, but no text that can be stored or sent back.
             json.dumps(data, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as exc:
@@ -42,6 +43,32 @@ class StrictJSONParser(BaseParser):
         if not isinstance(data, dict):
             raise ParseError("The body is not a JSON object.")
         return data
+
+
+def read_body(request: HttpRequest) -> None:
+    """Read the body of *request*, at most 64 KiB of it, for all who want it later.
+
+    What counts are the bytes that come, whatever ``Content-Length`` says. Raises
+    ``ParseError`` for a longer body, and for one that is cut off: the rest of it
+    might have said that a part of the credits is to be charged, and not all.
+    """
+    if hasattr(request, "meterly_body_read"):
+        return
+    stream, declared = request._stream, request.META.get("CONTENT_LENGTH")
+    if "HTTP_TRANSFER_ENCODING" in request.META and not hasattr(request, "scope"):
+        # Django takes such a body for empty. A server that ends it says so.
+        if not request.META.get("wsgi.input_terminated"):
+            raise ParseError("The body needs a Content-Length.")
+        stream, declared = request.META["wsgi.input"], None
+    limit = min(MAX_BODY_BYTES, settings.DATA_UPLOAD_MAX_MEMORY_SIZE or MAX_BODY_BYTES)
+    body = stream.read(limit + 1)
+    if len(body) > limit:
+        raise ParseError(f"The body is longer than {limit} bytes.")
+    if declared and declared.lstrip("0") != str(len(body)).lstrip("0"):
+        raise ParseError("The body is not as long as its Content-Length says.")
+    request.META["CONTENT_LENGTH"] = str(len(body))
+    request._body, request._stream = body, BytesIO(body)
+    request.meterly_body_read = True  # type: ignore[attr-defined]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
