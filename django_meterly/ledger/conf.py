@@ -19,6 +19,8 @@ from ..transports.base import MAX_TTL_SECONDS, check_text, check_ttl
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+#: The longest request body. No call of the contract comes near it.
+MAX_BODY_BYTES = 64 * 1024
 #: What is counted, and how much of it is allowed: ``None`` is as much as you like.
 THROTTLE_RATES = {"read": None, "write": None, "failed": "60/min"}
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from contextlib import suppress
 from io import BytesIO
 from typing import IO, TYPE_CHECKING, Any
 
@@ -8,14 +10,13 @@ from django.conf import settings
 from rest_framework.exceptions import ParseError
 from rest_framework.parsers import BaseParser
 
+from ..conf import MAX_BODY_BYTES
 from .exceptions import wrong_field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from django.http import HttpRequest
-
-MAX_BODY_BYTES = 64 * 1024
 
 
 class StrictJSONParser(BaseParser):
@@ -69,6 +70,23 @@ def read_body(request: HttpRequest) -> None:
     request.META["CONTENT_LENGTH"] = str(len(body))
     request._body, request._stream = body, BytesIO(body)
     request.meterly_body_read = True  # type: ignore[attr-defined]
+
+
+def stop_reading(request: HttpRequest) -> None:
+    """Let gunicorn close a connection whose body nobody is going to read.
+
+    It would wait for the rest, 2 seconds or 5, in a worker or a thread that others
+    need; an application has no header to say that it shall not. What has come is
+    still there to be discarded, and the answer is sent.
+    """
+    connection = request.META.get("gunicorn.socket")
+    has_body = request.META.get("CONTENT_LENGTH") or (
+        "HTTP_TRANSFER_ENCODING" in request.META
+    )
+    # Not for TLS, where it would end the encryption of the answer.
+    if has_body and type(connection) is socket.socket:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RD)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

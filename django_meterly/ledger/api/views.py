@@ -20,7 +20,7 @@ from ..authentication import Claim, KeyAuthentication, ScopePermission, target_o
 from ..operations import write_alias
 from ..service import perform
 from .exceptions import exception_handler, wrong_field
-from .parsers import StrictJSONParser, read_body
+from .parsers import StrictJSONParser, read_body, stop_reading
 from .throttling import KeyThrottle
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class OperationView(APIView):
     """
 
     operations: Mapping[str, str] = {}
+    is_let_in = False
 
     http_method_names = ["get", "post"]
     authentication_classes: tuple[Any, ...] = (KeyAuthentication,)
@@ -95,6 +96,8 @@ class OperationView(APIView):
         response["X-Request-Id"] = self.request_id
         # Django's own cache heeds "private" only.
         response["Cache-Control"] = "no-store, private"
+        if not self.is_let_in:
+            stop_reading(request._request)
         return response
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -106,6 +109,7 @@ class OperationView(APIView):
         super().initial(request, *args, **kwargs)
         if request.method not in self.operations:
             raise MethodNotAllowed(str(request.method))
+        self.is_let_in = True
         if request.method == "POST":
             read_body(request._request)
 
