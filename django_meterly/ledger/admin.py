@@ -98,7 +98,8 @@ class ApiKeyAdmin(ReadOnlyAdmin):
 
     @admin.display(description=_("scopes"))
     def scopes(self, key: ApiKey) -> str:
-        return ", ".join(str(scope.label) for scope in key.scopes)
+        # As the command takes them, in every language.
+        return ", ".join(key.scopes)
 
     @admin.display(description=_("active"), boolean=True)
     def is_active(self, key: ApiKey) -> bool:

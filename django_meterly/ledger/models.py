@@ -85,9 +85,9 @@ class ApiKey(models.Model):
     """
 
     class Scope(models.TextChoices):
-        READ = "read", _("read")
-        SPEND = "spend", _("spend")
-        GRANT = "grant", _("grant")
+        READ = "read"
+        SPEND = "spend"
+        GRANT = "grant"
 
     workspace = models.ForeignKey(
         Workspace,

@@ -128,7 +128,7 @@ class HttpTransport(Transport):
         self.read_timeout = read_timeout
         self.deadline = deadline
         self.max_attempts = max_attempts
-        self.verify = verify
+        self.verify = verify if verify is True else os.fspath(verify)
         self._proxies = dict(proxies or {})
         if any(url.lower().startswith("socks") for url in self._proxies.values()):
             raise ValueError("proxies must be http or https proxies, not SOCKS.")

@@ -520,6 +520,103 @@ def test_rates_that_cannot_be_are_an_error_of_the_checks(settings, rates):
     assert "THROTTLE_RATES" in error.msg
 
 
+@pytest.fixture
+def failed_rate(settings):
+    settings.METERLY_LEDGER = {"THROTTLE_RATES": {"failed": "3/min"}}
+
+
+def unknown(**extra: str) -> Any:
+    headers = {"Authorization": "Bearer mk_live_unknown"}
+    return Client().get("/ledger/v1/customers?externalId=a", headers=headers, **extra)
+
+
+def test_f59_failures_above_the_rate_are_429_with_a_time_to_wait(failed_rate, api):
+    for _ in range(3):
+        is_error(unknown(), 401, "unauthenticated")
+    refused = unknown()
+    is_error(refused, 429, "rate_limited")
+    assert 1 <= int(refused["Retry-After"]) <= 60
+    # Another address is counted apart, whatever it says that it forwards.
+    assert unknown(REMOTE_ADDR="192.0.2.7").status_code == 401
+    assert unknown(HTTP_X_FORWARDED_FOR="192.0.2.8").status_code == 429
+
+
+@pytest.mark.parametrize("kind", ["bearer", "hmac"])
+def test_f59_nobody_else_is_locked_out(failed_rate, workspace, kind):
+    row, key = create_api_key(workspace, "x", hmac=kind == "hmac")
+    path = "/ledger/v1/customers?externalId=a"
+
+    def use(key: str) -> int:
+        authorization = sign(key, "GET", path) if row.key_id else f"Bearer {key}"
+        return Client().get(path, headers={"Authorization": authorization}).status_code
+
+    # From the same address, with the same key id: that of an HMAC key is no secret.
+    wrong = f"{key[:-1]}{'a' if key[-1] != 'a' else 'b'}"
+    assert [use(wrong) for _ in range(5)] == [401, 401, 401, 429, 429]
+    assert [use(key) for _ in range(5)] == [200] * 5
+
+
+def test_f59_failures_are_throttled_by_default(settings):
+    assert [unknown().status_code for _ in range(62)] == [401] * 60 + [429] * 2
+    settings.METERLY_LEDGER = {"THROTTLE_RATES": {"read": "5/s"}}
+    assert unknown().status_code == 429
+
+
+def test_f59_success_is_not_counted_as_a_failure(failed_rate, api):
+    for _ in range(5):
+        assert api.get("/v1/customers", {"externalId": "a"}).status_code == 200
+    assert unknown().status_code == 401
+
+
+# Caches
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("get", "/health", 200),
+        ("get", "/openapi.json", 200),
+        ("get", "/v1/customers?externalId=a", 200),
+        ("get", "/v1/customers", 400),
+        ("post", "/v1/grants", 415),
+        ("get", "/v1/customers/nobody/balance", 404),
+        ("get", "/v1/nothing", 404),
+        ("put", "/v1/grants", 405),
+        ("get", "/v1/grants", 405),
+        ("post", "/health", 405),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False], ids=["key", "no key"])
+def test_f55_no_answer_is_stored(api, method, path, status, known):
+    headers = api.headers({}) if known else {}
+    response = getattr(api.client, method)(f"/ledger{path}", headers=headers)
+    assert response.status_code in ({status} if known else {status, 401})
+    assert response["Cache-Control"] == "no-store, private"
+
+
+def test_f55_nor_is_a_failure(api, monkeypatch, settings):
+    def fail(*args: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(views, "perform", fail)
+    response = api.get("/v1/customers", {"externalId": "a"})
+    assert (response.status_code, response["Cache-Control"]) == (
+        500,
+        "no-store, private",
+    )
+
+
+def test_f55_djangos_own_cache_stores_nothing(api, customer, settings):
+    settings.MIDDLEWARE = [
+        "django.middleware.cache.UpdateCacheMiddleware",
+        *settings.MIDDLEWARE,
+        "django.middleware.cache.FetchFromCacheMiddleware",
+    ]
+    path = f"/v1/customers/{customer}/balance"
+    assert api.get(path).status_code == 200
+    assert Client().get(f"/ledger{path}").status_code == 401
+
+
 # Health
 
 

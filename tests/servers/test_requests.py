@@ -180,6 +180,34 @@ def test_f55_a_chunked_body_is_counted(site: Site, key: str, kind: str) -> None:
     assert b"cache-control: no-store" in received.lower()
 
 
+@pytest.mark.parametrize(
+    ("path", "length", "expected", "says"),
+    [
+        ("/ledger/v1/grants", 65536, b"400", b"externalCustomerId"),
+        ("/ledger/v1/grants", 65537, b"400", b"longer than 65536 bytes"),
+        # Not the ledger's: whoever has this path may take large files.
+        ("/nothing/", 200_000, b"404", b""),
+    ],
+)
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_f55_the_limit_is_exact_and_the_ledgers_own(
+    site: Site,
+    key: str,
+    path: str,
+    length: int,
+    expected: bytes,
+    says: bytes,
+    framing: str,
+) -> None:
+    body = b'{"a": "' + b"x" * (length - 9) + b'"}'
+    assert len(body) == length
+    header = f"Content-Length: {length}" if framing == "length" else CHUNKED
+    sent = body if framing == "length" else chunked(body[:30000], body[30000:])
+    received = answer(connect(site, post(path, f"Bearer {key}", header), sent))
+    assert received.split(b" ", 2)[1] == expected, received
+    assert says in received
+
+
 @pytest.mark.parametrize("sent", [b"", b'{"amount": 4'])
 def test_f55_a_body_that_is_cut_off_does_nothing(
     site: Site, key: str, hold: str, sent: bytes
