@@ -62,11 +62,10 @@ class ApiKeyAdmin(ReadOnlyAdmin):
         "shown",
         "scopes",
         "is_active",
-        "is_test",
-        "created_at",
         "expires_at",
         "last_used_at",
         "revoked_at",
+        "created_at",
     ]
     list_filter = [
         "workspace",
