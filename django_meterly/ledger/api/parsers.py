@@ -83,8 +83,9 @@ def stop_reading(request: HttpRequest) -> None:
     has_body = request.META.get("CONTENT_LENGTH") or (
         "HTTP_TRANSFER_ENCODING" in request.META
     )
+    unread = has_body and not hasattr(request, "meterly_body_read")
     # Not for TLS, where it would end the encryption of the answer.
-    if has_body and type(connection) is socket.socket:
+    if unread and type(connection) is socket.socket:
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RD)
 
