@@ -222,9 +222,20 @@ def test_f55_a_body_that_is_cut_off_does_nothing(
     connection = connect(site, request, sent)
     connection.shutdown(socket.SHUT_WR)
     assert status(connection) in (0, 400)
-    assert operations.get_reservation(
-        operations.ensure_workspace("default").pk, hold
-    ).status == ("reserved")
+    workspace = operations.ensure_workspace("default")
+    assert operations.get_reservation(workspace.pk, hold).status == "reserved"
+
+
+@pytest.mark.parametrize("body", [b"zz\r\n{}\r\n0\r\n\r\n", b"5\r\n{}\r\n0\r\n\r\n"])
+def test_f55_malformed_chunks_do_nothing(
+    site: Site, key: str, hold: str, body: bytes
+) -> None:
+    path = f"/ledger/v1/reservations/{hold}/commit"
+    connection = connect(site, post(path, f"Bearer {key}", CHUNKED), body)
+    connection.shutdown(socket.SHUT_WR)
+    assert status(connection) in (0, 400)
+    workspace = operations.ensure_workspace("default")
+    assert operations.get_reservation(workspace.pk, hold).status == "reserved"
 
 
 @pytest.mark.parametrize("kind", ["bearer", "hmac"])

@@ -62,7 +62,12 @@ def read_body(request: HttpRequest) -> None:
             raise ParseError("The body needs a Content-Length.")
         stream, declared = request.META["wsgi.input"], None
     limit = min(MAX_BODY_BYTES, settings.DATA_UPLOAD_MAX_MEMORY_SIZE or MAX_BODY_BYTES)
-    body = stream.read(limit + 1)
+    try:
+        body = stream.read(limit + 1)
+    except Exception as exc:
+        # The client has left, or its chunks are malformed: each server has its own
+        # exceptions for that.
+        raise ParseError("The body cannot be read.") from exc
     if len(body) > limit:
         raise ParseError(f"The body is longer than {limit} bytes.")
     if declared and declared.lstrip("0") != str(len(body)).lstrip("0"):
