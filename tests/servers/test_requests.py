@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -147,6 +147,26 @@ def test_f55_slow_bodies_with_made_up_keys_silence_nobody(
             # Refused already, though 59,999 bytes are still to come.
             assert [status(connection) for connection in slow] == [code] * 4
         assert time.monotonic() - begun < 4
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread"])
+@pytest.mark.parametrize("code", [401, 404, 405])
+def test_f55_a_body_that_comes_late_is_no_request(
+    servers: Any, transactional_db: None, kind: str, code: int
+) -> None:
+    path = {401: "/v1/grants", 404: "/v1/nothing", 405: "/health"}[code]
+    late = b"GET /ledger/health HTTP/1.1\r\nHost: ledger.test\r\n\r\n"
+    request = post(f"/ledger{path}", MADE_UP["bearer"], f"Content-Length: {len(late)}")
+    site = servers(kind)
+    for delay in [0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032] * 4:
+        received = b""
+        with connect(site, request) as connection, suppress(OSError):
+            time.sleep(delay)
+            connection.sendall(late)
+            while data := connection.recv(65536):
+                received += data
+        # One answer, or none where the reset was faster.
+        assert received.count(b"HTTP/1.1 ") <= 1, received
 
 
 @pytest.mark.parametrize("chunk", [b'{"amount": 4}', b""], ids=["some", "all"])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import socket
-from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from .exceptions import wrong_field
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from django.http import HttpRequest
+    from django.http import HttpRequest, HttpResponse
 
 
 class StrictJSONParser(BaseParser):
@@ -77,22 +77,24 @@ def read_body(request: HttpRequest) -> None:
     request.meterly_body_read = True  # type: ignore[attr-defined]
 
 
-def stop_reading(request: HttpRequest) -> None:
-    """Let gunicorn close a connection whose body nobody is going to read.
+def hang_up_after(response: HttpResponse, request: HttpRequest) -> None:
+    """Let gunicorn end the connection if nobody has read the body of *request*.
 
     It would wait for the rest, 2 seconds or 5, in a worker or a thread that others
-    need; an application has no header to say that it shall not. What has come is
-    still there to be discarded, and the answer is sent.
+    need; an application has no header to say that it shall not.
     """
     connection = request.META.get("gunicorn.socket")
     has_body = request.META.get("CONTENT_LENGTH") or (
         "HTTP_TRANSFER_ENCODING" in request.META
     )
     unread = has_body and not hasattr(request, "meterly_body_read")
-    # Not for TLS, where it would end the encryption of the answer.
+    # Not a TLS socket, which would go on in clear.
     if unread and type(connection) is socket.socket:
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RD)
+        # When the answer is sent. Both ways: gunicorn takes the end of what it reads
+        # for the end of the body, and the rest that comes late for a new request.
+        response._resource_closers.append(
+            partial(connection.shutdown, socket.SHUT_RDWR)
+        )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..authentication import Claim, KeyAuthentication, ScopePermission, target_o
 from ..operations import write_alias
 from ..service import perform
 from .exceptions import exception_handler, wrong_field
-from .parsers import StrictJSONParser, read_body, stop_reading
+from .parsers import StrictJSONParser, hang_up_after, read_body
 from .throttling import KeyThrottle
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class OperationView(APIView):
         # Django's own cache heeds "private" only.
         response["Cache-Control"] = "no-store, private"
         if not self.is_let_in:
-            stop_reading(request._request)
+            hang_up_after(response, request._request)
         return response
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
