@@ -16,7 +16,7 @@ from .exceptions import wrong_field
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from django.http import HttpRequest, HttpResponse
+    from django.http import HttpRequest
 
 
 class StrictJSONParser(BaseParser):
@@ -77,7 +77,7 @@ def read_body(request: HttpRequest) -> None:
     request.meterly_body_read = True  # type: ignore[attr-defined]
 
 
-def hang_up_after(response: HttpResponse, request: HttpRequest) -> None:
+def hang_up_after(response: Any, request: HttpRequest) -> None:
     """Let gunicorn end the connection if nobody has read the body of *request*.
 
     It would wait for the rest, 2 seconds or 5, in a worker or a thread that others
