@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -87,7 +88,7 @@ class MeterlySettings:
     """``settings.METERLY`` with its defaults, as attributes.
 
     Raises ``ImproperlyConfigured`` for a ``METERLY`` that is not a dict, for a
-    name in it that does not exist, and for a duration that is none.
+    name in it that does not exist, for an invalid duration and for an unsafe link.
     """
 
     #: The dict whose names are known to exist: looking at each of them is for once.
@@ -111,6 +112,8 @@ class MeterlySettings:
         value = self.as_dict().get(name, DEFAULTS[name])
         if name == "CUSTOMER_MODEL":
             return value or settings.AUTH_USER_MODEL
+        if name == "TOP_UP_URL":
+            return _link(name, value)
         return _seconds(name, value) if name in DURATIONS else value
 
     def _check(self) -> None:
@@ -133,6 +136,31 @@ def _seconds(name: str, value: Any) -> float | int:
             f"not {value!r}."
         )
     return value
+
+
+def _link(name: str, value: Any) -> str | None:
+    """Return *value* if browsers take it for an http(s) URL or a path of this site.
+
+    Nobody else's text gets into a setting, but a setting gets into pages: browsers
+    drop spaces and control characters, and read ``\\`` as ``/``.
+    """
+    if not value:
+        return None
+    link = str(value)
+    if link.startswith("/"):
+        safe = not link.startswith("//")
+    else:
+        try:
+            parts = urlsplit(link)
+            safe = parts.scheme in ("http", "https") and bool(parts.hostname)
+        except ValueError:
+            safe = False
+    if not safe or not link.isprintable() or set(link) & {" ", "\\"}:
+        raise ImproperlyConfigured(
+            f"METERLY[{name!r}] must be an http or https URL, or a path that begins "
+            f"with one slash, not {link!r}."
+        )
+    return link
 
 
 meterly_settings = MeterlySettings()

@@ -229,6 +229,7 @@ class _ViewGuard:
             if call.rest:
                 from .rest_framework.exceptions import counterpart
 
+                _keep_refusal_private(call)
                 raise counterpart(exc) from exc
             return responses.render(request, exc)
         request.meterly = guard
@@ -240,8 +241,16 @@ class _ViewGuard:
         if call.rest:
             from .rest_framework.exceptions import NotAuthenticated
 
+            _keep_refusal_private(call)
             raise NotAuthenticated
         return responses.login_required(call.request)
+
+
+def _keep_refusal_private(call: _Call) -> None:
+    # These headers DRF puts on whatever its exception handler makes of a refusal.
+    headers = getattr(call.given.parser_context.get("view"), "headers", None)
+    if headers is not None:
+        headers["Cache-Control"] = responses.UNSHARED
 
 
 def _guard(view: View, begin: Callable[[_Call], Any]) -> View:
@@ -563,6 +572,8 @@ class Execution:
 
         What the return decides may be *recorded* in the view's transaction already.
         """
+        if isinstance(response, HttpResponseBase):
+            responses.keep_private(response)
         if not good:
             self.guard.fail()
         elif not self._is_late(response):

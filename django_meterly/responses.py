@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.contrib.auth.views import redirect_to_login
@@ -25,6 +26,7 @@ from .models import MAX_CALLER_KEY_LENGTH
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
+    from django.http.response import HttpResponseBase
 
 #: What the guard raises and an edge renders.
 RENDERED = (
@@ -34,6 +36,11 @@ RENDERED = (
     MeterlyInvalidKeyError,
     MeterlyIdempotencyMismatchError,
 )
+
+
+#: ``Cache-Control`` of refusals and balances. Django's own cache heeds "private" only.
+UNSHARED = "private, no-store"
+_SHARING = re.compile(r"\b(?:public|private|no-store|s-maxage)\b", re.I)
 
 
 class Problem(NamedTuple):
@@ -199,9 +206,21 @@ def _respond(request: HttpRequest, problem: Problem) -> HttpResponse:
         )
     if problem.retry_after is not None:
         response["Retry-After"] = str(problem.retry_after)
-    response["Cache-Control"] = "no-store"
+    response["Cache-Control"] = UNSHARED
     patch_vary_headers(response, ["Accept"])
     return response
+
+
+def keep_private(response: HttpResponseBase) -> None:
+    """Let only the caller's own cache keep *response*, unless it says otherwise.
+
+    A shared cache would give to everybody what one customer has paid for. A response
+    says otherwise by ``public``, ``private``, ``no-store`` or ``s-maxage``; by
+    ``max-age`` alone it does not.
+    """
+    said = response.get("Cache-Control", "")
+    if not _SHARING.search(said):
+        response["Cache-Control"] = f"{said}, private" if said else "private"
 
 
 def _back_url(request: HttpRequest) -> str:

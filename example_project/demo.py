@@ -396,7 +396,9 @@ class Story:
         self.doing("Asking the ledger's REST API")
         from django_meterly import MeterlyClient
 
-        key = self.site.manage("meterly_ledger_apikey", "create", "demo")
+        key = self.site.manage(
+            "meterly_ledger_apikey", "create", "demo", "--scope", "read"
+        )
         with MeterlyClient(key, base_url=f"{self.address}ledger") as client:
             customer = client.find_customer("user_1")
             assert customer is not None

@@ -104,7 +104,7 @@ def _fuzz(folder: Path) -> int:
         ).stdout.strip()
 
     manage("migrate", "--verbosity=0")
-    key = manage("meterly_ledger_apikey", "create", "fuzz")
+    key = manage("meterly_ledger_apikey", "create", "fuzz", "--scope", "spend", "grant")
     customer, reservation = manage("shell", "--no-imports", "-c", SEED_ROWS).split()
     config = folder / "schemathesis.toml"
     seeded = CONFIG.replace("CUSTOMER", customer).replace("RESERVATION", reservation)

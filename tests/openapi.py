@@ -28,6 +28,7 @@ from drf_spectacular.settings import patched_settings
 import django_meterly
 from django_meterly.errors import _BY_CODE
 from django_meterly.ledger import service, urls
+from django_meterly.ledger.authentication import SCOPES
 from django_meterly.ledger.models import Entry, Hold
 from django_meterly.transports import base
 from django_meterly.transports.base import ROUTES
@@ -240,6 +241,7 @@ _HEADERS = {
         "schema": {"type": "string", "pattern": "^[1-9][0-9]*$"},
     },
     "WWW-Authenticate": {"required": True, "schema": _TEXT},
+    "Cache-Control": {"required": True, "schema": {"const": "no-store, private"}},
 }
 _PARAMETERS = {
     "Idempotency-Key": {
@@ -310,7 +312,7 @@ def _answer(
         "description": description,
         "headers": {
             name: {"$ref": f"#/components/headers/{name}"}
-            for name in ["X-Request-Id", *headers]
+            for name in ["X-Request-Id", "Cache-Control", *headers]
         },
         "content": {"application/json": {"schema": schema}},
     }
@@ -336,8 +338,13 @@ class OperationSchema(AutoSchema):
                     for status, codes in _refusals(name).items()
                 },
             },
-            "security": [] if public else [{"bearerKey": []}, {"hmacKey": []}],
+            "security": [],
         }
+        if not public:
+            scope = SCOPES[name].value
+            operation["description"] = f'Needs a key with the scope "{scope}".'
+            # OpenAPI 3.1 lists roles where OAuth has scopes.
+            operation["security"] = [{"bearerKey": [scope]}, {"hmacKey": [scope]}]
         if writes:
             operation["parameters"].append(
                 {"$ref": "#/components/parameters/Idempotency-Key"}

@@ -6,8 +6,10 @@ from typing import Any
 import environ
 import pytest
 from django.core.exceptions import ImproperlyConfigured
+from django.utils.translation import gettext_lazy
 
 from django_meterly import MeterlyClient, get_client
+from django_meterly.checks import check_settings
 from django_meterly.conf import from_env, meterly_settings
 from django_meterly.transports import HttpTransport
 
@@ -104,3 +106,86 @@ def test_client_follows_the_settings(settings: Any) -> None:
 def test_client_takes_a_key_or_a_transport() -> None:
     with pytest.raises(TypeError, match="not both"):
         MeterlyClient("mk_test_x", transport=get_client().transport)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/credits/",
+        "/",
+        "/credits?from=402&x=1#buy",
+        "/crédits/",
+        "https://pay.example.com/credits",
+        "http://127.0.0.1:8000/credits",
+        "HTTPS://pay.example.com",
+        gettext_lazy("/credits/"),
+    ],
+)
+def test_top_up_url_may_be_a_path_or_an_http_url(settings: Any, url: Any) -> None:
+    settings.METERLY = {"TOP_UP_URL": url}
+    assert str(url) == meterly_settings.TOP_UP_URL
+    assert not check_settings_errors()
+
+
+@pytest.mark.parametrize("url", [None, ""])
+def test_no_top_up_url_is_none(settings: Any, url: Any) -> None:
+    settings.METERLY = {"TOP_UP_URL": url}
+    assert meterly_settings.TOP_UP_URL is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "javascript:alert(1)",
+        "JavaScript:alert(1)",
+        " javascript:alert(1)",
+        "\x01javascript:alert(1)",
+        "java\nscript:alert(1)",
+        "data:text/html,x",
+        "vbscript:x",
+        "file:///etc/passwd",
+        "mailto:a@example.com",
+        "ftp://example.com/",
+        "blob:https://example.com/x",
+        "//evil.example",
+        "///evil.example",
+        "/\\evil.example",
+        "\\\\evil.example",
+        "/\t/evil.example",
+        "/\n/evil.example",
+        " /credits/",
+        "/credits/ ",
+        "/cre dits/",
+        "/credits/\r\nSet-Cookie: x",
+        "/credits/\x00",
+        "/credits/\u202e",
+        "/credits/\u2028",
+        "https://",
+        "https:evil.example",
+        "https:/evil.example",
+        "https:///evil.example",
+        "https://[",
+        "https://exa mple.com",
+        "https:\\\\evil.example",
+        "credits/",
+        "example.com",
+        "?top-up",
+        "#top-up",
+        5,
+        ["/credits/"],
+    ],
+)
+def test_another_top_up_url_is_refused_where_it_is_read(
+    settings: Any, url: Any
+) -> None:
+    settings.METERLY = {"TOP_UP_URL": url}
+    with pytest.raises(ImproperlyConfigured, match=r"'TOP_UP_URL'.* must be an http"):
+        _ = meterly_settings.TOP_UP_URL
+    (error,) = check_settings_errors()
+    assert error.id == "meterly.E003"
+    assert "TOP_UP_URL" in error.msg
+
+
+def check_settings_errors() -> list[Any]:
+    errors = [*check_settings()]
+    return [error for error in errors if error.id == "meterly.E003"]

@@ -60,7 +60,7 @@ def test_programs_get_a_problem(exc: Any, status: int, code: str) -> None:
     response = answer(exc, "application/json")
     assert response.status_code == status
     assert response["Content-Type"] == PROBLEM
-    assert response["Cache-Control"] == "no-store"
+    assert response["Cache-Control"] == "private, no-store"
     assert "Accept" in response["Vary"]
     problem = json.loads(response.content)
     assert (problem["status"], problem["code"]) == (status, code)

@@ -8,8 +8,15 @@ from django.contrib import admin, messages
 from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
 
-from ..db import DatabaseNow
-from .models import Account, ApiKey, Entry, Hold, LedgerCustomer, Workspace
+from .models import (
+    Account,
+    ApiKey,
+    ApiKeyEvent,
+    Entry,
+    Hold,
+    LedgerCustomer,
+    Workspace,
+)
 
 if TYPE_CHECKING:
     from django.db.models import QuerySet
@@ -37,7 +44,8 @@ class ReadOnlyAdmin(ModelAdmin):
 
 @admin.register(Workspace)
 class WorkspaceAdmin(ReadOnlyAdmin):
-    list_display = ["name"]
+    list_display = ["name", "is_test"]
+    list_filter = ["is_test"]
     search_fields = ["name"]
 
     def has_add_permission(self, request: HttpRequest) -> bool:
@@ -52,23 +60,49 @@ class ApiKeyAdmin(ReadOnlyAdmin):
         "name",
         "workspace",
         "shown",
-        "scope",
-        "created_at",
+        "scopes",
+        "is_active",
+        "expires_at",
         "last_used_at",
         "revoked_at",
+        "created_at",
     ]
-    list_filter = ["workspace", "scope", ("revoked_at", admin.EmptyFieldListFilter)]
-    list_select_related = ["workspace"]
+    list_filter = [
+        "workspace",
+        "is_test",
+        "may_spend",
+        "may_grant",
+        ("expires_at", admin.EmptyFieldListFilter),
+        ("revoked_at", admin.EmptyFieldListFilter),
+    ]
     search_fields = ["name", "last4", "key_id__exact"]
     fields = [
         "name",
         "workspace",
         "shown",
-        "scope",
+        "scopes",
+        "is_active",
+        "is_test",
         "created_at",
+        "expires_at",
         "last_used_at",
+        "refused_at",
         "revoked_at",
     ]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[ApiKey]:
+        keys: Any = super().get_queryset(request)
+        current: QuerySet[ApiKey] = keys.current()
+        return current
+
+    @admin.display(description=_("scopes"))
+    def scopes(self, key: ApiKey) -> str:
+        # As the command takes them, in every language.
+        return ", ".join(key.scopes)
+
+    @admin.display(description=_("active"), boolean=True)
+    def is_active(self, key: ApiKey) -> bool:
+        return key.is_active
 
     @admin.display(description=_("key"))
     def shown(self, key: ApiKey) -> str:
@@ -83,11 +117,7 @@ class ApiKeyAdmin(ReadOnlyAdmin):
         """Make the keys useless, at once and for ever."""
         revoked = 0
         for key in queryset:
-            if (
-                ApiKey.objects.active()
-                .filter(pk=key.pk)
-                .update(revoked_at=DatabaseNow())
-            ):
+            if key.revoke(actor=request.user.get_username()):
                 self.log_change(request, key, gettext("Revoked."))
                 revoked += 1
         self.message_user(
@@ -98,6 +128,28 @@ class ApiKeyAdmin(ReadOnlyAdmin):
             % {"count": revoked},
             messages.SUCCESS if revoked else messages.WARNING,
         )
+
+
+@admin.register(ApiKeyEvent)
+class ApiKeyEventAdmin(ReadOnlyAdmin):
+    list_display = [
+        "created_at",
+        "kind",
+        "api_key",
+        "actor",
+        "remote_address",
+        "request_id",
+    ]
+    list_filter = ["kind", "created_at", "api_key__workspace"]
+    list_select_related = ["api_key"]
+    search_fields = [
+        "api_key__name",
+        "api_key__last4",
+        "api_key__key_id__exact",
+        "actor__exact",
+        "remote_address__exact",
+        "request_id__exact",
+    ]
 
 
 @admin.register(LedgerCustomer)

@@ -19,20 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
 from django.core.exceptions import DisallowedHost
-from django.db import OperationalError
+from django.db import DatabaseError, OperationalError, transaction
 from django.db.models import BooleanField, Case, Q, Value, When
 from django.utils.crypto import salted_hmac
 from rest_framework.authentication import BaseAuthentication
-from rest_framework.exceptions import AuthenticationFailed, ParseError
+from rest_framework.exceptions import AuthenticationFailed, Throttled
 from rest_framework.permissions import BasePermission
 
 from ..db import DatabaseNow, from_now
 from ..transports.base import string_to_sign
-from .api.parsers import MAX_BODY_BYTES
-from .models import ApiKey
+from .api.parsers import read_body
+from .api.throttling import FailureThrottle
+from .models import ApiKey, ApiKeyEvent
 from .operations import write_alias
 
 if TYPE_CHECKING:
+    import datetime as dt
+    from collections.abc import Iterable
+
     from django.http import HttpRequest
     from rest_framework.request import Request
 
@@ -42,6 +46,8 @@ logger = logging.getLogger("django_meterly.ledger")
 
 MAX_CLOCK_SKEW_SECONDS = 300
 LAST_USED_SECONDS = 60
+REFUSED_SECONDS = 3600
+MAX_NAME_LENGTH = 255
 
 HMAC_PREFIX = "mk_hmac_"
 
@@ -51,53 +57,124 @@ _SIGNED = re.compile(
 )
 
 
+#: What a key needs for each call of the contract.
+SCOPES = {
+    "create_customer": ApiKey.Scope.SPEND,
+    "find_customer": ApiKey.Scope.READ,
+    "grant_credits": ApiKey.Scope.GRANT,
+    "get_balance": ApiKey.Scope.READ,
+    "get_balances": ApiKey.Scope.READ,
+    "add_credits": ApiKey.Scope.GRANT,
+    "use_credits": ApiKey.Scope.SPEND,
+    "reserve_credits": ApiKey.Scope.SPEND,
+    "get_reservation": ApiKey.Scope.READ,
+    "commit_reservation": ApiKey.Scope.SPEND,
+    "release_reservation": ApiKey.Scope.SPEND,
+    "extend_reservation": ApiKey.Scope.SPEND,
+    "list_entries": ApiKey.Scope.READ,
+}
+
+
 def create_api_key(
     workspace: Workspace,
     name: str,
     *,
-    test: bool = False,
+    scopes: Iterable[str] = (ApiKey.Scope.SPEND,),
+    expires_in: dt.timedelta | None = None,
     hmac: bool = False,
-    scope: str = ApiKey.Scope.WRITE,
+    actor: str = "",
 ) -> tuple[ApiKey, str]:
     """Return a new key of *workspace*: its row, and the key itself.
 
     The key cannot be had again: the row has a hash of it, or nothing at all if it
-    is an *hmac* key. *test* bearer keys differ in their prefix, for people to tell
-    them apart. With the *scope* ``"read"`` a key changes nothing.
+    is an *hmac* key. *scopes* are words of ``ApiKey.Scope``; every key may read.
+    Without *expires_in* the key never expires. In a test workspace it is a test key,
+    which begins with ``mk_test_`` or ``mk_hmac_test``. The record of the creation
+    names *actor*. Raises ``ValueError`` for a name or scope that cannot be.
+
+    For example, a key that can spend credits for 90 days, and create none::
+
+        row, key = create_api_key(workspace, "shop", expires_in=timedelta(days=90))
     """
-    row = ApiKey(workspace=workspace, name=name, scope=scope)
+    if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+        raise ValueError(
+            f"The name of a key must be 1 to {MAX_NAME_LENGTH} printable characters."
+        )
+    scopes = {ApiKey.Scope(scope) for scope in scopes}
+    if not scopes:
+        raise ValueError("A key needs a scope.")
+    row = ApiKey(
+        workspace=workspace,
+        name=name,
+        is_test=workspace.is_test,
+        may_spend=ApiKey.Scope.SPEND in scopes,
+        may_grant=ApiKey.Scope.GRANT in scopes,
+    )
+    if expires_in is not None:
+        row.expires_at = from_now(expires_in.total_seconds())
     if hmac:
         row.prefix = HMAC_PREFIX
-        row.key_id = secrets.token_hex(8)
+        row.key_id = f"{'test' if row.is_test else ''}{secrets.token_hex(8)}"
         secret = _hmac_secret(row.key_id, settings.SECRET_KEY)
         key = f"{HMAC_PREFIX}{row.key_id}_{secret}"
     else:
-        key = f"mk_{'test' if test else 'live'}_{secrets.token_urlsafe(32)}"
+        kind = "test" if row.is_test else "live"
+        key = f"mk_{kind}_{secrets.token_urlsafe(32)}"
         row.prefix, row.last4, row.key_hash = key[:12], key[-4:], _hash(key)
-    row.save()
+    try:
+        with transaction.atomic(using=write_alias()):
+            row.save()
+            row.events.create(kind=ApiKeyEvent.Kind.CREATED, actor=actor)
+    except DatabaseError:
+        # The key may be good nevertheless, and error reports show local variables.
+        key = secret = ""
+        raise
     return row, key
 
 
-class KeyAuthentication(BaseAuthentication):
-    """Lets in whoever has a key; ``request.auth`` is its ``ApiKey``."""
+class Claim:
+    """What a request says about its key: of a bearer key the hash, and a signature.
 
-    def authenticate(self, request: Request) -> tuple[None, ApiKey]:
-        # Every failure reads the same, so that nothing is learnt from it.
-        header = request.headers.get("Authorization", "")
+    Its ``repr`` shows nothing. Nor does the request any longer: error reports show
+    headers and local variables, and not every reporter knows which are secret.
+    """
+
+    def __init__(self, request: HttpRequest) -> None:
+        header = _take_header(request)
         scheme, _, key = header.partition(" ")
-        found: dict[str, Any] | None = None
+        #: How to find the key's row; empty if there is no such key.
+        self.found: dict[str, str] = {}
+        self.signature: tuple[str, str] | None = None
         if scheme.lower() == "bearer":
             # Unsalted, because the key is 256 random bits: nobody guesses it
             # from the hash, and looking it up by the hash takes no secret time.
-            found = {"key_hash": _hash(key)}
-        # The secret follows from the key id, so an unknown key takes the same way
-        # as a wrong signature: the row is looked up after that.
-        elif (signed := _SIGNED.fullmatch(header)) and _is_signed(
-            request._request, **signed.groupdict()
-        ):
-            found = {"key_id": signed["key_id"]}
-        if found and (row := _active_key(**found)):
-            return None, row
+            self.found = {"key_hash": _hash(key)}
+        elif signed := _SIGNED.fullmatch(header):
+            self.found = {"key_id": signed["key_id"]}
+            self.signature = signed["timestamp"], signed["signature"]
+
+
+class KeyAuthentication(BaseAuthentication):
+    """Lets in whoever has a key; ``request.auth`` is its ``ApiKey``.
+
+    The view has put a ``Claim`` on Django's request, as ``meterly_claim``.
+    """
+
+    def authenticate(self, request: Request) -> tuple[None, ApiKey]:
+        claim: Claim = request._request.meterly_claim  # type: ignore[attr-defined]
+        # The row first: key ids are not secret, and who has none sends no body.
+        row = _look_up(claim)
+        if row is not None and _is_signed(request._request, row, claim):
+            if row.is_active:
+                _note_use(row)
+                return None, row
+            _note_refusal(row, request)
+        # Only failures are counted and refused: an address may be a proxy's, and a
+        # key id is known to others. Whoever has a key is let in.
+        throttle = FailureThrottle()
+        if not throttle.allow_request(request, None):
+            raise Throttled(throttle.wait())
+        # Every failure reads the same, so that nothing is learnt from it.
         raise AuthenticationFailed("A valid API key is required.")
 
     def authenticate_header(self, request: Request) -> str:
@@ -105,54 +182,94 @@ class KeyAuthentication(BaseAuthentication):
 
 
 class ScopePermission(BasePermission):
-    """Lets a key with the scope ``read`` do nothing but read."""
-
-    message = "This API key may only read."
+    """Lets a key do what its scopes name."""
 
     def has_permission(self, request: Request, view: Any) -> bool:
         key: Any = request.auth
-        return request.method == "GET" or key.scope == ApiKey.Scope.WRITE
+        operation = view.operations.get(request.method)
+        # Without one it is 405, with any key.
+        if operation is None or SCOPES[operation] in key.scopes:
+            return True
+        self.message = f'This call needs a key with the scope "{SCOPES[operation]}".'
+        return False
 
 
-def _active_key(**found: str) -> ApiKey | None:
-    """Return the active key with these values, and note that it is being used."""
-    keys = ApiKey.objects.using(write_alias()).active()
-    unnoted = Q(last_used_at=None) | Q(last_used_at__lt=from_now(-LAST_USED_SECONDS))
-    row: Any = (
-        keys.filter(**found)
-        .select_related("workspace")
+def _take_header(request: HttpRequest) -> str:
+    """Remove the ``Authorization`` header from *request*, and return it."""
+    # Under WSGI, META is the server's environment itself.
+    header = request.META.pop("HTTP_AUTHORIZATION", "")
+    # Made anew of META when it is next asked for.
+    request.__dict__.pop("headers", None)
+    scope = getattr(request, "scope", None)
+    if scope is not None:
+        scope["headers"] = [
+            pair for pair in scope["headers"] if pair[0].lower() != b"authorization"
+        ]
+    return str(header)
+
+
+def _look_up(claim: Claim) -> Any:
+    if not claim.found:
+        return None
+    return (
+        ApiKey.objects.using(write_alias())
+        .current()
+        .filter(**claim.found)
         .annotate(
-            unnoted=Case(
-                When(unnoted, then=Value(True)),
+            is_unnoted=Case(
+                When(_unnoted("last_used_at", LAST_USED_SECONDS), then=Value(True)),
                 default=Value(False),
                 output_field=BooleanField(),
             )
         )
         .first()
     )
-    if row is not None and row.unnoted:
-        try:
-            keys.filter(unnoted, pk=row.pk).update(last_used_at=DatabaseNow())
-        except OperationalError:
-            # Not worth refusing a call for.
-            logger.warning("The use of API key %s was not noted.", row.pk)
-    key: ApiKey | None = row
-    return key
 
 
-def _is_signed(
-    request: HttpRequest, *, key_id: str, timestamp: str, signature: str
-) -> bool:
+def _unnoted(field: str, seconds: int) -> Q:
+    return Q(**{field: None}) | Q(**{f"{field}__lt": from_now(-seconds)})
+
+
+def _note_use(row: Any) -> None:
+    if not row.is_unnoted:
+        return
+    unnoted = _unnoted("last_used_at", LAST_USED_SECONDS)
+    keys = ApiKey.objects.using(write_alias()).filter(unnoted, pk=row.pk)
+    try:
+        keys.update(last_used_at=DatabaseNow())
+    except OperationalError:
+        # Not worth refusing a call for.
+        logger.warning("The use of API key %s was not noted.", row.pk)
+
+
+def _note_refusal(row: ApiKey, request: Request) -> None:
+    """Put the use of a dead key on record, once in ``REFUSED_SECONDS``."""
+    alias = write_alias()
+    unnoted = _unnoted("refused_at", REFUSED_SECONDS)
+    keys = ApiKey.objects.using(alias).filter(unnoted, pk=row.pk)
+    with transaction.atomic(using=alias):
+        # The row's lock lets one of many at once through.
+        if keys.update(refused_at=DatabaseNow()):
+            row.events.create(
+                kind=ApiKeyEvent.Kind.REFUSED,
+                request_id=request.parser_context["view"].request_id,
+                remote_address=request.META.get("REMOTE_ADDR", "")[:64],
+            )
+
+
+def _is_signed(request: HttpRequest, row: ApiKey, claim: Claim) -> bool:
+    """Return whether the signature fits, or a bearer key needs none."""
+    if claim.signature is None:
+        return True
+    timestamp, signature = claim.signature
     if abs(time.time() - int(timestamp)) > MAX_CLOCK_SKEW_SECONDS:
         return False
+    read_body(request)
     try:
-        # Before the body is read: it has to be in memory to be hashed.
-        if int(request.META.get("CONTENT_LENGTH") or 0) > MAX_BODY_BYTES:
-            raise ParseError(f"The body is longer than {MAX_BODY_BYTES} bytes.")
         text = string_to_sign(
             timestamp,
             str(request.method),
-            _target(request),
+            target_of(request) or request.get_full_path(),
             _host(request),
             request.headers.get("Idempotency-Key", ""),
             request.body,
@@ -163,7 +280,9 @@ def _is_signed(
     # All of them, however early one fits: time tells nothing.
     matches = [
         compare_digest(
-            hmac_digest(_hmac_secret(key_id, secret_key).encode(), text, "sha256"),
+            hmac_digest(
+                _hmac_secret(str(row.key_id), secret_key).encode(), text, "sha256"
+            ),
             given,
         )
         for secret_key in (settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS)
@@ -171,7 +290,7 @@ def _is_signed(
     return any(matches)
 
 
-def _target(request: HttpRequest) -> str:
+def target_of(request: HttpRequest) -> str:
     """Return the path with its query as they were sent, if the server tells.
 
     ``PATH_INFO`` is unquoted, and quoting it again may end differently.
@@ -183,7 +302,7 @@ def _target(request: HttpRequest) -> str:
     else:
         # gunicorn's name for it, and that of uWSGI, mod_wsgi and waitress.
         target = request.META.get("RAW_URI") or request.META.get("REQUEST_URI") or ""
-    return str(target) if target.startswith("/") else request.get_full_path()
+    return str(target)
 
 
 def _host(request: HttpRequest) -> str:
@@ -202,4 +321,4 @@ def _hmac_secret(key_id: str, secret_key: str | bytes) -> str:
 
 
 def _hash(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode(errors="replace")).hexdigest()

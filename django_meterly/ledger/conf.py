@@ -19,7 +19,10 @@ from ..transports.base import MAX_TTL_SECONDS, check_text, check_ttl
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-THROTTLE_SCOPES = ("read", "write")
+#: The longest request body. No call of the contract comes near it.
+MAX_BODY_BYTES = 64 * 1024
+#: What is counted, and how much of it is allowed: ``None`` is as much as you like.
+THROTTLE_RATES = {"read": None, "write": None, "failed": "60/min"}
 
 
 def _retention(value: Any, name: str) -> int:
@@ -28,13 +31,13 @@ def _retention(value: Any, name: str) -> int:
     return value
 
 
-def _rates(value: Any, name: str) -> dict[str, str]:
-    if not isinstance(value, dict) or not set(value) <= set(THROTTLE_SCOPES):
-        raise ValueError(f'{name} must be a dict with "read", "write" or both.')
+def _rates(value: Any, name: str) -> dict[str, str | None]:
+    if not isinstance(value, dict) or not set(value) <= set(THROTTLE_RATES):
+        raise ValueError(f'{name} must be a dict with "read", "write" and "failed".')
     for rate in value.values():
         if not re.fullmatch(r"[1-9][0-9]*/[smhd][a-z]*", str(rate)):
             raise ValueError(f'{name} must have rates like "100/s", not {rate!r}.')
-    return value
+    return {**THROTTLE_RATES, **value}
 
 
 DEFAULTS: dict[str, Any] = {

@@ -6,7 +6,7 @@ import secrets
 import time
 from typing import Any, NoReturn
 
-from django.db import models
+from django.db import models, router, transaction
 from django.db.models.lookups import GreaterThanOrEqual
 from django.utils.translation import gettext_lazy as _
 
@@ -39,6 +39,11 @@ class Workspace(models.Model):
     """One tenant of the ledger: customers and keys belong to exactly one."""
 
     name = ExactCharField(_("name"), max_length=255, unique=True)
+    is_test = models.BooleanField(
+        _("test workspace"),
+        default=False,
+        help_text=_("Only test keys work in it, and they work nowhere else."),
+    )
 
     class Meta:
         verbose_name = _("workspace")
@@ -49,20 +54,40 @@ class Workspace(models.Model):
 
 
 class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
-    def active(self) -> ApiKeyQuerySet:
-        return self.filter(revoked_at=None)
+    def current(self) -> ApiKeyQuerySet:
+        """Return the keys with their workspace and ``is_active``.
+
+        A key is active until it is revoked or expires, by the database's clock, in a
+        workspace of its own kind: test or live.
+        """
+        unexpired = models.Q(expires_at=None) | models.Q(expires_at__gt=DatabaseNow())
+        active = models.When(
+            unexpired,
+            revoked_at=None,
+            is_test=models.F("workspace__is_test"),
+            then=models.Value(True),
+        )
+        keys = self.select_related("workspace")
+        return keys.annotate(  # type: ignore[no-redef]
+            is_active=models.Case(
+                active,
+                default=models.Value(False),
+                output_field=models.BooleanField(),
+            )
+        )
 
 
 class ApiKey(models.Model):
     """A key of a workspace, without its secret.
 
     Of a bearer key the SHA-256 is stored. Of an HMAC key there is the *key_id*
-    only: the secret is derived from it.
+    only: the secret is derived from it. Every key may read.
     """
 
     class Scope(models.TextChoices):
-        READ = "read", _("read")
-        WRITE = "write", _("read and write")
+        READ = "read"
+        SPEND = "spend"
+        GRANT = "grant"
 
     workspace = models.ForeignKey(
         Workspace,
@@ -75,16 +100,21 @@ class ApiKey(models.Model):
     last4 = models.CharField(_("last four"), max_length=4, blank=True)
     key_hash = ExactCharField(_("key hash"), max_length=64, unique=True, null=True)
     key_id = ExactCharField(_("key id"), max_length=64, unique=True, null=True)
-    scope = models.CharField(
-        _("scope"), max_length=8, choices=Scope.choices, default=Scope.WRITE
-    )
+    is_test = models.BooleanField(_("test key"), default=False)
+    may_spend = models.BooleanField(_("may spend"), default=True)
+    may_grant = models.BooleanField(_("may grant"), default=False)
     created_at = models.DateTimeField(
         _("created at"), default=DatabaseNow, editable=False
     )
+    expires_at = models.DateTimeField(_("expires at"), null=True, blank=True)
     last_used_at = models.DateTimeField(_("last used at"), null=True, editable=False)
+    refused_at = models.DateTimeField(_("last refused at"), null=True, editable=False)
     revoked_at = models.DateTimeField(_("revoked at"), null=True, editable=False)
 
     objects = ApiKeyQuerySet.as_manager()
+
+    #: Only set by ``current()``.
+    is_active: bool
 
     class Meta:
         verbose_name = _("API key")
@@ -94,6 +124,9 @@ class ApiKey(models.Model):
                 condition=models.Q(key_hash__isnull=False, key_id=None)
                 | models.Q(key_hash=None, key_id__isnull=False),
                 name="meterly_ledger_apikey_one_kind",
+            ),
+            models.CheckConstraint(
+                condition=~models.Q(name=""), name="meterly_ledger_apikey_named"
             ),
         ]
 
@@ -106,11 +139,88 @@ class ApiKey(models.Model):
         return "bearer" if self.key_id is None else "hmac"
 
     @property
+    def scopes(self) -> list[ApiKey.Scope]:
+        """What the key may do."""
+        scopes = [self.Scope.READ]
+        if self.may_spend:
+            scopes.append(self.Scope.SPEND)
+        if self.may_grant:
+            scopes.append(self.Scope.GRANT)
+        return scopes
+
+    @property
     def shown(self) -> str:
         """What of the key may be shown to people."""
         if self.key_id is None:
             return f"{self.prefix}…{self.last4}"
         return f"{self.prefix}{self.key_id}_…"
+
+    def revoke(self, *, actor: str) -> bool:
+        """End the key, at once and for ever; return whether that is new.
+
+        The record of it names *actor*: a user name, or what else revoked the key.
+        """
+        alias = router.db_for_write(ApiKey, instance=self)
+        keys = ApiKey.objects.using(alias).filter(pk=self.pk, revoked_at=None)
+        with transaction.atomic(using=alias):
+            revoked = keys.update(revoked_at=DatabaseNow()) == 1
+            if revoked:
+                self.events.create(kind=ApiKeyEvent.Kind.REVOKED, actor=actor)
+        return revoked
+
+
+class ApiKeyEventQuerySet(models.QuerySet["ApiKeyEvent"]):
+    def update(self, **kwargs: Any) -> NoReturn:
+        """Refuse: events are append-only."""
+        raise MeterlyUsageError("Events of API keys are append-only.")
+
+    def delete(self) -> NoReturn:
+        """Refuse: events are append-only."""
+        raise MeterlyUsageError("Events of API keys are append-only.")
+
+    # Django's own marks: not for templates, and not for a related manager.
+    update.alters_data = True  # type: ignore[attr-defined]
+    delete.alters_data = True  # type: ignore[attr-defined]
+    delete.queryset_only = True  # type: ignore[attr-defined]
+
+
+class ApiKeyEvent(models.Model):
+    """What happened to an API key. It is never changed, and never deleted."""
+
+    class Kind(models.TextChoices):
+        CREATED = "created", _("created")
+        REVOKED = "revoked", _("revoked")
+        REFUSED = "refused", _("refused")
+
+    api_key = models.ForeignKey(
+        ApiKey, models.PROTECT, related_name="events", verbose_name=_("API key")
+    )
+    kind = models.CharField(_("kind"), max_length=16, choices=Kind.choices)
+    actor = models.CharField(_("by"), max_length=255, blank=True)
+    request_id = models.CharField(_("request id"), max_length=64, blank=True)
+    remote_address = models.CharField(_("remote address"), max_length=64, blank=True)
+    created_at = models.DateTimeField(
+        _("created at"), default=DatabaseNow, editable=False
+    )
+
+    objects = ApiKeyEventQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("API key event")
+        verbose_name_plural = _("API key events")
+
+    def __str__(self) -> str:
+        return f"{self.api_key}: {self.get_kind_display()}"
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Insert the event. Raises ``MeterlyUsageError`` if it exists already."""
+        if not self._state.adding:
+            raise MeterlyUsageError("Events of API keys are append-only.")
+        super().save(*args, **{**kwargs, "force_insert": True})
+
+    def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: events are append-only."""
+        raise MeterlyUsageError("Events of API keys are append-only.")
 
 
 class LedgerCustomer(models.Model):

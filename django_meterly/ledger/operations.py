@@ -181,12 +181,17 @@ def _passes(exc: DatabaseError) -> bool:
 
 
 @_retried
-def ensure_workspace(name: str) -> Workspace:
-    """Return the workspace called *name*, made now if need be."""
+def ensure_workspace(name: str, *, is_test: bool = False) -> Workspace:
+    """Return the workspace called *name*, made now if need be.
+
+    *is_test* is for a new one: an existing workspace stays of its kind.
+    """
     workspaces = Workspace.objects.using(write_alias())
     workspace = workspaces.filter(name=name).first()
     if workspace is None:
-        workspaces.bulk_create([Workspace(name=name)], ignore_conflicts=True)
+        workspaces.bulk_create(
+            [Workspace(name=name, is_test=is_test)], ignore_conflicts=True
+        )
         workspace = workspaces.get(name=name)
     return workspace
 

@@ -109,9 +109,12 @@ def exception_handler(exc: Exception, context: dict[str, Any]) -> Response | Non
     For ``REST_FRAMEWORK["EXCEPTION_HANDLER"]``, or to be called by your own. A
     guarded view needs no handler: its refusals are DRF's exceptions already.
     """
-    if isinstance(exc, responses.RENDERED):
-        exc = counterpart(exc)
     # It reads the project's settings, which may name what stands in this package.
     from rest_framework.views import exception_handler as default
 
-    return default(exc, context)
+    if not isinstance(exc, responses.RENDERED):
+        return default(exc, context)
+    response = default(counterpart(exc), context)
+    if response is not None:
+        response["Cache-Control"] = responses.UNSHARED
+    return response

@@ -8,6 +8,7 @@ from rest_framework.exceptions import NotFound
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from .. import responses
 from ..errors import OUTAGE, MeterlyUnavailableError
 from ..transports.base import check_unit
 from .balances import balances_of
@@ -70,4 +71,4 @@ def _json(balance: Balance) -> dict[str, Any]:
 
 
 def _private(data: dict[str, Any]) -> Response:
-    return Response(data, headers={"Cache-Control": "no-store"})
+    return Response(data, headers={"Cache-Control": responses.UNSHARED})

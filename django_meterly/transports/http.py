@@ -19,7 +19,7 @@ import time
 import uuid
 from contextvars import ContextVar
 from http.client import HTTPException, HTTPResponse, parse_headers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlencode
 
 import requests
@@ -71,6 +71,11 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
+def _is_ca_bundle(path: Any) -> bool:
+    # bytes and numbers are paths, too, or open files.
+    return isinstance(path, str | os.PathLike) and os.path.exists(path)
+
+
 class HttpTransport(Transport):
     """Speaks the wire contract to Meterly Cloud or a self-hosted ledger.
 
@@ -82,7 +87,8 @@ class HttpTransport(Transport):
     (``signing``); by default the key's prefix decides. *proxies* (as ``requests``
     takes them, http and https only) and *verify* (``True``, or the path of a CA
     bundle) are the only way to change route and trust: the environment is not
-    read. Raises ``ValueError`` for a key or URL that cannot be meant.
+    read. TLS is always verified. Raises ``ValueError`` for a key, a URL or a
+    *verify* that cannot be meant.
     """
 
     base_url = ""
@@ -99,7 +105,7 @@ class HttpTransport(Transport):
         signer: Callable[[str], Signer] | None = None,
         allow_insecure_http: bool = False,
         proxies: Mapping[str, str] | None = None,
-        verify: bool | str = True,
+        verify: Literal[True] | str | os.PathLike[str] = True,
     ) -> None:
         # Or a debug page would show the key with the frame of an error.
         api_key = Secret(api_key if isinstance(api_key, str) else "")
@@ -107,6 +113,12 @@ class HttpTransport(Transport):
             raise ValueError(problem)
         if problem := url_problem(base_url, allow_insecure_http):
             raise ValueError(problem)
+        if verify is not True and not _is_ca_bundle(verify):
+            raise ValueError(
+                f"verify must be True or the path of a CA bundle, not {verify!r}: the "
+                "ledger's certificate is always verified. For a ledger with a private "
+                'CA name its file, as in verify="/etc/ssl/ledger-ca.pem".'
+            )
         self._sign = (signer or signer_for)(api_key)
         self.base_url = base_url.rstrip("/")
         prepared = requests.PreparedRequest()
@@ -117,7 +129,7 @@ class HttpTransport(Transport):
         self.read_timeout = read_timeout
         self.deadline = deadline
         self.max_attempts = max_attempts
-        self.verify = verify
+        self.verify = verify if verify is True else os.fspath(verify)
         self._proxies = dict(proxies or {})
         if any(url.lower().startswith("socks") for url in self._proxies.values()):
             raise ValueError("proxies must be http or https proxies, not SOCKS.")

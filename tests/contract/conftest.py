@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+ALL = ["spend", "grant"]
+
+
 @pytest.fixture(scope="session")
 def live_ledger(
     django_db_setup: None, tmp_path_factory: pytest.TempPathFactory
@@ -58,13 +61,14 @@ def live_ledger(
 @pytest.fixture
 def api_key(transactional_db: None) -> str:
     """A key of the workspace that the in-process transport uses, too."""
-    return create_api_key(ensure_workspace("default"), "contract", test=True)[1]
+    return create_api_key(ensure_workspace("default"), "contract", scopes=ALL)[1]
 
 
 @pytest.fixture
 def hmac_key(transactional_db: None) -> str:
     """A key that signs, of that same workspace."""
-    return create_api_key(ensure_workspace("default"), "contract", hmac=True)[1]
+    workspace = ensure_workspace("default")
+    return create_api_key(workspace, "contract", scopes=ALL, hmac=True)[1]
 
 
 @pytest.fixture(params=["in process", "api key", "HMAC key"])

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from django.conf import settings
+from django.core.cache import cache
 
 from django_meterly.ledger import operations, postgresql
 
@@ -23,6 +24,12 @@ def any_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LEDGER_PATH", request.param)
     path: str = request.param
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_failures_are_remembered() -> None:
+    """All tests send from one address, and their bad keys are counted together."""
+    cache.clear()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from django_meterly.ledger import operations
 from django_meterly.ledger.models import (
     Account,
     ApiKey,
+    ApiKeyEvent,
     Entry,
     Hold,
     LedgerCustomer,
@@ -19,7 +20,7 @@ from django_meterly.ledger.models import (
 
 pytestmark = pytest.mark.django_db
 
-MODELS = [Account, ApiKey, LedgerCustomer, Entry, Hold, Workspace]
+MODELS = [Account, ApiKey, ApiKeyEvent, LedgerCustomer, Entry, Hold, Workspace]
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def api_key(workspace):
 
 @pytest.fixture
 def rows(workspace, customer, api_key):
+    api_key.events.create(kind=ApiKeyEvent.Kind.CREATED, actor="alice")
     operations.reserve(
         workspace.pk, customer, amount=5, reference="job", idempotency_key="job"
     )
@@ -70,7 +72,10 @@ def test_rows_are_not_added(admin_client, model):
 
 def test_a_workspace_is_added(admin_client):
     admin_client.post(url(Workspace, "add"), {"name": "acme"})
-    assert Workspace.objects.get().name == "acme"
+    admin_client.post(url(Workspace, "add"), {"name": "sandbox", "is_test": "on"})
+    admin_client.post(url(Workspace, "add"), {"name": " "})
+    found = Workspace.objects.order_by("name").values_list("name", "is_test")
+    assert list(found) == [("acme", False), ("sandbox", True)]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +86,7 @@ def test_a_workspace_is_added(admin_client):
         (Hold, "job"),
         (Entry, "opening"),
         (ApiKey, "wxyz"),
+        (ApiKeyEvent, "alice"),
         (Workspace, "acme"),
     ],
 )
@@ -115,7 +121,10 @@ def test_a_key_is_revoked_once_and_that_is_logged(admin_client, api_key):
     api_key.refresh_from_db()
     assert api_key.revoked_at == first
     assert LogEntry.objects.count() == 1
-    assert not ApiKey.objects.active().exists()
+    event = api_key.events.get()
+    assert (event.kind, event.actor) == ("revoked", "admin")
+    shown = admin_client.get(url(ApiKeyEvent, "changelist")).content.decode()
+    assert "server (mk_live_…wxyz)" in shown
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from django_meterly.db import from_now
 from django_meterly.ledger import operations
 from django_meterly.ledger.api import views
 from django_meterly.ledger.api.throttling import KeyThrottle
-from django_meterly.ledger.authentication import create_api_key
+from django_meterly.ledger.authentication import SCOPES, create_api_key
 from django_meterly.ledger.models import ApiKey, Entry
 from django_meterly.transports.base import ROUTES
+from tests.ledger.test_signature import sign
 
 if TYPE_CHECKING:
     from django_meterly.ledger.models import Workspace
@@ -28,8 +29,9 @@ pytestmark = pytest.mark.django_db
 class Api:
     """A client of the ledger's API, with a key of one workspace."""
 
-    def __init__(self, workspace: Workspace, scope: str = "write") -> None:
-        self.row, self.key = create_api_key(workspace, "test", scope=scope)
+    def __init__(self, workspace: Workspace, *scopes: str) -> None:
+        scopes = scopes or ("spend", "grant")
+        self.row, self.key = create_api_key(workspace, "test", scopes=scopes)
         # What a test client hides by default, a server would do.
         self.client = Client(raise_request_exception=False, enforce_csrf_checks=True)
 
@@ -338,20 +340,111 @@ def test_revoked_key_is_401(api):
     is_error(api.get("/v1/customers"), 401, "unauthenticated")
 
 
-def test_f45_a_read_key_reads_and_cannot_write(workspace, api, customer):
-    reader = Api(workspace, "read")
+#: The scope that each call of the contract needs: the contract, said twice.
+NEEDED = {
+    "spend": {
+        "create_customer",
+        "reserve_credits",
+        "commit_reservation",
+        "release_reservation",
+        "extend_reservation",
+        "use_credits",
+    },
+    "grant": {"grant_credits", "add_credits"},
+    "read": {
+        "find_customer",
+        "get_balance",
+        "get_balances",
+        "get_reservation",
+        "list_entries",
+    },
+}
+
+
+def test_f56_every_call_of_the_contract_has_a_scope():
+    assert set().union(*NEEDED.values()) == set(ROUTES) == set(SCOPES)
+
+
+@pytest.mark.parametrize("scope", ["read", "spend", "grant"])
+@pytest.mark.parametrize("kind", ["bearer", "hmac"])
+def test_f56_a_key_does_what_its_scope_names_and_reads(
+    workspace, api, customer, scope, kind
+):
+    key = create_api_key(workspace, "x", scopes=[scope], hmac=kind == "hmac")[1]
     held = api.post(
         "/v1/reservations", {"customerId": customer, "amount": 5, "reference": "job"}
     ).json()["reservationId"]
     ids = {"customerId": customer, "reservationId": held}
     for operation, (method, path) in ROUTES.items():
-        path = path.format_map(ids)
-        if method == "GET":
-            query = {"externalId": "x"} if operation == "find_customer" else None
-            assert reader.get(path, query).status_code == 200, operation
+        path = f"/ledger{path.format_map(ids)}"
+        if operation == "find_customer":
+            path += "?externalId=x"
+        body = b"{}" if method == "POST" else b""
+        authorization = f"Bearer {key}"
+        if kind == "hmac":
+            authorization = sign(key, method, path, body=body, idempotency_key=path)
+        headers = {"Authorization": authorization, "Idempotency-Key": path}
+        response = api.client.generic(
+            method, path, body, content_type="application/json", headers=headers
+        )
+        needed = next(name for name in NEEDED if operation in NEEDED[name])
+        if needed in ("read", scope):
+            # Let in: what is wrong is at most the body, or that it was done before.
+            assert response.status_code in (200, 400, 409), operation
         else:
-            is_error(reader.post(path, {}, "s-1"), 403, "forbidden")
-    assert api.get(f"/v1/reservations/{held}").json()["status"] == "reserved"
+            error = is_error(response, 403, "forbidden")
+            assert f'"{needed}"' in error["message"]
+    # An empty commit takes all of it.
+    expected = "committed" if scope == "spend" else "reserved"
+    assert api.get(f"/v1/reservations/{held}").json()["status"] == expected
+
+
+def test_f56_scopes_can_be_had_in_any_set(workspace):
+    for scopes in ({"read"}, {"spend"}, {"grant"}, {"spend", "grant"}):
+        row = create_api_key(workspace, "x", scopes=scopes)[0]
+        assert set(row.scopes) == scopes | {"read"}
+    for wrong in (["write"], [], [""]):
+        with pytest.raises(ValueError, match=r"scope|Scope"):
+            create_api_key(workspace, "x", scopes=wrong)
+
+
+@pytest.mark.parametrize("kind", ["bearer", "hmac"])
+def test_f56_a_key_ends_when_it_expires(workspace, kind):
+    row, key = create_api_key(
+        workspace, "x", expires_in=dt.timedelta(hours=1), hmac=kind == "hmac"
+    )
+
+    def status():
+        path = "/ledger/v1/customers?externalId=a"
+        authorization = sign(key, "GET", path) if row.key_id else f"Bearer {key}"
+        return Client().get(path, headers={"Authorization": authorization}).status_code
+
+    assert status() == 200
+    ApiKey.objects.update(expires_at=from_now(2))
+    assert status() == 200
+    ApiKey.objects.update(expires_at=from_now(-0.001))
+    assert status() == 401
+
+
+@pytest.mark.parametrize("kind", ["bearer", "hmac"])
+@pytest.mark.parametrize("is_test", [True, False])
+def test_f56_a_key_works_in_a_workspace_of_its_own_kind_only(kind, is_test):
+    workspace = operations.ensure_workspace("sandbox", is_test=is_test)
+    row, key = create_api_key(workspace, "x", hmac=kind == "hmac")
+    assert row.is_test is is_test
+    if kind == "bearer":
+        assert key.startswith("mk_test_" if is_test else "mk_live_")
+    else:
+        assert key.startswith("mk_hmac_test") is is_test
+
+    def status():
+        path = "/ledger/v1/customers?externalId=a"
+        authorization = sign(key, "GET", path) if row.key_id else f"Bearer {key}"
+        return Client().get(path, headers={"Authorization": authorization}).status_code
+
+    assert status() == 200
+    type(workspace).objects.update(is_test=not is_test)
+    assert status() == 401
 
 
 def test_the_use_of_a_key_is_noted_once_a_minute(
@@ -425,6 +518,103 @@ def test_rates_that_cannot_be_are_an_error_of_the_checks(settings, rates):
     settings.METERLY_LEDGER = {"THROTTLE_RATES": rates}
     (error,) = [e for e in run_checks() if e.id == "meterly_ledger.E001"]
     assert "THROTTLE_RATES" in error.msg
+
+
+@pytest.fixture
+def failed_rate(settings):
+    settings.METERLY_LEDGER = {"THROTTLE_RATES": {"failed": "3/min"}}
+
+
+def unknown(**extra: str) -> Any:
+    headers = {"Authorization": "Bearer mk_live_unknown"}
+    return Client().get("/ledger/v1/customers?externalId=a", headers=headers, **extra)
+
+
+def test_f59_failures_above_the_rate_are_429_with_a_time_to_wait(failed_rate, api):
+    for _ in range(3):
+        is_error(unknown(), 401, "unauthenticated")
+    refused = unknown()
+    is_error(refused, 429, "rate_limited")
+    assert 1 <= int(refused["Retry-After"]) <= 60
+    # Another address is counted apart, whatever it says that it forwards.
+    assert unknown(REMOTE_ADDR="192.0.2.7").status_code == 401
+    assert unknown(HTTP_X_FORWARDED_FOR="192.0.2.8").status_code == 429
+
+
+@pytest.mark.parametrize("kind", ["bearer", "hmac"])
+def test_f59_nobody_else_is_locked_out(failed_rate, workspace, kind):
+    row, key = create_api_key(workspace, "x", hmac=kind == "hmac")
+    path = "/ledger/v1/customers?externalId=a"
+
+    def use(key: str) -> int:
+        authorization = sign(key, "GET", path) if row.key_id else f"Bearer {key}"
+        return Client().get(path, headers={"Authorization": authorization}).status_code
+
+    # From the same address, with the same key id: that of an HMAC key is no secret.
+    wrong = f"{key[:-1]}{'a' if key[-1] != 'a' else 'b'}"
+    assert [use(wrong) for _ in range(5)] == [401, 401, 401, 429, 429]
+    assert [use(key) for _ in range(5)] == [200] * 5
+
+
+def test_f59_failures_are_throttled_by_default(settings):
+    assert [unknown().status_code for _ in range(62)] == [401] * 60 + [429] * 2
+    settings.METERLY_LEDGER = {"THROTTLE_RATES": {"read": "5/s"}}
+    assert unknown().status_code == 429
+
+
+def test_f59_success_is_not_counted_as_a_failure(failed_rate, api):
+    for _ in range(5):
+        assert api.get("/v1/customers", {"externalId": "a"}).status_code == 200
+    assert unknown().status_code == 401
+
+
+# Caches
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("get", "/health", 200),
+        ("get", "/openapi.json", 200),
+        ("get", "/v1/customers?externalId=a", 200),
+        ("get", "/v1/customers", 400),
+        ("post", "/v1/grants", 415),
+        ("get", "/v1/customers/nobody/balance", 404),
+        ("get", "/v1/nothing", 404),
+        ("put", "/v1/grants", 405),
+        ("get", "/v1/grants", 405),
+        ("post", "/health", 405),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False], ids=["key", "no key"])
+def test_f55_no_answer_is_stored(api, method, path, status, known):
+    headers = api.headers({}) if known else {}
+    response = getattr(api.client, method)(f"/ledger{path}", headers=headers)
+    assert response.status_code in ({status} if known else {status, 401})
+    assert response["Cache-Control"] == "no-store, private"
+
+
+def test_f55_nor_is_a_failure(api, monkeypatch, settings):
+    def fail(*args: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(views, "perform", fail)
+    response = api.get("/v1/customers", {"externalId": "a"})
+    assert (response.status_code, response["Cache-Control"]) == (
+        500,
+        "no-store, private",
+    )
+
+
+def test_f55_djangos_own_cache_stores_nothing(api, customer, settings):
+    settings.MIDDLEWARE = [
+        "django.middleware.cache.UpdateCacheMiddleware",
+        *settings.MIDDLEWARE,
+        "django.middleware.cache.FetchFromCacheMiddleware",
+    ]
+    path = f"/v1/customers/{customer}/balance"
+    assert api.get(path).status_code == 200
+    assert Client().get(f"/ledger{path}").status_code == 401
 
 
 # Health

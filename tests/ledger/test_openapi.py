@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from django_meterly.ledger.authentication import SCOPES
 from django_meterly.transports.base import ROUTES
 
 pytest.importorskip("drf_spectacular")
@@ -28,6 +30,27 @@ def test_the_document_is_served_to_anybody(client):
     assert response.status_code == 200
     assert response["Content-Type"] == "application/json"
     assert response.json() == openapi.document()
+
+
+def test_f56_every_operation_names_the_scope_it_needs():
+    for methods in openapi.document()["paths"].values():
+        for operation in methods.values():
+            name = operation["operationId"]
+            if name == "health":
+                assert operation["security"] == []
+                continue
+            scope = SCOPES[name].value
+            assert operation["security"] == [
+                {"bearerKey": [scope]},
+                {"hmacKey": [scope]},
+            ]
+            assert f'"{scope}"' in operation["description"]
+
+
+def test_the_document_is_read_once(client, monkeypatch):
+    served = client.get("/ledger/openapi.json").content
+    monkeypatch.setattr(Path, "read_bytes", None)
+    assert client.get("/ledger/openapi.json").content == served
 
 
 def test_every_route_is_documented():

@@ -61,7 +61,7 @@ def sign(
 
 @pytest.fixture
 def key(workspace) -> str:
-    return create_api_key(workspace, "signer", hmac=True)[1]
+    return create_api_key(workspace, "signer", scopes=["grant"], hmac=True)[1]
 
 
 def post(authorization: str, *, path=PATH, body=BODY, key="k-1", **extra: Any) -> Any:

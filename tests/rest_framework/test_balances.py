@@ -66,7 +66,7 @@ def test_the_caller_sees_their_own_balances(
     fund(user, 7, "gpu_seconds")
     with guard(user, 25):
         response = api.get("/credits/balances/")
-    assert response["Cache-Control"] == "no-store"
+    assert response["Cache-Control"] == "private, no-store"
     credits_ = {"unit": "image_credits", "available": 75, "reserved": 25}
     seconds = {"unit": "gpu_seconds", "available": 7, "reserved": 0, "balance": 7}
     found = sorted(response.json()["balances"], key=lambda each: -each["balance"])

@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -504,6 +505,37 @@ def test_explicit_ca_bundle_is_trusted(serve, certificate):
         answer({"ok": 1}), context=certificate.context, verify=certificate.file
     )
     assert server.transport.send(RESERVE) == {"ok": 1}
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_ca_bundle_may_be_any_path(certificate, kind):
+    transport = HttpTransport(KEY, verify=kind(certificate.file))
+    transport.close()
+
+
+@pytest.mark.parametrize(
+    "verify",
+    [
+        None,
+        False,
+        0,
+        0.0,
+        1,
+        "",
+        " ",
+        (),
+        [],
+        {},
+        b"",
+        b"/etc",
+        "/no/such",
+        Path("/no/such"),
+    ],
+    ids=repr,
+)
+def test_tls_that_is_not_verified_is_refused(verify):
+    with pytest.raises(ValueError, match=r"always verified.*ledger-ca\.pem"):
+        HttpTransport(KEY, verify=verify)
 
 
 def test_explicit_proxy_is_used(serve):

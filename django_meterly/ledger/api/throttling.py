@@ -20,11 +20,14 @@ class KeyThrottle(SimpleRateThrottle):
     def __init__(self) -> None:
         """Look nothing up yet: the rate depends on the request."""
 
-    def allow_request(self, request: Request, view: APIView) -> bool:
-        self.scope = "read" if request.method == "GET" else "write"
+    def allow_request(self, request: Request, view: APIView | None) -> bool:
+        self.scope = self.scope_of(request)
         self.rate = ledger_settings.THROTTLE_RATES.get(self.scope)
         self.num_requests, self.duration = self.parse_rate(self.rate)
-        return bool(super().allow_request(request, view))
+        return bool(super().allow_request(request, view))  # type: ignore[arg-type]
+
+    def scope_of(self, request: Request) -> str:
+        return "read" if request.method == "GET" else "write"
 
     def get_cache_key(self, request: Request, view: APIView) -> str:
         key: Any = request.auth
@@ -33,3 +36,17 @@ class KeyThrottle(SimpleRateThrottle):
     def wait(self) -> float:
         # Whole seconds on the wire: "0" would be an invitation.
         return max(1, super().wait() or 0)
+
+
+class FailureThrottle(KeyThrottle):
+    """Allows each remote address a number of failures in ``THROTTLE_RATES``.
+
+    The address is the connection's: whoever sends a ``Forwarded`` header would be
+    somebody else each time.
+    """
+
+    def scope_of(self, request: Request) -> str:
+        return "failed"
+
+    def get_cache_key(self, request: Request, view: Any) -> str:
+        return f"meterly_ledger_throttle_failed_{request.META.get('REMOTE_ADDR')}"

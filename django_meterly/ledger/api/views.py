@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from django.db import connections, transaction
-from rest_framework.exceptions import MethodNotAllowed, NotFound
+from django.http import HttpResponse
+from rest_framework.exceptions import MethodNotAllowed, NotFound, ParseError
 from rest_framework.negotiation import DefaultContentNegotiation
 from rest_framework.renderers import BaseRenderer, JSONRenderer
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from ..authentication import KeyAuthentication, ScopePermission
+from ..authentication import Claim, KeyAuthentication, ScopePermission, target_of
 from ..operations import write_alias
 from ..service import perform
 from .exceptions import exception_handler, wrong_field
-from .parsers import StrictJSONParser
+from .parsers import StrictJSONParser, hang_up_after, read_body
 from .throttling import KeyThrottle
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class OperationView(APIView):
     """
 
     operations: Mapping[str, str] = {}
+    is_let_in = False
 
     http_method_names = ["get", "post"]
     authentication_classes: tuple[Any, ...] = (KeyAuthentication,)
@@ -77,6 +79,8 @@ class OperationView(APIView):
         given = request.headers.get("X-Request-Id", "")
         sane = _REQUEST_ID.fullmatch(given)
         self.request_id = given if sane else f"req_{uuid.uuid4().hex}"
+        # In every view, also in those that need no key: a client may send it there.
+        request.meterly_claim = Claim(request)  # type: ignore[attr-defined]
 
     @property
     def allowed_methods(self) -> list[str]:
@@ -90,7 +94,24 @@ class OperationView(APIView):
     ) -> Any:
         response = super().finalize_response(request, response, *args, **kwargs)
         response["X-Request-Id"] = self.request_id
+        # Django's own cache heeds "private" only.
+        response["Cache-Control"] = "no-store, private"
+        if not self.is_let_in:
+            hang_up_after(response, request._request)
         return response
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        target = target_of(request._request)
+        if target and not target.startswith("/"):
+            # "POST http://other/v1/grants": it names a host that nobody compares
+            # with the one that is signed.
+            raise ParseError("The request target must be a path.")
+        super().initial(request, *args, **kwargs)
+        if request.method not in self.operations:
+            raise MethodNotAllowed(str(request.method))
+        self.is_let_in = True
+        if request.method == "POST":
+            read_body(request._request)
 
     def get(self, request: Request, **path: str) -> Response:
         query = request.query_params
@@ -106,9 +127,7 @@ class OperationView(APIView):
     def _perform(
         self, request: Request, arguments: dict[str, Any], path: dict[str, str]
     ) -> Response:
-        operation = self.operations.get(request.method or "")
-        if operation is None:
-            raise MethodNotAllowed(str(request.method))
+        operation = self.operations[str(request.method)]
         for name in path:
             if name in arguments:
                 raise wrong_field(name, "There is no such field.")
@@ -157,6 +176,10 @@ class DocumentView(_PublicView):
     operations = {"GET": "openapi"}
     schema = None
 
-    def get(self, request: Request, **path: str) -> Response:
-        document = Path(__file__).with_name("openapi.json").read_text("utf-8")
-        return Response(json.loads(document))
+    def get(self, request: Request, **path: str) -> Any:
+        return HttpResponse(_document(), content_type="application/json")
+
+
+@cache
+def _document() -> bytes:
+    return Path(__file__).with_name("openapi.json").read_bytes()

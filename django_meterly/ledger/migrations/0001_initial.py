@@ -33,6 +33,16 @@ class Migration(migrations.Migration):
                         max_length=255, unique=True, verbose_name="name"
                     ),
                 ),
+                (
+                    "is_test",
+                    models.BooleanField(
+                        default=False,
+                        help_text=(
+                            "Only test keys work in it, and they work nowhere else."
+                        ),
+                        verbose_name="test workspace",
+                    ),
+                ),
             ],
             options={
                 "verbose_name": "workspace",
@@ -72,13 +82,16 @@ class Migration(migrations.Migration):
                     ),
                 ),
                 (
-                    "scope",
-                    models.CharField(
-                        choices=[("read", "read"), ("write", "read and write")],
-                        default="write",
-                        max_length=8,
-                        verbose_name="scope",
-                    ),
+                    "is_test",
+                    models.BooleanField(default=False, verbose_name="test key"),
+                ),
+                (
+                    "may_spend",
+                    models.BooleanField(default=True, verbose_name="may spend"),
+                ),
+                (
+                    "may_grant",
+                    models.BooleanField(default=False, verbose_name="may grant"),
                 ),
                 (
                     "created_at",
@@ -89,9 +102,21 @@ class Migration(migrations.Migration):
                     ),
                 ),
                 (
+                    "expires_at",
+                    models.DateTimeField(
+                        blank=True, null=True, verbose_name="expires at"
+                    ),
+                ),
+                (
                     "last_used_at",
                     models.DateTimeField(
                         editable=False, null=True, verbose_name="last used at"
+                    ),
+                ),
+                (
+                    "refused_at",
+                    models.DateTimeField(
+                        editable=False, null=True, verbose_name="last refused at"
                     ),
                 ),
                 (
@@ -121,8 +146,75 @@ class Migration(migrations.Migration):
                             _connector="OR",
                         ),
                         name="meterly_ledger_apikey_one_kind",
-                    )
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("name", ""), _negated=True),
+                        name="meterly_ledger_apikey_named",
+                    ),
                 ],
+            },
+        ),
+        migrations.CreateModel(
+            name="ApiKeyEvent",
+            fields=[
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True,
+                        primary_key=True,
+                        serialize=False,
+                        verbose_name="ID",
+                    ),
+                ),
+                (
+                    "kind",
+                    models.CharField(
+                        choices=[
+                            ("created", "created"),
+                            ("revoked", "revoked"),
+                            ("refused", "refused"),
+                        ],
+                        max_length=16,
+                        verbose_name="kind",
+                    ),
+                ),
+                (
+                    "actor",
+                    models.CharField(blank=True, max_length=255, verbose_name="by"),
+                ),
+                (
+                    "request_id",
+                    models.CharField(
+                        blank=True, max_length=64, verbose_name="request id"
+                    ),
+                ),
+                (
+                    "remote_address",
+                    models.CharField(
+                        blank=True, max_length=64, verbose_name="remote address"
+                    ),
+                ),
+                (
+                    "created_at",
+                    models.DateTimeField(
+                        default=django_meterly.db.DatabaseNow,
+                        editable=False,
+                        verbose_name="created at",
+                    ),
+                ),
+                (
+                    "api_key",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="events",
+                        to="meterly_ledger.apikey",
+                        verbose_name="API key",
+                    ),
+                ),
+            ],
+            options={
+                "verbose_name": "API key event",
+                "verbose_name_plural": "API key events",
             },
         ),
         migrations.CreateModel(

@@ -1,18 +1,36 @@
 from __future__ import annotations
 
+import datetime as dt
+import re
+from argparse import ArgumentTypeError
 from typing import TYPE_CHECKING, Any
 
 from django.core.management.base import BaseCommand, CommandError
+from django.db import transaction
 
-from ....db import DatabaseNow
 from ....transports.base import check_text
 from ...authentication import create_api_key
 from ...conf import ledger_settings
 from ...models import ApiKey
-from ...operations import ensure_workspace
+from ...operations import ensure_workspace, write_alias
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
+
+    from ...models import Workspace
+
+#: Who created or revoked a key, in its record.
+ACTOR = "meterly_ledger_apikey"
+_UNITS = {"h": "hours", "d": "days", "w": "weeks"}
+
+
+def _duration(text: str) -> dt.timedelta:
+    found = re.fullmatch(r"([1-9][0-9]{0,4})([hdw])", text)
+    if found is None:
+        raise ArgumentTypeError(
+            f'"{text}" is not a duration like "12h", "90d" or "52w".'
+        )
+    return dt.timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
 class Command(BaseCommand):
@@ -25,10 +43,12 @@ class Command(BaseCommand):
         create.add_argument(
             "--workspace",
             help="The workspace, created when new. "
-            'Default: METERLY_LEDGER["WORKSPACE"].',
+            'Default: METERLY_LEDGER["WORKSPACE"], and with --test that and "-test".',
         )
         create.add_argument(
-            "--test", action="store_true", help="Begin the key with mk_test_."
+            "--test",
+            action="store_true",
+            help="A key of a test workspace: it works in no other.",
         )
         create.add_argument(
             "--hmac",
@@ -37,9 +57,17 @@ class Command(BaseCommand):
         )
         create.add_argument(
             "--scope",
+            nargs="+",
             choices=ApiKey.Scope.values,
-            default=ApiKey.Scope.WRITE.value,
-            help="What the key may do (%(default)s, which includes read).",
+            default=[ApiKey.Scope.SPEND.value],
+            help='What the key may do, as in "--scope spend grant". Default: spend. '
+            "Each includes read.",
+        )
+        create.add_argument(
+            "--expires",
+            type=_duration,
+            help='When the key ends: after hours, days or weeks, as in "90d". '
+            "Default: never.",
         )
         actions.add_parser("list", help="List the keys; none is shown in full.")
         revoke = actions.add_parser("revoke", help="Revoke a key, for good.")
@@ -55,18 +83,25 @@ class Command(BaseCommand):
         workspace: str | None,
         test: bool,
         hmac: bool,
-        scope: str,
+        scope: list[str],
+        expires: dt.timedelta | None,
         **options: Any,
     ) -> None:
-        if test and hmac:
-            raise CommandError("--test is for bearer keys, not with --hmac.")
         if workspace is None:
-            workspace = ledger_settings.WORKSPACE
+            workspace = f"{ledger_settings.WORKSPACE}{'-test' if test else ''}"
         try:
-            owner = ensure_workspace(check_text(workspace, "--workspace"))
+            with transaction.atomic(using=write_alias()):
+                owner = self._workspace(check_text(workspace, "--workspace"), test)
+                row, key = create_api_key(
+                    owner,
+                    name,
+                    scopes=scope,
+                    expires_in=expires,
+                    hmac=hmac,
+                    actor=ACTOR,
+                )
         except ValueError as exc:
             raise CommandError(str(exc)) from exc
-        row, key = create_api_key(owner, name, test=test, hmac=hmac, scope=scope)
         # The key alone on stdout, so that it can be piped to where it belongs.
         self.stderr.write(
             f"Key {row.pk} of workspace {owner}. It is not stored and cannot be "
@@ -74,16 +109,36 @@ class Command(BaseCommand):
         )
         self.stdout.write(key)
 
+    def _workspace(self, name: str, test: bool) -> Workspace:
+        workspace = ensure_workspace(name, is_test=test)
+        if test and not workspace.is_test:
+            raise CommandError(
+                f'The workspace "{name}" is not a test workspace. Name another one '
+                "with --workspace: it is created."
+            )
+        if workspace.is_test and not test:
+            raise CommandError(
+                f'The workspace "{name}" is a test workspace: its keys need --test.'
+            )
+        return workspace
+
     def list(self, **options: Any) -> None:
-        for row in ApiKey.objects.select_related("workspace").order_by("pk"):
-            state = f"revoked {row.revoked_at:%Y-%m-%d}" if row.revoked_at else "active"
+        for row in ApiKey.objects.current().order_by("pk"):
+            state = "active" if row.is_active else "not active"
+            if row.revoked_at:
+                state = f"revoked {row.revoked_at:%Y-%m-%d}"
+            elif row.expires_at:
+                tense = "expires" if row.is_active else "expired"
+                state = f"{tense} {row.expires_at:%Y-%m-%d %H:%M}"
             used = "never used"
             if row.last_used_at:
                 used = f"last used {row.last_used_at:%Y-%m-%d %H:%M}"
-            cells = (row.pk, row.workspace, row, row.kind, row.scope, state, used)
+            scopes = ",".join(row.scopes)
+            cells = (row.pk, row.workspace, row, row.kind, scopes, state, used)
             self.stdout.write("\t".join(map(str, cells)))
 
     def revoke(self, *, id: int, **options: Any) -> None:  # noqa: A002
-        if not ApiKey.objects.active().filter(pk=id).update(revoked_at=DatabaseNow()):
-            raise CommandError(f"There is no active key {id}.")
+        row = ApiKey.objects.filter(pk=id).first()
+        if row is None or not row.revoke(actor=ACTOR):
+            raise CommandError(f"There is no key {id}, or it is revoked already.")
         self.stderr.write(f"Key {id} is revoked.")
