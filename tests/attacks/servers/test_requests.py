@@ -13,8 +13,7 @@ import pytest
 from django_meterly.ledger import operations
 from django_meterly.ledger.authentication import create_api_key
 from tests.ledger.test_signature import sign
-
-from .serving import Site, serving
+from tests.servers.serving import Site, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -32,7 +32,7 @@ from tests.books import balance, fund
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
-    pytest.mark.urls("tests.test_methods"),
+    pytest.mark.urls("tests.attacks.test_methods"),
 ]
 READS = ["GET", "HEAD"]
 WRITES = ["POST", "PUT", "PATCH", "DELETE"]
@@ -302,7 +302,7 @@ def send(client: Client, user: Any, customer: Any, settings: Any) -> Any:
     settings.MIDDLEWARE = [
         *settings.MIDDLEWARE,
         "django_meterly.middleware.MeterlyMiddleware",
-        "tests.test_methods.SetsMethod",
+        "tests.attacks.test_methods.SetsMethod",
     ]
     settings.METERLY = {
         **settings.METERLY,
