@@ -9,7 +9,7 @@ from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
 
 from ..db import DatabaseNow
-from .models import Account, ApiKey, Entry, Hold, LedgerCustomer, Workspace
+from .models import Account, ApiKey, Entry, Hold, LedgerCustomer, Seal, Workspace
 
 if TYPE_CHECKING:
     from django.db.models import QuerySet
@@ -173,3 +173,10 @@ class EntryAdmin(ReadOnlyAdmin):
         "account__customer__public_id__exact",
     ]
     exclude = ["fingerprint", "unique_reference"]
+
+
+@admin.register(Seal)
+class SealAdmin(ReadOnlyAdmin):
+    list_display = ["number", "created_at", "first", "last", "count", "hash"]
+    list_filter = ["created_at"]
+    search_fields = ["hash__exact"]

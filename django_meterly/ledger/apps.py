@@ -12,6 +12,8 @@ class MeterlyLedgerConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from . import checks, postgresql  # noqa: F401 (checks register themselves)
+        # Checks register themselves.
+        from . import checks, postgresql, triggers  # noqa: F401
 
         post_migrate.connect(postgresql.create_functions_after_migrate, sender=self)
+        post_migrate.connect(triggers.create_triggers_after_migrate, sender=self)

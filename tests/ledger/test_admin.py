@@ -7,19 +7,20 @@ from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
 from django.urls import reverse
 
-from django_meterly.ledger import operations
+from django_meterly.ledger import operations, seals
 from django_meterly.ledger.models import (
     Account,
     ApiKey,
     Entry,
     Hold,
     LedgerCustomer,
+    Seal,
     Workspace,
 )
 
 pytestmark = pytest.mark.django_db
 
-MODELS = [Account, ApiKey, LedgerCustomer, Entry, Hold, Workspace]
+MODELS = [Account, ApiKey, LedgerCustomer, Entry, Hold, Seal, Workspace]
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def rows(workspace, customer, api_key):
     operations.reserve(
         workspace.pk, customer, amount=5, reference="job", idempotency_key="job"
     )
+    seals.seal_entries()
 
 
 def url(model, view, *args):
