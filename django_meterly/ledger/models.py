@@ -298,7 +298,7 @@ class Shape(NamedTuple):
 
     def condition(self) -> models.Q:
         if self.partial:
-            reserved = models.Q(reserved_delta__lte=_signed(-1))
+            reserved = models.Q(reserved_delta__lte=models.F("balance_delta"))
         else:
             reserved = models.Q(reserved_delta=_signed(self.reserved))
         return models.Q(balance_delta=_signed(self.balance)) & reserved
@@ -427,12 +427,6 @@ class Entry(AppendOnly, models.Model):
             models.CheckConstraint(
                 condition=_shaped(),
                 name="meterly_ledger_entry_shape",
-            ),
-            models.CheckConstraint(
-                condition=models.Q(
-                    reserved_after__gte=0, reserved_after__lte=models.F("balance_after")
-                ),
-                name="meterly_ledger_entry_reserved_within_balance",
             ),
         ]
 

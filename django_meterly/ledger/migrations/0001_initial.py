@@ -500,9 +500,7 @@ class Migration(migrations.Migration):
                                     ),
                                     (
                                         "reserved_delta__lte",
-                                        django.db.models.expressions.CombinedExpression(
-                                            models.F("amount"), "*", models.Value(-1)
-                                        ),
+                                        models.F("balance_delta"),
                                     ),
                                 ),
                                 models.Q(
@@ -522,13 +520,6 @@ class Migration(migrations.Migration):
                             ),
                         ),
                         name="meterly_ledger_entry_shape",
-                    ),
-                    models.CheckConstraint(
-                        condition=models.Q(
-                            ("reserved_after__gte", 0),
-                            ("reserved_after__lte", models.F("balance_after")),
-                        ),
-                        name="meterly_ledger_entry_reserved_within_balance",
                     ),
                 ],
             },
