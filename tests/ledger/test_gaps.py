@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -89,9 +90,8 @@ def test_f53_a_gap_is_settled_when_nobody_is_left_who_could_fill_it(
         seals.seal_entries()
         assert Seal.objects.get().gaps[-1] == [low, low]
     # Rolled back: a seal says so, once.
-    assert seals.seal_entries().entries == 0
+    settle(1)
     assert seals.head("default").number == 2
-    assert seals.head("default").settled >= 1
     seals.seal_entries()
     assert Seal.objects.count() == 2
     assert found() == []
@@ -139,8 +139,7 @@ def test_f53_a_gap_outlives_many_seals_and_late_ones(move, other, monkeypatch):
         assert seals.head("default").settled == 0
     assert seals.seal_entries().late == 1
     move()
-    seals.seal_entries()
-    assert seals.head("default").settled > 1
+    settle(2)
     assert found() == []
     assert verification.sealed() == Entry.objects.count()
 
@@ -161,6 +160,17 @@ def test_a_seal_waits_for_nobody_and_nobody_for_it(move, other, monkeypatch):
         monkeypatch.setattr(seals, "_horizon", horizon)
         monkeypatch.setattr(seals, "BATCH", 3)
         assert seals._seal("default").count == 3
+
+
+def settle(number):
+    """Seal until the gaps of this seal are settled.
+
+    PostgreSQL's transactions in other databases count, too: those of other tests.
+    """
+    give_up = time.monotonic() + 30
+    while seals.seal_entries().head.settled < number:
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
 
 
 def in_thread(call):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -322,5 +323,9 @@ def test_f53_seals_while_credits_are_moved_miss_nothing(
     assert count == verification.sealed() == Entry.objects.count()
     assert found() == []
     # With nobody at work, all gaps are settled.
-    last = seals.seal_entries().head
-    assert all(not open_ for _, open_ in seals.open_gaps("default", last))
+    give_up = time.monotonic() + 30
+    while any(open_ for _, open_ in seals.open_gaps("default", seals.head("default"))):
+        # PostgreSQL's transactions in other databases count, too.
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+        seals.seal_entries()
