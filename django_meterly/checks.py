@@ -487,8 +487,8 @@ def check_beat(**kwargs: Any) -> list[CheckMessage]:
         CheckWarning(
             f"Celery's beat_schedule lacks the task {name!r}.",
             hint=(
-                "Take all of django_meterly.tasks.beat_schedule(): the one gives up "
-                "what crashed work left behind, the other asks again for grants."
+                "Take all of django_meterly.tasks.beat_schedule(), with ledger=True if "
+                "the embedded ledger is installed. Each task does what no other does."
             ),
             id="meterly.W008",
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from celery import current_app, shared_task
 from celery.exceptions import Ignore, Retry
 from celery.signals import task_revoked
+from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, register
 from django.core.checks import Warning as CheckWarning
@@ -399,9 +400,17 @@ def guarded_tasks() -> list[Any]:
 
 
 def beat_schedule(
-    *, release_every: float = 60.0, settle_every: float = 15.0
+    *,
+    release_every: float = 60.0,
+    settle_every: float = 15.0,
+    ledger: bool = False,
+    expire_every: float = 60.0,
+    seal_every: float = 300.0,
 ) -> dict[str, dict[str, Any]]:
     """Return the entries for ``CELERY_BEAT_SCHEDULE``; intervals in seconds.
+
+    With *ledger* also those of the embedded ledger, which expire its holds and seal
+    its entries.
 
     For the settings module. Several beats and several workers at once do no
     harm: every row is claimed. A run ends after its interval, so that a backlog
@@ -409,7 +418,7 @@ def beat_schedule(
     """
     # By name, because a task object would load the Celery app, and that the
     # settings, in the middle of which we are.
-    return {
+    ours: dict[str, dict[str, Any]] = {
         "meterly-release-stale-reservations": {
             "task": "django_meterly.tasks.release_stale_reservations",
             "schedule": release_every,
@@ -423,6 +432,17 @@ def beat_schedule(
             "options": {"expires": MOST_WAITING * settle_every},
         },
     }
+    if ledger:
+        for name, task, every in (
+            ("meterly-ledger-expire-holds", "expire_holds", expire_every),
+            ("meterly-ledger-seal-entries", "seal_entries", seal_every),
+        ):
+            ours[name] = {
+                "task": f"django_meterly.ledger.tasks.{task}",
+                "schedule": every,
+                "options": {"expires": MOST_WAITING * every},
+            }
+    return ours
 
 
 def missing_from_beat() -> list[str]:
@@ -430,7 +450,8 @@ def missing_from_beat() -> list[str]:
 
     A schedule without any is no mistake by itself: cron may do it.
     """
-    ours = {entry["task"] for entry in beat_schedule().values()}
+    ledger = apps.is_installed("django_meterly.ledger")
+    ours = {entry["task"] for entry in beat_schedule(ledger=ledger).values()}
     scheduled = {
         entry.get("task") for entry in (current_app.conf.beat_schedule or {}).values()
     }

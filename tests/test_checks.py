@@ -377,9 +377,10 @@ def beat() -> Any:
     [
         ([], []),
         (["meterly-settle-reservations"], ["meterly.W008"]),
+        (["meterly-ledger-seal-entries"], ["meterly.W008"]),
         (["meterly-release-stale-reservations"], ["meterly.W008"]),
         # Perhaps cron does it; if nothing does, W007 finds out.
-        (["meterly-settle-reservations", "meterly-release-stale-reservations"], []),
+        (list(beat_schedule(ledger=True)), []),
     ],
 )
 def test_a_beat_with_some_of_the_tasks_is_warned_of(
@@ -389,7 +390,7 @@ def test_a_beat_with_some_of_the_tasks_is_warned_of(
         "other": {"task": "project.other", "schedule": 5.0},
         **{
             name: entry
-            for name, entry in beat_schedule().items()
+            for name, entry in beat_schedule(ledger=True).items()
             if name not in left_out
         },
     }

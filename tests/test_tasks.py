@@ -264,3 +264,17 @@ def test_the_beat_schedule_names_tasks_that_exist() -> None:
     ]
     # A lagging queue still comes to run them, and a dead one does not fill up.
     assert [entry["options"]["expires"] for entry in schedule.values()] == [600, 100]
+
+
+def test_the_beat_schedule_has_the_ledgers_tasks_if_asked() -> None:
+    import django_meterly.ledger.tasks as ledger_tasks
+
+    ours = tasks.beat_schedule()
+    schedule = tasks.beat_schedule(ledger=True, expire_every=30, seal_every=40)
+    added = [entry for name, entry in schedule.items() if name not in ours]
+    assert [entry["task"] for entry in added] == [
+        ledger_tasks.expire_holds.name,
+        ledger_tasks.seal_entries.name,
+    ]
+    assert [entry["schedule"] for entry in added] == [30, 40]
+    assert [entry["options"]["expires"] for entry in added] == [600, 800]

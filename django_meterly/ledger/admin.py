@@ -15,6 +15,7 @@ from .models import (
     Entry,
     Hold,
     LedgerCustomer,
+    Seal,
     Workspace,
 )
 
@@ -225,3 +226,10 @@ class EntryAdmin(ReadOnlyAdmin):
         "account__customer__public_id__exact",
     ]
     exclude = ["fingerprint", "unique_reference"]
+
+
+@admin.register(Seal)
+class SealAdmin(ReadOnlyAdmin):
+    list_display = ["number", "created_at", "first", "last", "count", "hash"]
+    list_filter = ["created_at"]
+    search_fields = ["hash__exact"]

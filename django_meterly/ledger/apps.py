@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from django.apps import AppConfig
-from django.db.models.signals import post_migrate
+from django.db.models.signals import post_migrate, pre_migrate
 from django.utils.translation import gettext_lazy as _
 
 
@@ -12,6 +12,9 @@ class MeterlyLedgerConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from . import checks, postgresql  # noqa: F401 (checks register themselves)
+        # Checks register themselves.
+        from . import checks, postgresql, triggers  # noqa: F401
 
+        pre_migrate.connect(postgresql.create_functions_before_migrate, sender=self)
         post_migrate.connect(postgresql.create_functions_after_migrate, sender=self)
+        post_migrate.connect(triggers.create_triggers_after_migrate, sender=self)

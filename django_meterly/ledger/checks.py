@@ -1,11 +1,16 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from django.core.checks import CheckMessage, Error, register
+from django.core.checks import CheckMessage, Error, Tags, register
+from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
+from django.db import DatabaseError, connections
 
 from .conf import DEFAULTS, ledger_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @register
@@ -18,3 +23,39 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         except ImproperlyConfigured as exc:
             messages[str(exc)] = None
     return [Error(message, id="meterly_ledger.E001") for message in messages]
+
+
+@register(Tags.database)
+def check_triggers(
+    databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Warn about entries that the database lets everybody change."""
+    from .models import Entry
+    from .operations import write_alias
+    from .triggers import missing
+
+    using = write_alias()
+    if using not in (databases or ()):
+        return []
+    connection = connections[using]
+    try:
+        if Entry._meta.db_table not in connection.introspection.table_names():
+            return []
+        names = [trigger.name for trigger in missing(connection)]
+    except DatabaseError:
+        # A database out of reach: not for this check.
+        return []
+    if not names:
+        return []
+    return [
+        CheckWarning(
+            f"The database {using!r} does not refuse changes to the ledger's entries: "
+            f"the triggers {', '.join(names)} are missing, or this role cannot see "
+            "them.",
+            hint=(
+                "Run migrate as a role that may create triggers. With MySQL's binary "
+                "log that takes log_bin_trust_function_creators = 1."
+            ),
+            id="meterly_ledger.W001",
+        )
+    ]

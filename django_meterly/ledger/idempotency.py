@@ -15,9 +15,13 @@ from .models import Entry, Record
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
-def fingerprint_of(operation: str, **arguments: Any) -> str:
-    """Return a digest of what a call asks for."""
-    return hashlib.sha256(_encode([operation, arguments]).encode()).hexdigest()
+def fingerprint_of(operation: str, idempotency_key: str, **arguments: Any) -> str:
+    """Return a digest of what a call asks for.
+
+    The key is in it, so that ``verification`` sees when it was altered.
+    """
+    called = _encode([operation, idempotency_key, arguments])
+    return hashlib.sha256(called.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, NoReturn
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 from django.db import models, router, transaction
 from django.db.models.lookups import GreaterThanOrEqual
 from django.utils.translation import gettext_lazy as _
 
 from ..db import DatabaseNow, ExactCharField
-from ..errors import MeterlyUsageError
+from .append_only import AppendOnly, AppendOnlyQuerySet
+from .constraints import ShapeConstraint
 
 
 def customer_id() -> str:
@@ -169,22 +172,11 @@ class ApiKey(models.Model):
         return revoked
 
 
-class ApiKeyEventQuerySet(models.QuerySet["ApiKeyEvent"]):
-    def update(self, **kwargs: Any) -> NoReturn:
-        """Refuse: events are append-only."""
-        raise MeterlyUsageError("Events of API keys are append-only.")
-
-    def delete(self) -> NoReturn:
-        """Refuse: events are append-only."""
-        raise MeterlyUsageError("Events of API keys are append-only.")
-
-    # Django's own marks: not for templates, and not for a related manager.
-    update.alters_data = True  # type: ignore[attr-defined]
-    delete.alters_data = True  # type: ignore[attr-defined]
-    delete.queryset_only = True  # type: ignore[attr-defined]
+class ApiKeyEventQuerySet(AppendOnlyQuerySet):
+    """The events of a key, in the order in which they were recorded."""
 
 
-class ApiKeyEvent(models.Model):
+class ApiKeyEvent(AppendOnly, models.Model):
     """What happened to an API key. It is never changed, and never deleted."""
 
     class Kind(models.TextChoices):
@@ -211,16 +203,6 @@ class ApiKeyEvent(models.Model):
 
     def __str__(self) -> str:
         return f"{self.api_key}: {self.get_kind_display()}"
-
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """Insert the event. Raises ``MeterlyUsageError`` if it exists already."""
-        if not self._state.adding:
-            raise MeterlyUsageError("Events of API keys are append-only.")
-        super().save(*args, **{**kwargs, "force_insert": True})
-
-    def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: events are append-only."""
-        raise MeterlyUsageError("Events of API keys are append-only.")
 
 
 class LedgerCustomer(models.Model):
@@ -385,27 +367,69 @@ class Hold(models.Model):
         return str(self.public_id)
 
 
-class EntryQuerySet(models.QuerySet["Entry"]):
+class EntryQuerySet(AppendOnlyQuerySet):
     def current(self) -> EntryQuerySet:
         """Return the entries with account, customer, hold and ``hold_status``."""
         entries = self.select_related("account__customer", "hold")
-        return entries.annotate(hold_status=_present_status("hold__"))  # type: ignore[no-redef]
-
-    def update(self, **kwargs: Any) -> NoReturn:
-        """Refuse: entries are append-only."""
-        raise MeterlyUsageError("Ledger entries are append-only.")
-
-    def delete(self) -> NoReturn:
-        """Refuse: entries are append-only."""
-        raise MeterlyUsageError("Ledger entries are append-only.")
-
-    # Django's own marks: not for templates, and not for a related manager.
-    update.alters_data = True  # type: ignore[attr-defined]
-    delete.alters_data = True  # type: ignore[attr-defined]
-    delete.queryset_only = True  # type: ignore[attr-defined]
+        return entries.annotate(hold_status=_present_status("hold__"))  # type: ignore[no-any-return]
 
 
-class Entry(models.Model):
+class Shape(NamedTuple):
+    """What an entry of one kind looks like. The deltas are signs of its amount."""
+
+    balance: int
+    reserved: int
+    #: Whether it opens or closes a hold.
+    hold: bool = False
+    #: Whether its reference is unique in the account.
+    once: bool = False
+    #: Whether it may charge less than the hold, which is given back as a whole.
+    partial: bool = False
+
+    def condition(self) -> models.Q:
+        if self.partial:
+            reserved = models.Q(reserved_delta__lte=models.F("balance_delta"))
+        else:
+            reserved = models.Q(reserved_delta=_signed(self.reserved))
+        return models.Q(balance_delta=_signed(self.balance)) & reserved
+
+
+def _signed(sign: int) -> Any:
+    """Return the amount with this sign, or 0."""
+    amount = models.F("amount")
+    return {0: 0, 1: amount}.get(sign, amount * -1)
+
+
+#: The kinds of entries. A check constraint ties kind, amount and deltas together,
+#: ``verification`` all of it.
+SHAPES = {
+    "credits_granted": Shape(+1, 0, once=True),
+    "credits_added": Shape(+1, 0, once=True),
+    "credits_used": Shape(-1, 0),
+    "credits_reserved": Shape(0, +1, hold=True),
+    "credits_committed": Shape(-1, -1, hold=True, partial=True),
+    "credits_released": Shape(0, -1, hold=True),
+    "credits_expired": Shape(0, -1, hold=True),
+}
+
+
+def _shaped() -> models.Q:
+    """Return the condition that an entry has its kind's shape."""
+    kinds: dict[Shape, list[str]] = {}
+    for kind, shape in SHAPES.items():
+        # All that counts here.
+        kinds.setdefault(shape._replace(hold=False, once=False), []).append(kind)
+    shaped = (
+        (models.Q(kind__in=alike) if alike[1:] else models.Q(kind=alike[0]))
+        & shape.condition()
+        for shape, alike in kinds.items()
+    )
+    # Each entry moves something, and nothing backwards.
+    moves = models.Q(amount__gte=0) & ~models.Q(balance_delta=0, reserved_delta=0)
+    return moves & reduce(or_, shaped)
+
+
+class Entry(AppendOnly, models.Model):
     """One line of the ledger. It is never changed, and never deleted.
 
     It also is the idempotency record of the call that wrote it.
@@ -487,20 +511,49 @@ class Entry(models.Model):
                 fields=["account", "unique_reference"],
                 name="meterly_ledger_entry_unique_reference",
             ),
+            ShapeConstraint(
+                condition=_shaped(),
+                name="meterly_ledger_entry_shape",
+            ),
         ]
 
     def __str__(self) -> str:
         return str(self.public_id)
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """Insert the entry. Raises ``MeterlyUsageError`` if it exists already."""
-        if not self._state.adding:
-            raise MeterlyUsageError("Ledger entries are append-only.")
-        super().save(*args, **kwargs)
 
-    def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: entries are append-only."""
-        raise MeterlyUsageError("Ledger entries are append-only.")
+class SealQuerySet(AppendOnlyQuerySet):
+    """The chain is in the order of its numbers."""
+
+
+class Seal(AppendOnly, models.Model):
+    """One link of a chain of hashes over the entries. See ``seals``.
+
+    It covers the entries from *first* to *last* without the *gaps*, and those that
+    came *late* into the gaps of earlier seals. Ids are the entries' primary keys;
+    gaps and late ones are lists of ``[first, last]``.
+    """
+
+    number = models.BigIntegerField(_("number"), primary_key=True)
+    first = models.BigIntegerField(_("first entry"))
+    last = models.BigIntegerField(_("last entry"))
+    count = models.BigIntegerField(_("entries"))
+    gaps = models.JSONField(_("gaps"))
+    late = models.JSONField(_("late entries"))
+    # Seals up to this one can have no more late entries.
+    settled = models.BigIntegerField(_("settled up to"))
+    # On PostgreSQL: above the id of every transaction that was open then.
+    horizon = models.BigIntegerField(_("horizon"), null=True)
+    hash = ExactCharField(_("hash"), max_length=64, unique=True)
+    created_at = models.DateTimeField(_("created at"), editable=False)
+
+    objects = SealQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("seal")
+        verbose_name_plural = _("seals")
+
+    def __str__(self) -> str:
+        return f"{self.number} {self.hash}"
 
 
 class Record(models.Model):

@@ -14,10 +14,11 @@ insufficient  Fewer credits than the amount are available.
 due           Holds whose time is over are in the way. Expire them, and call again.
 too_much      The charge is more than the hold.
 closed        The hold was closed in another way, or has expired.
+invalid       The amount is below 1, or the charge below 0.
 ============  ===================================================================
 
 The numbers of an account are those after the movement if there was one, else those of
-this moment. A ``mismatch`` and a ``not_found`` have none.
+this moment. A ``mismatch``, a ``not_found`` and an ``invalid`` have none.
 """
 
 from __future__ import annotations

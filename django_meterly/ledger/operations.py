@@ -387,7 +387,7 @@ def _request(
         write_alias(),
         workspace_id,
         idempotency_key,
-        fingerprint_of(operation, **arguments),
+        fingerprint_of(operation, idempotency_key, **arguments),
     )
 
 
@@ -562,10 +562,12 @@ def use(
 ) -> EntryRecord:
     """Take credits of *unit* (or the customer's own) at once, without a hold.
 
-    Raises ``MeterlyNotFoundError`` and ``MeterlyInsufficientCreditsError``.
+    Raises ``MeterlyNotFoundError``, ``MeterlyInsufficientCreditsError`` and
+    ``MeterlyInvalidRequestError`` (an amount below 1).
     """
     fingerprint = fingerprint_of(
         "use_credits",
+        idempotency_key,
         customer_id=customer_id,
         amount=amount,
         unit=unit,
@@ -617,10 +619,12 @@ def reserve(
     300 seconds when not given, or ``METERLY_LEDGER["MAX_TTL"]`` if that is less.
     A *statement*, here and in the next section, is only for PostgreSQL.
 
-    Raises ``MeterlyNotFoundError`` and ``MeterlyInsufficientCreditsError``.
+    Raises ``MeterlyNotFoundError``, ``MeterlyInsufficientCreditsError`` and
+    ``MeterlyInvalidRequestError`` (an amount below 1).
     """
     fingerprint = fingerprint_of(
         "reserve_credits",
+        idempotency_key,
         customer_id=customer_id,
         amount=amount,
         unit=unit,
@@ -666,6 +670,8 @@ def _spend(spending: Spending, statement: Statement | None = None) -> Spent:
         lambda: spend(using, spending, statement),
         lambda answer: {"account_id": answer.account_id},
     )
+    if answer.code == "invalid":
+        raise _invalid("amount", "The amount must be at least 1.")
     if answer.code == "not_found":
         raise _no_customer(spending.customer_id)
     if answer.code in {"insufficient", "due"}:
@@ -714,11 +720,14 @@ def commit(
     """Charge a hold: all of it, or *amount* (from 0); the rest is given back.
 
     Committing a committed one moves nothing. Raises ``MeterlyNotFoundError``,
-    ``MeterlyInvalidRequestError`` (more than the hold),
+    ``MeterlyInvalidRequestError`` (more than the hold, or less than 0),
     ``MeterlyReservationExpiredError`` and ``MeterlyReservationReleasedError``.
     """
     fingerprint = fingerprint_of(
-        "commit_reservation", reservation_id=reservation_id, amount=amount
+        "commit_reservation",
+        idempotency_key,
+        reservation_id=reservation_id,
+        amount=amount,
     )
     closing = Closing(
         workspace,
@@ -748,7 +757,9 @@ def release(
     closing = Closing(
         workspace,
         idempotency_key,
-        fingerprint_of("release_reservation", reservation_id=reservation_id),
+        fingerprint_of(
+            "release_reservation", idempotency_key, reservation_id=reservation_id
+        ),
         reservation_id,
         Hold.Status.RELEASED.value,
         0,
@@ -772,6 +783,8 @@ def _close(closing: Closing, statement: Statement | None) -> HoldRecord:
         lambda: close(using, closing, statement),
         lambda answer: {"public_id": closing.hold_id},
     )
+    if answer.code == "invalid":
+        raise _invalid("amount", "The charge must be at least 0.")
     if answer.code == "not_found":
         raise _no_reservation(closing.hold_id)
     if answer.code == "too_much":

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 def spend(using: str, spending: Spending, statement: Statement | None = None) -> Spent:
     """Use or reserve credits. A *statement* is only for PostgreSQL."""
+    if spending.amount < 1:
+        return Spent("invalid")
     request = _request(using, spending, statement)
     if request is None:
         return Spent("not_found")
@@ -137,6 +139,8 @@ def _spent(spending: Spending, known: Entry | Record) -> Spent:
 
 def close(using: str, closing: Closing, statement: Statement | None = None) -> Closed:
     """Commit or release a hold. A *statement* is only for PostgreSQL."""
+    if (closing.charged or 0) < 0:
+        return Closed("invalid")
     request = _request(using, closing, statement)
     if request is None:
         return Closed("not_found")

@@ -11,9 +11,10 @@ import datetime as dt
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from django.db import connections, router
+from django.db import DatabaseError, connections, router, transaction
 
 from ..transports.base import NothingLocked
+from . import constraints
 from .movements import Closed, Closing, Spending, Spent
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def create_functions(connection: BaseDatabaseWrapper) -> None:
         with connection.cursor() as cursor:
             # Without parameters: a percent sign is a percent sign.
             cursor.execute(path.read_text("utf-8"), None)
+        constraints.create_shape_function(connection)
 
 
 def drop_functions(connection: BaseDatabaseWrapper) -> None:
@@ -113,9 +115,23 @@ def drop_functions(connection: BaseDatabaseWrapper) -> None:
             )
 
 
+def create_functions_before_migrate(using: str, **kwargs: Any) -> None:
+    """Receive ``pre_migrate``: tables that no migration makes need a function."""
+    from .models import Account
+
+    connection = connections[using]
+    if (
+        connection.vendor == "postgresql"
+        and router.allow_migrate_model(using, Account)
+        and Account._meta.db_table not in connection.introspection.table_names()
+    ):
+        constraints.create_shape_function(connection)
+
+
 def create_functions_after_migrate(using: str, **kwargs: Any) -> None:
     """Receive ``post_migrate``: a database built without migrations needs them."""
     from .models import Account
+    from .triggers import denied
 
     connection = connections[using]
     if (
@@ -124,4 +140,19 @@ def create_functions_after_migrate(using: str, **kwargs: Any) -> None:
         # Gone when the app has just been migrated back to nothing.
         and Account._meta.db_table in connection.introspection.table_names()
     ):
-        create_functions(connection)
+        try:
+            with transaction.atomic(using=using):
+                create_functions(connection)
+        except DatabaseError as exc:
+            # Only their owner may replace them.
+            if not denied(exc) or not _are_there(connection):
+                raise
+
+
+def _are_there(connection: BaseDatabaseWrapper) -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT count(DISTINCT proname) FROM pg_proc WHERE pg_function_is_visible"
+            "(oid) AND proname IN ('meterly_spend_1', 'meterly_close_1')"
+        )
+        return bool(cursor.fetchone()[0] == 2)

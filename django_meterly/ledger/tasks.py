@@ -1,10 +1,11 @@
-"""Celery tasks; ``meterly_ledger_expire`` does the same without Celery."""
+"""Celery tasks. Without Celery, ``meterly_ledger_expire`` and ``meterly_ledger_seal``
+do the same."""
 
 from __future__ import annotations
 
 from celery import shared_task
 
-from . import operations
+from . import operations, seals
 
 
 @shared_task(name="django_meterly.ledger.tasks.expire_holds")
@@ -15,3 +16,10 @@ def expire_holds() -> int:
     """
     operations.prune_records()
     return operations.expire_due()
+
+
+@shared_task(name="django_meterly.ledger.tasks.seal_entries")
+def seal_entries() -> str | None:
+    """Seal the entries that are not sealed yet; return the chain's last hash."""
+    head = seals.seal_entries().head
+    return None if head is None else str(head.hash)

@@ -106,12 +106,12 @@ CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 SWEEP_EVERY = env.float("SWEEP_EVERY", default=15.0)
 CELERY_BEAT_SCHEDULE_FILENAME = str(STATE_DIR / "celerybeat-schedule")
 CELERY_BEAT_SCHEDULE = {
-    **beat_schedule(release_every=SWEEP_EVERY, settle_every=SWEEP_EVERY),
-    "meterly-ledger-expire-holds": {
-        "task": "django_meterly.ledger.tasks.expire_holds",
-        "schedule": SWEEP_EVERY,
-        "options": {"expires": 20 * SWEEP_EVERY},
-    },
+    **beat_schedule(
+        release_every=SWEEP_EVERY,
+        settle_every=SWEEP_EVERY,
+        ledger=True,
+        expire_every=SWEEP_EVERY,
+    ),
 }
 
 # The ledger is in this very database. METERLY_* in the environment goes first, so

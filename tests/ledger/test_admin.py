@@ -7,7 +7,7 @@ from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
 from django.urls import reverse
 
-from django_meterly.ledger import operations
+from django_meterly.ledger import operations, seals
 from django_meterly.ledger.models import (
     Account,
     ApiKey,
@@ -15,12 +15,13 @@ from django_meterly.ledger.models import (
     Entry,
     Hold,
     LedgerCustomer,
+    Seal,
     Workspace,
 )
 
 pytestmark = pytest.mark.django_db
 
-MODELS = [Account, ApiKey, ApiKeyEvent, LedgerCustomer, Entry, Hold, Workspace]
+MODELS = [Account, ApiKey, ApiKeyEvent, LedgerCustomer, Entry, Hold, Seal, Workspace]
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def rows(workspace, customer, api_key):
     operations.reserve(
         workspace.pk, customer, amount=5, reference="job", idempotency_key="job"
     )
+    seals.seal_entries()
 
 
 def url(model, view, *args):

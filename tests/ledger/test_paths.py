@@ -75,7 +75,7 @@ class Situation:
         operations.expire_due()
 
     def record(self, key):
-        Request("default", self.workspace, key, "same").record()
+        Request("default", self.workspace, key, "another call").record()
 
 
 SPENDING = [
@@ -131,12 +131,12 @@ CLOSING = [
         lambda its: its.commit(10),
     ),
     (
-        "replayed",
+        "already",
         [lambda its: its.commit(10), lambda its: its.spend()],
         lambda its: its.commit(key="other"),
     ),
     (
-        "replayed",
+        "already",
         [lambda its: its.release()],
         lambda its: its.release(key="other"),
     ),

@@ -18,7 +18,7 @@ from django.db import connection, transaction
 from django_meterly import errors
 from django_meterly.client import MeterlyClient
 from django_meterly.db import from_now
-from django_meterly.ledger import operations, postgresql
+from django_meterly.ledger import operations, postgresql, triggers
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.transport import LedgerTransport
 from tests.ledger.holds import reserve
@@ -45,6 +45,14 @@ def client():
 def spender(client):
     """The id of a customer with 100 credits, for the client."""
     return client.grant_credits("user_1", 100, "credits", "opening").grant.customer_id
+
+
+FUNCTIONS = {
+    "meterly_spend_1",
+    "meterly_close_1",
+    "meterly_append_only",
+    "meterly_shaped_1",
+}
 
 
 def function_names():
@@ -298,10 +306,12 @@ def test_f43_a_due_hold_is_expired_by_a_spender_inside_a_transaction(
 
 def test_a_test_database_without_migrations_has_the_functions():
     postgresql.drop_functions(connection)
-    assert function_names() == set()
+    triggers.drop_triggers(connection)
+    # The table of entries has a constraint that calls this one.
+    assert function_names() == {"meterly_shaped_1"}
     # As pytest's --nomigrations does it: nothing but post_migrate follows.
     call_command("migrate", run_syncdb=True, verbosity=0)
-    assert function_names() == {"meterly_spend_1", "meterly_close_1"}
+    assert function_names() == FUNCTIONS
 
 
 @with_migrations
@@ -311,7 +321,7 @@ def test_migrating_back_leaves_no_function_behind():
         assert function_names() == set()
     finally:
         call_command("migrate", verbosity=0)
-    assert function_names() == {"meterly_spend_1", "meterly_close_1"}
+    assert function_names() == FUNCTIONS
 
 
 @with_migrations
@@ -351,3 +361,10 @@ print(client.reserve_credits(customer, 4).balance.available)
         [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True
     )
     assert printed.stdout == "5\n"
+
+
+def test_f52_nothing_runs_on_an_insert():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT tgtype FROM pg_trigger WHERE tgname LIKE '%append_only'")
+        # Row, before, delete and update; 4 would be insert.
+        assert {*cursor.fetchall()} == {(1 | 2 | 8 | 16,)}

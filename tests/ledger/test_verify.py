@@ -17,9 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from django_meterly import errors
 from django_meterly.db import from_now
-from django_meterly.ledger import operations
+from django_meterly.ledger import operations, seals, verification
+from django_meterly.ledger.idempotency import fingerprint_of
 from django_meterly.ledger.management.commands import meterly_ledger_verify
 from django_meterly.ledger.models import Account, Entry, Hold, LedgerCustomer
+from tests.ledger.tampering import sql, undone, unguarded
 
 pytestmark = pytest.mark.database
 
@@ -39,6 +41,11 @@ def books(workspace, customer):
         )
         if close is not None:
             close(workspace.pk, held.reservation_id, idempotency_key=f"end-{number}")
+
+
+ACCOUNT = "account ", "balance"
+RESERVED = "account ", "reserved"
+AFTER = "entry ent_", "_after"
 
 
 def edit_entry(kind, **values):
@@ -63,40 +70,68 @@ def test_an_empty_ledger_balances(capsys):
     assert capsys.readouterr().out == "0 accounts, 0 entries: the books balance.\n"
 
 
-@pytest.mark.django_db
+@pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize(
-    ("spoil", "where", "count"),
+    ("spoil", "row", "column", "count"),
     [
-        (lambda: Account.objects.update(balance=F("balance") + 1), "account", 1),
+        (lambda: Account.objects.update(balance=F("balance") + 1), *ACCOUNT, 1),
         # The reserved credits are compared with entries and with live holds.
-        (lambda: Account.objects.update(reserved=F("reserved") + 1), "account", 2),
-        (lambda: Hold.objects.live().update(amount=1), "live holds", 1),
-        (lambda: edit_entry("credits_committed", balance_delta=1), "ent_", 1),
-        (lambda: edit_entry("credits_released", reserved_delta=1), "ent_", 1),
-        (lambda: edit_entry("credits_granted", balance_delta=1), "ent_", 1),
+        (lambda: Account.objects.update(reserved=F("reserved") + 1), *RESERVED, 2),
+        # Its entry knows, too.
+        (lambda: Hold.objects.live().update(amount=1), *RESERVED, 2),
+        (lambda: edit_entry("credits_committed", balance_delta=1), *AFTER, 2),
+        # What was reserved before it, what it was of, and its shape.
+        (lambda: edit_entry("credits_released", reserved_delta=1), *AFTER, 3),
+        (lambda: edit_entry("credits_granted", balance_delta=1), *AFTER, 2),
         # Wrong in itself, and wrong as what the next one follows from.
-        (lambda: edit_entry("credits_released", balance_after=1), "ent_", 2),
+        (lambda: edit_entry("credits_released", balance_after=1), *AFTER, 2),
+        (
+            lambda: Hold.objects.filter(status="released").update(status="committed"),
+            *("hold res_", "status"),
+            1,
+        ),
     ],
 )
-def test_a_difference_is_shown_and_fails(books, spoil, where, count, capsys):
-    spoil()
-    before = list(Account.objects.values())
+def test_a_difference_is_shown_and_fails(books, spoil, row, column, count, capsys):
+    with unguarded(), undone():
+        spoil()
+        before = list(Account.objects.values())
 
-    with pytest.raises(CommandError, match=f"Differences: {count}") as caught:
-        call_command("meterly_ledger_verify")
+        with pytest.raises(CommandError, match=f"Differences: {count}") as caught:
+            call_command("meterly_ledger_verify")
+
+        # Nothing is repaired silently.
+        assert list(Account.objects.values()) == before
 
     assert caught.value.returncode == 1
-    out = capsys.readouterr().out
-    assert "do not balance" in out.splitlines()[0]
-    assert where in out
-    assert "user_1" in out
-    # Nothing is repaired silently.
-    assert list(Account.objects.values()) == before
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "do not balance" in first
+    assert any(
+        line.startswith(row) and " user_1 credits " in line and f"{column} " in line
+        for line in lines
+    )
+
+
+@pytest.mark.django_db(transaction=True)
+def test_personal_data_that_was_erased_is_no_difference(books):
+    mark = verification.ERASED
+    with unguarded(), undone():
+        sql("UPDATE meterly_ledger_customer SET external_id = %s", f"{mark} 1")
+        call_command("meterly_ledger_verify")
+        sql("UPDATE meterly_ledger_customer SET external_id = 'user_2'")
+        with pytest.raises(CommandError, match="Differences: 1"):
+            call_command("meterly_ledger_verify")
+        sql(
+            "UPDATE meterly_ledger_entry SET reference = %s, unique_reference = %s, "
+            "description = %s WHERE kind = 'credits_granted'",
+            *[f"{mark} 1"] * 3,
+        )
+        call_command("meterly_ledger_verify")
 
 
 @pytest.mark.django_db
 def test_accounts_are_compared_page_by_page(workspace, monkeypatch, capsys):
-    monkeypatch.setattr(meterly_ledger_verify, "PAGE", 2)
+    monkeypatch.setattr(verification, "PAGE", 2)
     monkeypatch.setattr(meterly_ledger_verify, "SHOWN", 3)
     for number in range(5):
         operations.grant(
@@ -160,14 +195,28 @@ def test_memory_is_flat_however_many_entries_there_are(workspace, count):
         cursor.executemany(
             f"INSERT INTO {Entry._meta.db_table} (public_id, workspace_id, account_id, "
             "kind, amount, balance_delta, reserved_delta, balance_after, "
-            "reserved_after, reference, description, fingerprint, created_at) "
-            "VALUES (%s, %s, %s, 'credits_added', 1, 1, 0, %s, 0, 'r', '', '', "
+            "reserved_after, reference, unique_reference, description, "
+            "idempotency_key, fingerprint, created_at) VALUES (%s, %s, %s, "
+            "'credits_added', 1, 1, 0, %s, 0, %s, %s, '', %s, %s, "
             "'2026-01-01 00:00:00')",
             (
-                (f"ent_{n}", workspace.pk, accounts[n % 10].pk, n // 10 + 1)
+                (
+                    *(f"ent_{n}", workspace.pk, accounts[n % 10].pk, n // 10 + 1),
+                    *(f"ref-{n}", f"ref-{n}", f"key-{n}"),
+                    fingerprint_of(
+                        "add_credits",
+                        f"key-{n}",
+                        customer_id=accounts[n % 10].customer.public_id,
+                        amount=1,
+                        unit=None,
+                        reference=f"ref-{n}",
+                        description="",
+                    ),
+                )
                 for n in range(count)
             ),
         )
+    assert seals.seal_entries().entries == count
     out = StringIO()
     tracemalloc.start()
     try:
@@ -175,7 +224,9 @@ def test_memory_is_flat_however_many_entries_there_are(workspace, count):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert out.getvalue() == f"10 accounts, {count} entries: the books balance.\n"
+    assert out.getvalue().startswith(
+        f"10 accounts, {count} entries: the books balance.\n{count} entries are sealed"
+    )
     # One entry alone would take a kilobyte.
     assert peak < 2 * 2**20
 
@@ -273,7 +324,7 @@ class Ledger(RuleBasedStateMachine):
     @rule(data=st.data())
     def let_expire(self, data):
         if self.holds:
-            Hold.objects.filter(
+            Hold.objects.live().filter(
                 public_id=data.draw(st.sampled_from(self.holds))
             ).update(expires_at=from_now(-1))
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import django.db.models.deletion
+import django.db.models.expressions
 from django.db import migrations, models
 
 import django_meterly.db
+import django_meterly.ledger.append_only
+import django_meterly.ledger.constraints
 import django_meterly.ledger.models
 
+from ..constraints import create_shape_function, drop_shape_function
 from ..postgresql import create_functions, drop_functions
+from ..triggers import create_triggers, drop_triggers
 
 
 class Migration(migrations.Migration):
@@ -15,6 +20,11 @@ class Migration(migrations.Migration):
     dependencies = []
 
     operations = [
+        # First, because the table of entries has a constraint that calls it.
+        migrations.RunPython(
+            lambda apps, editor: create_shape_function(editor.connection),
+            lambda apps, editor: drop_shape_function(editor.connection),
+        ),
         migrations.CreateModel(
             name="Workspace",
             fields=[
@@ -216,6 +226,7 @@ class Migration(migrations.Migration):
                 "verbose_name": "API key event",
                 "verbose_name_plural": "API key events",
             },
+            bases=(django_meterly.ledger.append_only.AppendOnly, models.Model),
         ),
         migrations.CreateModel(
             name="LedgerCustomer",
@@ -550,8 +561,69 @@ class Migration(migrations.Migration):
                         fields=("account", "unique_reference"),
                         name="meterly_ledger_entry_unique_reference",
                     ),
+                    django_meterly.ledger.constraints.ShapeConstraint(
+                        condition=models.Q(
+                            ("amount__gte", 0),
+                            models.Q(
+                                ("balance_delta", 0),
+                                ("reserved_delta", 0),
+                                _negated=True,
+                            ),
+                            models.Q(
+                                models.Q(
+                                    ("kind__in", ["credits_granted", "credits_added"]),
+                                    ("balance_delta", models.F("amount")),
+                                    ("reserved_delta", 0),
+                                ),
+                                models.Q(
+                                    ("kind", "credits_used"),
+                                    (
+                                        "balance_delta",
+                                        django.db.models.expressions.CombinedExpression(
+                                            models.F("amount"), "*", models.Value(-1)
+                                        ),
+                                    ),
+                                    ("reserved_delta", 0),
+                                ),
+                                models.Q(
+                                    ("kind", "credits_reserved"),
+                                    ("balance_delta", 0),
+                                    ("reserved_delta", models.F("amount")),
+                                ),
+                                models.Q(
+                                    ("kind", "credits_committed"),
+                                    (
+                                        "balance_delta",
+                                        django.db.models.expressions.CombinedExpression(
+                                            models.F("amount"), "*", models.Value(-1)
+                                        ),
+                                    ),
+                                    (
+                                        "reserved_delta__lte",
+                                        models.F("balance_delta"),
+                                    ),
+                                ),
+                                models.Q(
+                                    (
+                                        "kind__in",
+                                        ["credits_released", "credits_expired"],
+                                    ),
+                                    ("balance_delta", 0),
+                                    (
+                                        "reserved_delta",
+                                        django.db.models.expressions.CombinedExpression(
+                                            models.F("amount"), "*", models.Value(-1)
+                                        ),
+                                    ),
+                                ),
+                                _connector="OR",
+                            ),
+                        ),
+                        name="meterly_ledger_entry_shape",
+                    ),
                 ],
             },
+            bases=(django_meterly.ledger.append_only.AppendOnly, models.Model),
         ),
         migrations.CreateModel(
             name="Record",
@@ -612,11 +684,48 @@ class Migration(migrations.Migration):
                 ],
             },
         ),
+        migrations.CreateModel(
+            name="Seal",
+            fields=[
+                (
+                    "number",
+                    models.BigIntegerField(
+                        primary_key=True, serialize=False, verbose_name="number"
+                    ),
+                ),
+                ("first", models.BigIntegerField(verbose_name="first entry")),
+                ("last", models.BigIntegerField(verbose_name="last entry")),
+                ("count", models.BigIntegerField(verbose_name="entries")),
+                ("gaps", models.JSONField(verbose_name="gaps")),
+                ("late", models.JSONField(verbose_name="late entries")),
+                ("settled", models.BigIntegerField(verbose_name="settled up to")),
+                ("horizon", models.BigIntegerField(null=True, verbose_name="horizon")),
+                (
+                    "hash",
+                    django_meterly.db.ExactCharField(
+                        max_length=64, unique=True, verbose_name="hash"
+                    ),
+                ),
+                (
+                    "created_at",
+                    models.DateTimeField(editable=False, verbose_name="created at"),
+                ),
+            ],
+            options={
+                "verbose_name": "seal",
+                "verbose_name_plural": "seals",
+            },
+            bases=(django_meterly.ledger.append_only.AppendOnly, models.Model),
+        ),
         # On PostgreSQL the functions are also replaced after every migrate, so that
         # a test database that was built without migrations has them. On other
         # databases this does nothing.
         migrations.RunPython(
             lambda apps, editor: create_functions(editor.connection),
             lambda apps, editor: drop_functions(editor.connection),
+        ),
+        migrations.RunPython(
+            lambda apps, editor: create_triggers(editor.connection),
+            lambda apps, editor: drop_triggers(editor.connection),
         ),
     ]

@@ -47,6 +47,9 @@ DECLARE
     due_ boolean;
     known_ text;
 BEGIN
+    IF (amount_ >= 1) IS NOT TRUE THEN
+        RETURN json_build_array('invalid');
+    END IF;
     IF workspace_ IS NULL THEN
         SELECT w.id INTO workspace_
         FROM meterly_ledger_workspace w WHERE w.name = workspace_name_;
@@ -177,6 +180,9 @@ DECLARE
     until_ timestamptz;
     taken_ bigint;
 BEGIN
+    IF charged_ < 0 THEN
+        RETURN json_build_array('invalid');
+    END IF;
     IF workspace_ IS NULL THEN
         SELECT w.id INTO workspace_
         FROM meterly_ledger_workspace w WHERE w.name = workspace_name_;

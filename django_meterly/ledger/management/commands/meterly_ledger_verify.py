@@ -1,168 +1,83 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from django.core.management.base import BaseCommand, CommandError
 from django.core.serializers.base import ProgressBar
-from django.db.models import F, OuterRef, Subquery, Sum, Window
-from django.db.models.functions import Coalesce, Lag
+from django.db import connections
 
-from ...models import Account, Entry, Hold
+from ... import verification
+from ...models import Account, Entry
 from ...operations import write_alias
+from ...seals import head
+from ...triggers import missing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from argparse import ArgumentParser
 
-#: How many accounts are compared at a time, and how many differences shown.
-PAGE = 500
+#: How many differences are shown.
 SHOWN = 1000
-
-
-class Difference(NamedTuple):
-    """Where the books do not balance; both numbers are (balance, reserved)."""
-
-    account: Account
-    where: str
-    expected: tuple[int | None, int]
-    found: tuple[int | None, int]
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return (
-            str(self.account.pk),
-            self.account.customer.external_id,
-            self.account.unit,
-            self.where,
-            _shown(self.expected),
-            _shown(self.found),
-        )
-
-
-def _shown(numbers: tuple[int | None, int]) -> str:
-    balance, reserved = numbers
-    return f"reserved {reserved}" if balance is None else f"{balance} / {reserved}"
-
-
-def differences(first: int, last: int) -> Iterator[Difference]:
-    """Compare some accounts, by primary key, with their entries and live holds.
-
-    The database does it, and answers with the differences alone. Each comparison is
-    one statement, which sees the database as of one moment, so movements may go on
-    meanwhile.
-    """
-    using = write_alias()
-    # Any: the annotations below are no fields of the models.
-    accounts: Any = (
-        Account.objects.using(using)
-        .filter(pk__range=(first, last))
-        .select_related("customer")
-    )
-    entries: Any = (
-        Entry.objects.using(using)
-        .filter(account__pk__range=(first, last))
-        .select_related("account__customer")
-    )
-
-    # Each entry follows from the one before ...
-    def follows(field: str, delta: str) -> Any:
-        before = Window(Lag(field), partition_by=F("account"), order_by="pk")
-        return Coalesce(before, 0) + F(delta)
-
-    for entry in (
-        entries.annotate(
-            balance=follows("balance_after", "balance_delta"),
-            reserved=follows("reserved_after", "reserved_delta"),
-        )
-        .exclude(balance_after=F("balance"), reserved_after=F("reserved"))
-        .order_by("pk")
-        .iterator()
-    ):
-        yield Difference(
-            entry.account,
-            entry.public_id,
-            (entry.balance, entry.reserved),
-            (entry.balance_after, entry.reserved_after),
-        )
-
-    # ... the account is what the last one left behind: the sum of them all ...
-    latest = Entry.objects.filter(account=OuterRef("pk")).order_by("-pk")
-    for account in (
-        accounts.annotate(
-            rebuilt_balance=Coalesce(Subquery(latest.values("balance_after")[:1]), 0),
-            rebuilt_reserved=Coalesce(Subquery(latest.values("reserved_after")[:1]), 0),
-        )
-        .exclude(balance=F("rebuilt_balance"), reserved=F("rebuilt_reserved"))
-        .order_by("pk")
-        .iterator()
-    ):
-        yield Difference(
-            account,
-            "account",
-            (account.rebuilt_balance, account.rebuilt_reserved),
-            (account.balance, account.reserved),
-        )
-
-    # ... and what is reserved is what the live holds hold.
-    held = (
-        Hold.objects.live()
-        .filter(account=OuterRef("pk"))
-        .order_by()
-        .values("account")
-        .annotate(total=Sum("amount"))
-        .values("total")
-    )
-    for account in (
-        accounts.annotate(held=Coalesce(Subquery(held), 0))
-        .exclude(reserved=F("held"))
-        .order_by("pk")
-        .iterator()
-    ):
-        yield Difference(
-            account, "live holds", (None, account.held), (None, account.reserved)
-        )
 
 
 class Command(BaseCommand):
     help = (
-        "Rebuild every balance from the ledger's entries and compare. Nothing is "
-        "changed; a difference ends with exit code 1."
+        "Rebuild every balance from the ledger's entries, compare what refers to each "
+        "other, and compute the chain of seals again. Nothing is changed; a difference "
+        "ends with exit code 1."
     )
 
-    def handle(self, *args: Any, **options: Any) -> None:
-        using = write_alias()
-        counted = (
-            f"{Account.objects.using(using).count()} accounts, "
-            f"{Entry.objects.using(using).count()} entries"
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--head",
+            default="",
+            metavar="HASH",
+            help="A hash that meterly_ledger_seal printed, and that you kept "
+            "elsewhere: the chain must still have it.",
         )
-        shown: list[Difference] = []
+
+    def handle(self, *args: Any, head: str, **options: Any) -> None:
+        self._warn()
+        using = write_alias()
+        entries = Entry.objects.using(using).count()
+        counted = f"{Account.objects.using(using).count()} accounts, {entries} entries"
+        bar = ProgressBar(sys.stderr if sys.stderr.isatty() else None, entries)
+        shown: list[verification.Difference] = []
         count = 0
-        for difference in self._differences():
+        for difference in verification.differences(
+            # Entries may have been written since they were counted.
+            head.strip(),
+            lambda done: bar.update(min(done, entries)),
+        ):
             count += 1
             if count <= SHOWN:
                 shown.append(difference)
         if not count:
             self.stdout.write(f"{counted}: the books balance.")
+            self._say_what_is_sealed(using)
             return
         self.stdout.write(f"{counted}: the books do not balance.\n\n")
-        rows = [
-            ("ACCOUNT", "CUSTOMER", "UNIT", "AT", "EXPECTED", "FOUND"),
-            *(difference.cells for difference in shown),
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
+        table = [("ROW", "ACCOUNT", "COLUMN", "EXPECTED", "FOUND"), *shown]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             self.stdout.write("  ".join(cells).rstrip())
         if count > SHOWN:
             self.stdout.write(f"... and {count - SHOWN} more.")
-        raise CommandError(f"Differences: {count}. Balance / reserved.")
+        raise CommandError(f"Differences: {count}.")
 
-    def _differences(self) -> Iterator[Difference]:
-        keys = Account.objects.using(write_alias()).order_by("pk")
-        bar = ProgressBar(sys.stderr if sys.stderr.isatty() else None, keys.count())
-        done, last = 0, 0
-        while pks := list(keys.filter(pk__gt=last).values_list("pk", flat=True)[:PAGE]):
-            yield from differences(pks[0], pks[-1])
-            done, last = done + len(pks), pks[-1]
-            # Accounts may have been opened since they were counted.
-            bar.update(min(done, bar.total_count))
+    def _warn(self) -> None:
+        names = [trigger.name for trigger in missing(connections[write_alias()])]
+        if names:
+            self.stderr.write(
+                "The database does not refuse changes to entries: these triggers are "
+                f"missing, or this role cannot see them: {', '.join(names)}."
+            )
+
+    def _say_what_is_sealed(self, using: str) -> None:
+        last = head(using)
+        if last is not None:
+            self.stdout.write(
+                f"{verification.sealed()} entries are sealed, by {last.number} seals. "
+                f"The last one is {last.hash}."
+            )
