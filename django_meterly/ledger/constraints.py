@@ -33,7 +33,7 @@ class ShapeConstraint(CheckConstraint):
 
     def text(self, model: Any, schema_editor: Any) -> str:
         """Return the condition as SQL."""
-        sql: str = super()._get_check_sql(model, schema_editor)
+        sql: str = super()._get_check_sql(model, schema_editor)  # type: ignore[misc]
         return sql
 
 
