@@ -595,8 +595,11 @@ class ReservationAdmin(ReadOnlyAdmin):
             {
                 **self.admin_site.each_context(request),
                 "title": title,
+                # What the breadcrumbs end with.
+                "original": title,
                 "opts": self.opts,
                 "media": self.media,
+                "has_view_permission": True,
                 "action": action,
                 "count": count,
                 "shown": rows.select_related("customer")[:MAX_SHOWN],
