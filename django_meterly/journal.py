@@ -1500,10 +1500,11 @@ def backlog(older_than: float = 0.0) -> Backlog:
         ).first()
         if oldest is not None:
             waited.append((oldest["now"] - oldest[since]).total_seconds())
+    lapsed = sum(by_state.get(state, 0) for state in State.open())
     return Backlog(
         by_state=by_state,
-        lapsed=sum(by_state.get(state, 0) for state in State.open()),
-        due=sum(by_state.get(state, 0) for state in State.pending()),
+        lapsed=lapsed,
+        due=sum(by_state.values()) - lapsed,
         oldest_due_seconds=round(max(waited), 1) if waited else None,
         unbilled=rows.filter(state=State.UNBILLED).count(),
         stuck=rows.stuck().count(),

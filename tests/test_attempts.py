@@ -167,6 +167,8 @@ def test_f72_a_success_waits_while_a_later_attempt_is_at_work(
     late.reserve()
     early.succeed()
     Reservation.objects.filter(state="released").update(next_attempt_at=timezone.now())
+    backlog = journal.backlog()
+    assert (backlog.due, backlog.by_state) == (1, {"released": 1})
     for _ in range(2):
         journal.settle_due(get_client())
     assert states() == ["released", "reserved"]

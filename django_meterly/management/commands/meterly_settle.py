@@ -174,7 +174,8 @@ class Command(BaseCommand):
 
         self.stdout.write("Nothing is changed. These would be")
         self.stdout.write(f"  given up:        {shown(Reservation.State.open())}")
-        self.stdout.write(f"  carried out:     {shown(Reservation.State.pending())}")
+        due = left.by_state.keys() - set(Reservation.State.open())
+        self.stdout.write(f"  carried out:     {shown(sorted(due))}")
         stuck = left.stuck if retry_stuck else 0
         self.stdout.write(f"  tried again:     {stuck} of {left.stuck} stuck")
         self.stdout.write(f"  grants asked:    {grants_pending}")
