@@ -13,8 +13,8 @@ decision.
 2. It is charged by the run that the journal says has decided: that of the row's
    reservation and of its fence. So a job that no run has finished is free: one that
    failed, was revoked, or never came.
-3. A run that has ended in success is charged. Nobody is told of a success that is
-   free, and a copy that was outrun is not told of as a success.
+3. A run that has ended in success is charged, or another attempt at its job is, which
+   began while the run was taken for dead. Nobody is told of a success that is free.
 4. A run that has finished and is not charged was killed before it ended, or stopped
    cold before it returned, or another run has taken its work up. Nothing else makes
    done work free.
@@ -185,6 +185,9 @@ def _broken_for(world: World, job: int) -> list[str]:
         if run in decisive:
             continue
         if run.state == "SUCCESS":
+            if committed and _tried_again(run, rows):
+                # Noted while the next attempt was at work, which was then charged.
+                continue
             found.append(f"{run} has ended in success, and is not charged")
         elif (
             run.finished
@@ -200,9 +203,12 @@ def _broken_for(world: World, job: int) -> list[str]:
 
 def _outrun(run: Run, rows: list[Row]) -> bool:
     own = next((row for row in rows if row.id == run.reservation), None)
-    return own is not None and (
-        own.fence > run.fence or any(row.attempt > own.attempt for row in rows)
-    )
+    return own is not None and (own.fence > run.fence or _tried_again(run, rows))
+
+
+def _tried_again(run: Run, rows: list[Row]) -> bool:
+    own = next((row for row in rows if row.id == run.reservation), None)
+    return own is not None and any(row.attempt > own.attempt for row in rows)
 
 
 def _killed(run: Run, world: World) -> bool:

@@ -78,7 +78,14 @@ def _record_another_amount(world: World) -> None:
     world.rows[1] = replace(world.rows[1], charge=4)
 
 
+def test_a_success_may_be_paid_for_by_the_next_attempt() -> None:
+    world = _world()
+    world.runs[0].state = "SUCCESS"
+    assert broken(world) == []
+
+
 def _report_what_is_free(world: World) -> None:
+    _lose_a_success(world)
     world.runs[0].state = "SUCCESS"
 
 
