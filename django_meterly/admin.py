@@ -557,14 +557,17 @@ class ReservationAdmin(ReadOnlyAdmin):
             )
         count = 0
         for debt in debts.select_related("customer"):
-            if journal.write_off(debt):
-                count += 1
+            # No debt is written off without who did it, and why.
+            with transaction.atomic(using=journal.alias()):
+                if not journal.write_off(debt):
+                    continue
                 self.log_change(
                     request,
                     debt,
                     _("Debt of %(owed)s %(unit)s written off: %(reason)s")
                     % {"owed": debt.owed, "unit": debt.unit, "reason": reason},
                 )
+            count += 1
         self.message_user(
             request,
             ngettext(

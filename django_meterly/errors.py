@@ -7,6 +7,7 @@
     │   ├── MeterlyInvalidRequestError           400 invalid_request
     │   ├── MeterlyAuthenticationError           401 unauthenticated
     │   ├── MeterlyInsufficientCreditsError      402 insufficient_credits
+    │   │   └── MeterlyDebtError                 402 debt (only the guard says so)
     │   ├── MeterlyForbiddenError                403 forbidden
     │   ├── MeterlyNotFoundError                 404 not_found
     │   ├── MeterlyCustomerExistsError           409 customer_exists
@@ -57,6 +58,7 @@ __all__ = [
     "MeterlyApiError",
     "MeterlyAuthenticationError",
     "MeterlyCustomerExistsError",
+    "MeterlyDebtError",
     "MeterlyDuplicateError",
     "MeterlyError",
     "MeterlyForbiddenError",

@@ -88,14 +88,18 @@ def install_guards(instance: DjangoView, request: Any) -> None:
         if method != "options" and hasattr(instance, method)
     }
 
+    guarded: dict[str, Any] = {}
+
     def call(method: str, *args: Any, **kwargs: Any) -> Any:
-        handler = plain.pop(method)
-        for guard in reversed(dispatch.waiting):
-            handler = _guard(handler, partial(dispatch.begin, guard))
-        # Guarded it stays: a dispatch() may try it again.
-        for name, other in {**plain, method: handler}.items():
-            setattr(instance, name, other)
-        return handler(*args, **kwargs)
+        if method not in guarded:
+            handler = plain.pop(method)
+            for guard in reversed(dispatch.waiting):
+                handler = _guard(handler, partial(dispatch.begin, guard))
+            # Guarded it stays: a dispatch() may try it again.
+            guarded[method] = handler
+            for name, other in {**plain, method: handler}.items():
+                setattr(instance, name, other)
+        return guarded[method](*args, **kwargs)
 
     for method, handler in plain.items():
         setattr(instance, method, wraps(handler)(partial(call, method)))

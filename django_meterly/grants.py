@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from django.db import DatabaseError, IntegrityError, router, transaction
 
 from . import signals
-from .errors import OUTAGE, MeterlyApiError, MeterlyError
+from .errors import (
+    OUTAGE,
+    MeterlyApiError,
+    MeterlyError,
+    MeterlyUnknownOutcomeError,
+)
 from .journal import announce, collect, in_transaction
 from .models import MAX_REASON_LENGTH, Customer, Grant
 from .transports.base import check_amount, check_description, check_text, check_unit
@@ -73,8 +78,11 @@ def grant(
     return row, True
 
 
-def settle(client: MeterlyClient, row: Grant) -> None:
-    """Ask the ledger for a pending grant, and record its answer."""
+def settle(client: MeterlyClient, row: Grant) -> bool:
+    """Ask the ledger for a pending grant, and record its answer.
+
+    Returns whether the ledger could be asked.
+    """
     try:
         answer = client.grant_credits(
             row.customer.external_id,
@@ -84,17 +92,24 @@ def settle(client: MeterlyClient, row: Grant) -> None:
             row.reason,
             idempotency_key=row.wire_key,
         )
-        # The ledger may have registered a customer it did not know.
-        row.customer.learn(answer.grant.customer_id)
     except OUTAGE as exc:
         _record(row, State.PENDING, str(exc))
         logger.info("Grant %s is still pending: %s", row.pk, exc)
+        return False
     except MeterlyApiError as exc:
         _record(row, State.REFUSED, str(exc))
         logger.warning("Grant %s was refused: %s", row.pk, exc)
+        return True
+    try:
+        # The ledger may have registered a customer it did not know.
+        row.customer.learn(answer.grant.customer_id)
+    except MeterlyUnknownOutcomeError as exc:
+        _record(row, State.PENDING, str(exc))
+        logger.warning("Grant %s is still pending: %s", row.pk, exc)
     else:
         _record(row, State.GRANTED, "")
         _collect(client, row)
+    return True
 
 
 def _collect(client: MeterlyClient, row: Grant) -> None:
@@ -121,8 +136,7 @@ def _record(row: Grant, state: str, error: str) -> None:
 def settle_due(client: MeterlyClient) -> int:
     """Ask the ledger again for pending grants; return how many were asked for.
 
-    Stops at the first one that is still pending after that: the ledger is out
-    of reach, and the others can wait for the next run.
+    Stops when the ledger is out of reach: the others can wait for the next run.
     """
     pending = (
         Grant.objects.filter(state=State.PENDING)
@@ -132,8 +146,7 @@ def settle_due(client: MeterlyClient) -> int:
     )
     asked = 0
     for row in pending:
-        settle(client, row)
         asked += 1
-        if row.state == State.PENDING:
+        if not settle(client, row):
             break
     return asked

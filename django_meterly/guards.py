@@ -289,7 +289,8 @@ class Guard:
         if row is None or self._message is not None:
             return False
         return row.fence != self.fence or (
-            row.charge is None and journal.is_tried_again(row)
+            # Taken for dead, and not one that has failed and was told to try again.
+            row.lapsed and row.charge is None and journal.is_tried_again(row)
         )
 
     def decide(self) -> None:

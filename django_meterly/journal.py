@@ -43,6 +43,7 @@ import datetime as dt
 import functools
 import logging
 import random
+import sys
 import time
 import uuid
 from contextlib import contextmanager, nullcontext
@@ -960,13 +961,14 @@ def settle(
         return Outcome.ANSWERED
     if timeout is not None:
         client = client.within(timeout, attempts=1)
+    handled = sys.exception()
     try:
         if row.state == State.RELEASE_PENDING:
             _settle_release(client, row)
         else:
             _settle_commit(client, row)
     except OUTAGE as exc:
-        if refusal := _refused_by_database(exc):
+        if refusal := _refused_by_database(exc, handled):
             return _postpone(row, refusal, Outcome.REFUSED)
         return _postpone(row, exc, Outcome.UNREACHED)
     except MeterlyApiError as exc:
@@ -1031,7 +1033,16 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
         _watch_balance(row, movement.balance, owed)
     # The ledger remembers a hold that was committed by the key of its reserve.
     # Without one, only this row knows that the key was charged.
-    _finish(row, State.COMMITTED, owed=None, **({} if held else {"lapsed": True}))
+    if not _finish(row, State.COMMITTED, owed=None, lapsed=not held) and owed:
+        row.refresh_from_db(using=alias())
+        if row.state == State.COMMITTED and row.owed:
+            logger.error(
+                "Reservation %s was written off while its debit was under way: %d %s "
+                "were taken.",
+                row.pk,
+                owed,
+                row.unit,
+            )
 
 
 def _commit(client: MeterlyClient, row: Reservation, charge: int) -> int:
@@ -1106,23 +1117,21 @@ def _record_debt(
     first = row.state == State.COMMIT_PENDING
     using = alias()
     row.shortage = exc
-
-    @transaction.atomic(using=using)
-    def record() -> bool:
-        recorded = _move(
-            row,
-            [State.COMMIT_PENDING, State.UNBILLED],
-            State.UNBILLED,
-            owed=owed,
-            next_attempt_at=from_now(UNBILLED_INTERVAL * random.uniform(0.8, 1.2)),  # noqa: S311
-            last_error=str(exc),
+    recorded = _move(
+        row,
+        [State.COMMIT_PENDING, State.UNBILLED],
+        State.UNBILLED,
+        owed=owed,
+        next_attempt_at=from_now(UNBILLED_INTERVAL * random.uniform(0.8, 1.2)),  # noqa: S311
+        last_error=str(exc),
+    )
+    if recorded:
+        customers = Customer.objects.using(using).filter(pk=row.customer_id)
+        row.customer.owes = True
+        # Afterwards: whoever reserves locks the customer before the account.
+        transaction.on_commit(
+            lambda: customers.filter(owes=False).update(owes=True), using=using
         )
-        if recorded:
-            Customer.objects.using(using).filter(pk=row.customer_id).update(owes=True)
-        return recorded
-
-    recorded = on_live_connection(using, record)
-    row.customer.owes |= recorded
     logger.warning("Reservation %s could not be billed: %s", row.pk, exc)
     if recorded and first:
         _announce(signals.reservation_unbilled, row)
@@ -1132,14 +1141,16 @@ def _postpone(row: Reservation, exc: Exception, outcome: Outcome) -> Outcome:
     refused = outcome is Outcome.REFUSED
     delay = min(BACKOFF_FIRST * 2 ** min(row.settle_attempts, 20), BACKOFF_MOST)
     refusals = row.refusals + refused
-    stuck = refused and refusals >= meterly_settings.MAX_SETTLE_ATTEMPTS
+    stuck = row.stuck_at is None and (
+        refused and refusals >= meterly_settings.MAX_SETTLE_ATTEMPTS
+    )
     changed = (
         Reservation.objects.using(alias())
         .filter(pk=row.pk, state=row.state)
         .update(
             next_attempt_at=from_now(delay * random.uniform(0.5, 1.0)),  # noqa: S311
             refusals=F("refusals") + int(refused),
-            stuck_at=DatabaseNow() if stuck else None,
+            **({"stuck_at": DatabaseNow()} if stuck else {}),
             last_error=clean_text(str(exc) or repr(exc), MAX_MESSAGE_LENGTH),
         )
     )
@@ -1219,14 +1230,21 @@ def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reserv
     """
     using = alias()
     debts = Reservation.objects.using(using).debts().filter(customer=customer)
+    handled = sys.exception()
     for row in debts.filter(unit=unit).select_related("customer"):
-        with client.transport.unit_of_work(using):
-            # The row before its account: so does everybody.
-            if not debts.filter(pk=row.pk).update(
-                settle_attempts=F("settle_attempts") + 1
-            ):
-                continue
-            outcome = settle(client, row, timeout=SETTLE_TIMEOUT)
+        try:
+            with client.transport.unit_of_work(using):
+                # The row before its account: so does everybody.
+                if not debts.filter(pk=row.pk).update(
+                    settle_attempts=F("settle_attempts") + 1
+                ):
+                    continue
+                outcome = settle(client, row, timeout=SETTLE_TIMEOUT)
+        except DatabaseError as exc:
+            refusal = _refused_by_database(exc, handled)
+            if refusal is None:
+                raise MeterlyUnavailableError(f"The database failed: {exc}") from exc
+            outcome = _postpone(row, refusal, Outcome.REFUSED)
         if outcome is Outcome.UNREACHED:
             raise MeterlyUnavailableError(f"The debt {row.pk} cannot be asked for.")
         if row.state == State.UNBILLED:
@@ -1243,7 +1261,8 @@ def _clear_owing(using: str, customer: Customer) -> None:
         # Locks the customer: a debt that is being recorded is seen, or waits.
         customers.update(owes=True)
         debts = Reservation.objects.using(using).debts().filter(customer=customer)
-        if not debts.exists():
+        # Locked: MySQL reads what is true now, not when the transaction began.
+        if debts.select_for_update().first() is None:
             customers.update(owes=False)
             customer.owes = False
 
@@ -1359,6 +1378,7 @@ def settle_due(
 
 def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome | None:
     """Try *row*; return what became of it, or ``None`` if it is somebody else's."""
+    handled = sys.exception()
     try:
         # Taken inside: with a ledger in the same database all of it is one
         # transaction, which begins with a write.
@@ -1370,19 +1390,22 @@ def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome |
         row.refresh_from_db(using=using)
         # The rollback may have given the row back.
         taken = _take(using, row)
-        refusal = _refused_by_database(exc)
+        refusal = _refused_by_database(exc, handled)
         if isinstance(exc, DatabaseError) and refusal is None:
             return Outcome.UNREACHED if taken else None
         return _postpone(row, refusal or exc, Outcome.REFUSED)
 
 
-def _refused_by_database(exc: BaseException | None) -> Exception | None:
+def _refused_by_database(
+    exc: BaseException | None, handled: BaseException | None
+) -> Exception | None:
     """Return what *exc* comes from if a database in reach refuses what a row asks.
 
     A constraint or a trigger on an account, for example. The error may have been
-    reported as another one, or have broken the transaction that was to record it.
+    reported as another one, or have broken the transaction that was to record it. An
+    exception that was *handled* before is the caller's, and says nothing of the row.
     """
-    while isinstance(exc, Exception):
+    while isinstance(exc, Exception) and exc is not handled:
         # SQLSTATE of RAISE EXCEPTION; MySQL's number for SIGNAL.
         raised = getattr(exc, "sqlstate", "") == "P0001" or exc.args[:1] == (1644,)
         if raised or isinstance(exc, IntegrityError | DataError):
@@ -1433,7 +1456,7 @@ def retry_stuck(rows: ReservationQuerySet) -> int:
     return (
         rows.using(alias())
         .stuck()
-        .filter(state__in=State.pending())
+        .unsettled()
         .update(stuck_at=None, refusals=0, next_attempt_at=DatabaseNow())
     )
 

@@ -274,13 +274,15 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
 
         And late successes that wait for what becomes of another attempt.
         """
+        return self.unsettled().filter(
+            stuck_at=None, next_attempt_at__lte=from_now(-older_than)
+        )
+
+    def unsettled(self) -> ReservationQuerySet:
+        """Decided rows that are to be carried out, and late successes that wait."""
         state = Reservation.State
         noted = models.Q(state=state.RELEASED, charge__isnull=False)
-        return self.filter(
-            noted | models.Q(state__in=state.pending()),
-            stuck_at=None,
-            next_attempt_at__lte=from_now(-older_than),
-        )
+        return self.filter(noted | models.Q(state__in=state.pending()))
 
     def settled(self, older_than: float = 0.0) -> ReservationQuerySet:
         """Final rows, since *older_than* seconds: there is nothing left to do."""

@@ -16,9 +16,10 @@ from django_meterly import client as meterly_client
 from tests import database
 from tests.books import fund
 from tests.faults import FaultyTransport
+from tests.refusing import refusing_database
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from django.test import Client
     from pytest_django import DjangoDbBlocker
@@ -160,6 +161,13 @@ def any_requests(request: pytest.FixtureRequest) -> bool:
     if request.param:
         request.getfixturevalue("atomic_requests")
     return bool(request.param)
+
+
+@pytest.fixture
+def refusing() -> Iterator[Callable[[str], None]]:
+    """What has the database refuse the accounts of a unit, from then on."""
+    with refusing_database() as begin:
+        yield begin
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
-from django.db import connection, connections
+from django.db import IntegrityError, connection, connections
 from django.http import HttpRequest, HttpResponse
 from django.urls import path, reverse
 from django.utils import timezone
@@ -259,6 +259,72 @@ def test_f50_a_debt_that_the_ledger_refuses_otherwise_is_owed_all_the_same(
     with pytest.raises(MeterlyDebtError) as caught:
         guard(customer, 2).reserve()
     assert (caught.value.owed, caught.value.available) == (5, 0)
+
+
+@pytest.mark.parametrize("enforcement", ["enforce", "shadow"])
+def test_f50_a_debt_whose_account_the_database_refuses_is_still_a_402(
+    enforcement: str, debtor: Customer, refusing: Any, settings: Any
+) -> None:
+    settings.METERLY = {**settings.METERLY, "MAX_SETTLE_ATTEMPTS": 2}
+    stuck = []
+
+    def note(reservation: Reservation, **kwargs: Any) -> None:
+        stuck.append(reservation)
+
+    signals.reservation_stuck.connect(note)
+    top_up(debtor, 50)
+    refusing("image_credits")
+    try:
+        for _ in range(4):
+            if enforcement == "enforce":
+                with pytest.raises(MeterlyDebtError):
+                    guard(debtor, 2).reserve()
+            else:
+                with guard(debtor, 2, enforcement="shadow"):
+                    pass
+    finally:
+        signals.reservation_stuck.disconnect(note)
+    row = Reservation.objects.get()
+    assert (row.state, "refused" in row.last_error) == ("unbilled", True)
+    # It is stuck from the second refusal on, and that is said once.
+    assert row.stuck_at
+    assert stuck == [row]
+
+
+def test_f50_a_stuck_debt_stays_stuck_while_the_ledger_is_out_of_reach(
+    user: User, remote: Any
+) -> None:
+    customer = fund(user, 10)
+    owe(customer)
+    Reservation.objects.update(stuck_at=timezone.now(), refusals=1)
+    remote.meet("use_credits", "unsent")
+    with pytest.raises(MeterlyUnavailableError):
+        guard(customer, 2).reserve()
+    assert Reservation.objects.get().stuck_at
+
+
+def test_an_outage_while_another_error_is_handled_is_no_refusal(
+    user: User, remote: Any
+) -> None:
+    customer = fund(user, 10)
+    remote.meet("release_reservation", "unsent")
+    with pytest.raises(IntegrityError), guard(customer, 2):
+        raise IntegrityError("somebody@example.com is there already")
+    row = Reservation.objects.get()
+    assert (row.state, row.refusals) == ("release_pending", 0)
+    assert "example.com" not in row.last_error
+
+
+def test_f50_a_debit_under_way_while_the_debt_is_written_off_is_logged(
+    user: User, remote: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    customer = fund(user, 10)
+    owe(customer)
+    top_up(customer, 20)
+    remote.meet("use_credits", lambda: journal.write_off(Reservation.objects.get()))
+    journal.collect(get_client(), customer, "image_credits")
+    assert "was written off while its debit was under way: 5" in caplog.text
+    assert states() == ["committed"]
 
 
 def test_f50_a_debt_is_never_deleted(debtor: Customer, settings: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 from celery import Celery, _state, chord, group
+from celery.app.trace import build_tracer
 from celery.exceptions import Reject
 from django.contrib.auth.models import User
 from django.core.signing import Signer
@@ -583,6 +584,26 @@ def test_f34_a_retry_releases_the_hold_if_it_is_told_to(customer: Customer) -> N
     assert states() == ["released", "committed"]
     assert movements() == ["reserved", "released", "reserved", "committed"]
     assert balance(customer) == (75, 0)
+
+
+def test_f34_a_retry_that_another_worker_begins_at_once_is_a_retry(
+    customer: Customer, app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    def begin_at_once(reservation: Reservation, **kwargs: Any) -> None:
+        again = guard("user_1", 25, idempotency_key=reservation.key)
+        again.name = reservation.name
+        again.reserve()
+
+    task = jobs.retries_releasing
+    tracer = build_tracer(task.name, task, app=app, eager=False)
+    request = {"id": "one", "task": task.name, "retries": 0, "is_eager": False}
+    signals.credits_released.connect(begin_at_once)
+    try:
+        tracer("one", ("user_1", 1, None), {}, {**request, "delivery_info": {}})
+    finally:
+        signals.credits_released.disconnect(begin_at_once)
+    assert states() == ["released", "reserved"]
+    assert "claimed by another copy" not in caplog.text
 
 
 @pytest.mark.parametrize(

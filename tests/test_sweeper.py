@@ -38,7 +38,7 @@ from tests.books import balance, fund, let_lapse, movements, states, verify
 from tests.faults import FaultyTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from django_meterly.models import Customer
@@ -238,69 +238,13 @@ class PoisonedRemote(FaultyTransport, Poisoned):
     """The same at the far end of a line."""
 
 
-#: Refuses every change of the accounts of *unit*, by each database's own means.
-REFUSING = {
-    "sqlite": [
-        (
-            "CREATE TRIGGER refusing BEFORE UPDATE ON meterly_ledger_account "
-            "WHEN OLD.unit = 'refused' BEGIN SELECT RAISE(ABORT, 'refused'); END"
-        )
-    ],
-    "postgresql": [
-        (
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
-            "$$ BEGIN RAISE EXCEPTION 'refused'; END $$"
-        ),
-        (
-            "CREATE TRIGGER refusing BEFORE UPDATE ON meterly_ledger_account "
-            "FOR EACH ROW WHEN (OLD.unit = 'refused') EXECUTE FUNCTION refuse()"
-        ),
-    ],
-    "mysql": [
-        (
-            "CREATE TRIGGER refusing BEFORE UPDATE ON meterly_ledger_account "
-            "FOR EACH ROW IF OLD.unit = 'refused' THEN "
-            "SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'refused'; END IF"
-        )
-    ],
-}
-REFUSING_NO_MORE = {
-    "sqlite": ["DROP TRIGGER refusing"],
-    "postgresql": [
-        "DROP TRIGGER refusing ON meterly_ledger_account",
-        "DROP FUNCTION refuse",
-    ],
-    "mysql": ["DROP TRIGGER refusing"],
-}
-
-
-@pytest.fixture
-def refusing() -> Iterator[Callable[[], None]]:
-    """Return what has the database refuse accounts in "refused", from then on."""
-
-    def run(statements: list[str]) -> None:
-        with connection.cursor() as cursor:
-            for statement in statements:
-                cursor.execute(statement, None)
-
-    began = []
-
-    def begin() -> None:
-        began.append(True)
-        run(REFUSING[connection.vendor])
-
-    yield begin
-    if began:
-        run(REFUSING_NO_MORE[connection.vendor])
-
-
 @pytest.mark.database
 @pytest.mark.parametrize("decision", ["fail", "succeed"])
 def test_f76_rows_whose_account_the_database_refuses_get_stuck_and_stop_no_others(
     decision: str,
     settings: Any,
     customer: Customer,
-    refusing: Callable[[], None],
+    refusing: Callable[[str], None],
     stuck: list[Reservation],
 ) -> None:
     settings.METERLY = {**settings.METERLY, "MAX_SETTLE_ATTEMPTS": 3}
@@ -312,7 +256,7 @@ def test_f76_rows_whose_account_the_database_refuses_get_stuck_and_stop_no_other
         assert row is not None
         if decision == "succeed":
             journal.record_success(row, 1)
-    refusing()
+    refusing("refused")
     let_lapse()
     journal.record_lapsed()
     let_lapse()

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from django.db import DatabaseError, connections, router, transaction
+from django.db.migrations.loader import MigrationLoader
 
 from ..transports.base import NothingLocked
 from . import constraints
@@ -120,8 +121,10 @@ def create_functions_before_migrate(using: str, **kwargs: Any) -> None:
     from .models import Account
 
     connection = connections[using]
+    module, _ = MigrationLoader.migrations_module(Account._meta.app_label)
     if (
         connection.vendor == "postgresql"
+        and module is None
         and router.allow_migrate_model(using, Account)
         and Account._meta.db_table not in connection.introspection.table_names()
     ):

@@ -226,11 +226,11 @@ def covers(name: str, what: str) -> bool:
 )
 def test_f53_verify_finds_what_was_altered_deleted_copied_or_moved(sealed, rows):
     write_books()
-    head = ""
+    head: list[str] = []
     if sealed:
         seals.seal_entries()
         reserve(operations.ensure_workspace("acme"), customer("user_2"), 1, "more")
-        head = seals.seal_entries().head.hash
+        head = [seals.seal_entries().head.hash]
     assert list(verification.differences(head)) == []
 
     tried, unseen = 0, {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial, wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from asgiref.sync import async_to_sync
@@ -542,6 +542,35 @@ class ApiOverrides(MeterlyGuardMixin, APIView):
 
     def delete(self, request: Any) -> Response:
         return self.post(request)
+
+
+class TriesAgain(MeterlyGuardMixin, View):
+    """Calls the handler that it has looked up once more, after an error."""
+
+    guard_options = {"unit": "image_credits"}
+    failed: ClassVar[list[bool]] = []
+
+    def dispatch(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        handler = getattr(self, request.method.lower())
+        try:
+            return handler(request)
+        except OSError:
+            return handler(request)
+
+    def post(self, request: Any) -> HttpResponse:
+        if not self.failed:
+            self.failed.append(True)
+            raise OSError
+        return answer(self, request)
+
+
+urlpatterns += [path("again/", TriesAgain.as_view())]
+
+
+def test_a_handler_that_is_called_again_is_another_piece_of_work(send: Any) -> None:
+    TriesAgain.failed.clear()
+    work, cost, response = send("POST", "/again/")
+    assert (len(work), cost, response.status_code) == (1, 1, 200)
 
 
 overriding = [Overrides, AsyncOverrides, Calls, ApiOverrides]

@@ -68,11 +68,11 @@ def _drop_constraints() -> None:
                 cursor.execute(f'ALTER TABLE {table} DROP CONSTRAINT "{name}"')
 
 
-def found(head: str = "") -> list[tuple[str, str]]:
+def found(*kept: str) -> list[tuple[str, str]]:
     """Return the rows and columns where something is wrong."""
     return [
         (difference.row, difference.column)
-        for difference in verification.differences(head)
+        for difference in verification.differences(kept)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import io
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -147,20 +148,76 @@ def test_f53_a_consistent_rewrite_of_what_is_sealed_is_found(move, change):
 
 
 @committing
-def test_f53_a_chain_that_was_cut_is_found_by_its_head(move, capsys):
+def test_f53_a_chain_that_was_cut_is_found_by_its_head(move, capsys, tmp_path):
+    heads = tmp_path / "heads"
     for _ in range(3):
         move()
         seals.seal_entries()
     first, _, last = Seal.objects.order_by("number")
     for kept in (first, last):
-        call_command("meterly_ledger_verify", head=kept.hash)
+        heads.write_text(f"{kept.hash}\n")
+        call_command("meterly_ledger_verify", heads=str(heads))
     with unguarded():
         sql("DELETE FROM meterly_ledger_seal WHERE number = 3")
     call_command("meterly_ledger_verify")
     capsys.readouterr()
     with pytest.raises(CommandError, match="Differences: 1"):
-        call_command("meterly_ledger_verify", head=f" {last.hash}\n")
+        call_command("meterly_ledger_verify", heads=str(heads))
     assert f"{last.hash}  a chain without it" in capsys.readouterr().out
+
+
+@committing
+def test_f53_a_new_chain_over_rewritten_entries_lacks_the_earlier_heads(
+    move, capsys, tmp_path
+):
+    heads = tmp_path / "heads"
+
+    def seal():
+        capsys.readouterr()
+        call_command("meterly_ledger_seal")
+        with heads.open("a") as file:
+            file.write(capsys.readouterr().out)
+
+    move()
+    seal()
+    [first] = heads.read_text().split()
+    with unguarded():
+        sql("UPDATE meterly_ledger_entry SET created_at = '2026-01-01 00:00:00'")
+        sql("DELETE FROM meterly_ledger_seal")
+    # The forged chain's head is appended to what was kept, as every head is.
+    move()
+    seal()
+    assert len(heads.read_text().split()) == 2
+    with pytest.raises(CommandError, match="Differences: 1"):
+        call_command("meterly_ledger_verify", heads=str(heads))
+    assert f"{first}  a chain without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "\n", "abc", f"{'a' * 64}\nConnection refused"])
+def test_f53_heads_that_are_none_are_an_error(text, tmp_path, monkeypatch):
+    heads = tmp_path / "heads"
+    heads.write_text(text)
+    with pytest.raises(CommandError, match=r"no hash|not a hash"):
+        call_command("meterly_ledger_verify", heads=str(heads))
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    with pytest.raises(CommandError, match=r"no hash|not a hash"):
+        call_command("meterly_ledger_verify", heads="-")
+
+
+def test_f53_heads_that_cannot_be_read_are_an_error(tmp_path):
+    with pytest.raises(CommandError, match="cannot be read"):
+        call_command("meterly_ledger_verify", heads=str(tmp_path / "none"))
+
+
+@committing
+def test_f53_an_entry_that_no_seal_would_cover_is_found(move):
+    pk = move()
+    with unguarded():
+        forge(-5)
+        assert any(column == "id" for _, column in found())
+        sql("DELETE FROM meterly_ledger_entry WHERE id = %s", -5)
+    assert found() == []
+    assert pk
 
 
 @committing

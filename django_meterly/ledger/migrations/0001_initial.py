@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import django.db.models.deletion
 import django.db.models.expressions
 from django.db import migrations, models
@@ -13,6 +15,33 @@ from ..constraints import create_shape_function, drop_shape_function
 from ..postgresql import create_functions, drop_functions
 from ..triggers import create_triggers, drop_triggers
 
+if TYPE_CHECKING:
+    from django.db.backends.base.schema import BaseDatabaseSchemaEditor
+
+
+def make_shape_function(apps: Any, editor: BaseDatabaseSchemaEditor) -> None:
+    create_shape_function(editor.connection)
+
+
+def unmake_shape_function(apps: Any, editor: BaseDatabaseSchemaEditor) -> None:
+    drop_shape_function(editor.connection)
+
+
+def make_functions(apps: Any, editor: BaseDatabaseSchemaEditor) -> None:
+    create_functions(editor.connection)
+
+
+def unmake_functions(apps: Any, editor: BaseDatabaseSchemaEditor) -> None:
+    drop_functions(editor.connection)
+
+
+def make_triggers(apps: Any, editor: BaseDatabaseSchemaEditor) -> None:
+    create_triggers(editor.connection)
+
+
+def unmake_triggers(apps: Any, editor: BaseDatabaseSchemaEditor) -> None:
+    drop_triggers(editor.connection)
+
 
 class Migration(migrations.Migration):
     initial = True
@@ -21,10 +50,7 @@ class Migration(migrations.Migration):
 
     operations = [
         # First, because the table of entries has a constraint that calls it.
-        migrations.RunPython(
-            lambda apps, editor: create_shape_function(editor.connection),
-            lambda apps, editor: drop_shape_function(editor.connection),
-        ),
+        migrations.RunPython(make_shape_function, unmake_shape_function),
         migrations.CreateModel(
             name="Workspace",
             fields=[
@@ -720,12 +746,6 @@ class Migration(migrations.Migration):
         # On PostgreSQL the functions are also replaced after every migrate, so that
         # a test database that was built without migrations has them. On other
         # databases this does nothing.
-        migrations.RunPython(
-            lambda apps, editor: create_functions(editor.connection),
-            lambda apps, editor: drop_functions(editor.connection),
-        ),
-        migrations.RunPython(
-            lambda apps, editor: create_triggers(editor.connection),
-            lambda apps, editor: drop_triggers(editor.connection),
-        ),
+        migrations.RunPython(make_functions, unmake_functions),
+        migrations.RunPython(make_triggers, unmake_triggers),
     ]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from django.core.management.base import BaseCommand, CommandError
@@ -20,6 +22,25 @@ if TYPE_CHECKING:
 SHOWN = 1000
 
 
+def _kept(path: str) -> list[str]:
+    """Return the hashes in the file *path*; it has to have some, and nothing else."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise CommandError(f"The heads in {path} cannot be read: {exc}") from exc
+    hashes = text.split()
+    for one in hashes:
+        if not re.fullmatch("[0-9a-f]{64}", one):
+            raise CommandError(
+                f"{one[:80]!r} in {path} is not a hash of 64 hexadecimal digits, as "
+                "meterly_ledger_seal prints."
+            )
+    if not hashes:
+        # Without any, a forged chain would pass.
+        raise CommandError(f"There is no hash in {path}. Was it copied completely?")
+    return hashes
+
+
 class Command(BaseCommand):
     help = (
         "Rebuild every balance from the ledger's entries, compare what refers to each "
@@ -29,14 +50,14 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
-            "--head",
-            default="",
-            metavar="HASH",
-            help="A hash that meterly_ledger_seal printed, and that you kept "
-            "elsewhere: the chain must still have it.",
+            "--heads",
+            metavar="FILE",
+            help="A file of what meterly_ledger_seal printed, kept elsewhere, or - for "
+            "standard input: the chain must still have each of these hashes.",
         )
 
-    def handle(self, *args: Any, head: str, **options: Any) -> None:
+    def handle(self, *args: Any, heads: str | None, **options: Any) -> None:
+        kept = [] if heads is None else _kept(heads)
         self._warn()
         using = write_alias()
         entries = Entry.objects.using(using).count()
@@ -46,7 +67,7 @@ class Command(BaseCommand):
         count = 0
         for difference in verification.differences(
             # Entries may have been written since they were counted.
-            head.strip(),
+            kept,
             lambda done: bar.update(min(done, entries)),
         ):
             count += 1
