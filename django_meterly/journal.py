@@ -1130,7 +1130,9 @@ def _record_debt(
         row.customer.owes = True
         # Afterwards: whoever reserves locks the customer before the account.
         transaction.on_commit(
-            lambda: customers.filter(owes=False).update(owes=True), using=using
+            lambda: customers.filter(owes=False).update(owes=True),
+            using=using,
+            robust=True,
         )
     logger.warning("Reservation %s could not be billed: %s", row.pk, exc)
     if recorded and first:
