@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from inspect import isawaitable, isclass, iscoroutine
@@ -44,7 +45,7 @@ def guard_view(view: View, options_for: OptionsFor) -> View:
     """
     _refuse(view)
     guard = _ViewGuard(view, options_for)
-    if _is_rest(view):
+    if is_rest(class_of(view)):
         return _guard_handlers(view, guard)
     guarded: Any = _guard(view, guard.begin)
     guarded.meterly_costs = _any_costs(
@@ -384,7 +385,7 @@ def _guard_handlers(view: View, guard: _ViewGuard | None) -> View:
     """Return *view*, of a class, with *guard* on the handler a request selects."""
     exempt = set(getattr(view, "_non_atomic_requests", ()))
     taken_over = _TakenOver(connections)
-    rest = _is_rest(view)
+    rest = is_rest(class_of(view))
     costs = _any_costs(
         None if guard is None else guard.costs,
         getattr(view, "meterly_costs", partial(_handler_costs, view)),
@@ -776,9 +777,13 @@ def _as_view(view: Any) -> Any:
     return None
 
 
-def _is_rest(view: Any) -> bool:
-    """Return whether *view* is one of Django REST framework, which is not imported."""
-    return hasattr(_as_view(view), "cls") and hasattr(class_of(view), "initial")
+def is_rest(cls: Any) -> bool:
+    """Return whether *cls* is a view of Django REST framework, which is not imported.
+
+    By its type: others have attributes of the same names, as ``FormView.initial``.
+    """
+    rest = sys.modules.get("rest_framework.views")
+    return rest is not None and isclass(cls) and issubclass(cls, rest.APIView)
 
 
 def _is_bound(view: Any) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from .execution import guard_class, install_guards
+from django.views.generic.edit import FormMixin
+
+from .execution import guard_class, install_guards, is_rest
+from .guards import Guard
 from .options import GuardOptions
 
 if TYPE_CHECKING:
@@ -24,9 +28,10 @@ class MeterlyGuardMixin:
     ``guard_options`` has the names and values of ``meterly_guard``'s arguments, and
     guards whichever handler a request selects, once ``dispatch()`` calls it: log-in
     mixins, permissions and throttles come first and cost nothing. Without them, only
-    the handlers guarded by ``@meterly_guard`` cost something. Under
-    ``ATOMIC_REQUESTS`` the guard opens the transaction, around the handler; requests
-    that no guarded handler answers have it around all, as ever.
+    the handlers guarded by ``@meterly_guard`` cost something. A form that does not
+    validate is free: ``form_invalid()`` shows it again with status 200, and the credits
+    are released. Under ``ATOMIC_REQUESTS`` the guard opens the transaction, around the
+    handler; requests that no guarded handler answers have it around all, as ever.
 
     ``as_view()`` raises ``TypeError`` and ``ValueError`` for options out of bounds.
     """
@@ -58,5 +63,21 @@ class MeterlyGuardMixin:
     def setup(self, request: HttpRequest, *args: Any, **kwargs: Any) -> None:
         super().setup(request, *args, **kwargs)  # type: ignore[misc]
         # In Django REST framework initial() comes later, and knows who asks.
-        if not hasattr(self, "initial"):
+        if not is_rest(type(self)):
             install_guards(self, request)  # type: ignore[arg-type]
+        if isinstance(self, FormMixin):
+            self.form_invalid = _free(self.form_invalid, request)
+
+
+def _free(form_invalid: Any, request: HttpRequest) -> Any:
+    """Return *form_invalid*, which shows a form again, and lets that be free."""
+
+    @wraps(form_invalid)
+    def free_form_invalid(form: Any) -> Any:
+        guard = getattr(request, "meterly", None)
+        if isinstance(guard, Guard):
+            # Before: it may say itself what that costs.
+            guard.release()
+        return form_invalid(form)
+
+    return free_form_invalid
