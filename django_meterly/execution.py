@@ -244,11 +244,11 @@ class _ViewGuard:
 
     def _refuse_nobody(self, call: _Call) -> HttpResponseBase:
         if call.rest:
-            from .rest_framework.exceptions import NotAuthenticated
+            from .rest_framework.exceptions import nobody_pays
 
             _keep_refusal_private(call)
-            raise NotAuthenticated
-        return responses.login_required(call.request)
+            raise nobody_pays(call.given)
+        return responses.nobody_pays(call.request)
 
 
 def _keep_refusal_private(call: _Call) -> None:

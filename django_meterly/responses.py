@@ -159,11 +159,14 @@ def render(request: HttpRequest, exc: Exception) -> HttpResponse:
     return _respond(request, problem(exc))
 
 
-def login_required(request: HttpRequest) -> HttpResponse:
+def nobody_pays(request: HttpRequest) -> HttpResponse:
     """Return what somebody gets for whom no customer is known.
 
-    A browser is sent to the project's log-in page, everybody else gets 401.
+    Who is logged in gets 403: another log-in would not help. Else a browser is sent to
+    the project's log-in page, and everybody else gets 401.
     """
+    if is_known(request):
+        return _respond(request, no_customer())
     if wants_html(request):
         return redirect_to_login(request.get_full_path())
     return _respond(
@@ -173,6 +176,25 @@ def login_required(request: HttpRequest) -> HttpResponse:
             "unauthenticated",
             _("Log in first"),
             _("This costs credits, and nobody is known to pay for it."),
+        ),
+    )
+
+
+def is_known(request: Any) -> bool:
+    """Return whether the user of *request*, Django's or DRF's, is logged in."""
+    user = getattr(request, "user", None)
+    return user is not None and bool(user.is_authenticated)
+
+
+def no_customer() -> Problem:
+    """Return what to say to a user who is logged in, and for whom nobody pays."""
+    return Problem(
+        403,
+        "no_customer",
+        _("Nobody pays for your account"),
+        _(
+            "This costs credits, and your account does not belong to anybody who pays. "
+            "Ask the people who run this site."
         ),
     )
 

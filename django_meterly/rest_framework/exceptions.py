@@ -19,10 +19,12 @@ __all__ = [
     "InsufficientCredits",
     "InvalidKey",
     "KeyMismatch",
+    "NoCustomer",
     "NotAuthenticated",
     "Unavailable",
     "counterpart",
     "exception_handler",
+    "nobody_pays",
 ]
 
 
@@ -59,6 +61,11 @@ class Debt(InsufficientCredits):
     default_code = "debt"
 
 
+class NoCustomer(GuardException):
+    status_code = status.HTTP_403_FORBIDDEN
+    default_code = "no_customer"
+
+
 class Unavailable(GuardException):
     status_code = status.HTTP_503_SERVICE_UNAVAILABLE
     default_code = "unavailable"
@@ -88,6 +95,13 @@ def counterpart(exc: Exception) -> GuardException:
     answer = _CLASSES[problem.code](problem.detail, **problem.extra)
     answer.wait = problem.retry_after
     return answer
+
+
+def nobody_pays(request: Any) -> APIException:
+    """Return the exception for a *request* for whose user no customer is known."""
+    if not responses.is_known(request):
+        return NotAuthenticated()
+    return NoCustomer(responses.no_customer().detail)
 
 
 _CLASSES: dict[str, type[GuardException]] = {

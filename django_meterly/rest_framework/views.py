@@ -12,7 +12,7 @@ from .. import responses
 from ..errors import OUTAGE, MeterlyUnavailableError
 from ..transports.base import check_unit
 from .balances import balances_of
-from .exceptions import NotAuthenticated, counterpart
+from .exceptions import counterpart, nobody_pays
 
 if TYPE_CHECKING:
     from rest_framework.request import Request
@@ -57,7 +57,7 @@ def _balances(request: Request) -> tuple[Balance, ...]:
     except OUTAGE as exc:
         raise counterpart(MeterlyUnavailableError(str(exc))) from exc
     if balances is None:
-        raise NotAuthenticated
+        raise nobody_pays(request)
     return balances
 
 
