@@ -552,10 +552,10 @@ class Execution:
                 "meterly_guard cannot guard a view that returns a coroutine: it "
                 "would be charged before it ran."
             )
-        # What is no response is left to Django, which says so.
-        return isinstance(response, HttpResponseBase) and self.options.succeeded(
-            response
-        )
+        if not isinstance(response, HttpResponseBase):
+            # Somebody above may make a response of it: then the work would be free.
+            raise TypeError(_NO_RESPONSE.format(type(response).__name__))
+        return self.options.succeeded(response)
 
     def _is_late(self, response: HttpResponseBase) -> bool:
         """Return whether something of *response* remains to be produced.
@@ -719,6 +719,12 @@ _NOT_A_VIEW = (
     "meterly_guard got a {} where a view gets its request. It guards view functions, "
     "what as_view() returns, and the handlers of class-based views: post() and the "
     "like, or an @action."
+)
+_NO_RESPONSE = (
+    "meterly_guard guards a view that returns an HttpResponse, and this one has "
+    "returned {}. Nothing is charged. If a decorator above makes a response of it, "
+    "guard what that decorator makes. With django-ninja, for example, put "
+    "@decorate_view(meterly_guard(...)) below @api.post(...)."
 )
 _NOT_ON_DISPATCH = (
     "meterly_guard cannot guard dispatch(): it runs before it is known who asks, and "

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.contrib.auth.models import Group, User
 from django.db import IntegrityError, OperationalError, connections, transaction
-from django.http import HttpResponse
+from django.http import HttpResponse, JsonResponse
 from django.template import TemplateDoesNotExist
 from django.template.response import TemplateResponse
 from django.test import RequestFactory
@@ -598,17 +599,47 @@ def test_naming_get_names_head_too(user: User, customer: Any) -> None:
     assert balance(customer) == (97, 0)
 
 
-def test_a_view_that_returns_nothing_is_released_and_left_to_django(
-    user: User, customer: Any
+@pytest.mark.parametrize("returned", [None, {"drawn": True}, "drawn", (201, {})])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_f61_what_a_view_returns_has_to_be_a_response(
+    user: User, customer: Any, kind: str, returned: Any
 ) -> None:
+    def to_json(view: Any) -> Any:
+        # As the decorators of other frameworks do.
+        return lambda request: JsonResponse({"result": view(request)})
+
     @meterly_guard("image_credits", 25)
     def view(request: Any) -> Any:
-        return None
+        return returned
+
+    @meterly_guard("image_credits", 25)
+    async def aview(request: Any) -> Any:
+        return returned
 
     request = RequestFactory().post("/")
     request.user = user
-    assert view(request) is None
+    guarded = to_json(view if kind == "sync" else async_to_sync(aview))
+    with pytest.raises(TypeError, match=rf"returned {type(returned).__name__}\. Noth"):
+        guarded(request)
     assert states() == ["released"]
+    assert balance(customer) == (100, 0)
+
+
+def test_f61_the_guard_of_what_makes_the_response_charges(
+    user: User, customer: Any
+) -> None:
+    def to_json(view: Any) -> Any:
+        return lambda request: JsonResponse({"result": view(request)})
+
+    @meterly_guard("image_credits", 25)
+    @to_json
+    def view(request: Any) -> Any:
+        return {"drawn": True}
+
+    request = RequestFactory().post("/")
+    request.user = user
+    assert view(request).status_code == 200
+    assert balance(customer) == (75, 0)
 
 
 def test_class_based_views_are_named_after_their_class(
