@@ -7,7 +7,7 @@ their names on the wire:
 - A field has to have its type and be within the limits of the wire contract. For
   example, an ``amount`` of ``true``, ``"5"`` or ``-5`` is invalid.
 - A field that the call has named has to say the same. For example, the reservation of
-  another customer is no answer to a reserve.
+  another customer does not answer a reserve.
 - Needed is only what the vendor's guide shows: ``customerId`` of a customer and of a
   grant, ``creditUnit`` and ``available`` of a balance, ``reservationId`` of a reserve.
   Any other field may be absent or null. Unknown fields are ignored.

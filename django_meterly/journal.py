@@ -221,7 +221,7 @@ def reserve(
         else:
             answer = _reserve_by_intent(using, client, limited, row, lease)
     except OUTAGE as exc:
-        # Whoever sends too many requests must not get work for nothing by that.
+        # Nobody gets work for nothing by sending too many requests.
         trusts = on_unavailable == "allow" and not isinstance(
             exc, MeterlyRateLimitedError
         )
@@ -1093,12 +1093,8 @@ def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
     sources = {row.state}
     if outcome == State.COMMITTED and row.state != State.RELEASE_PENDING:
         sources |= {State.COMMIT_PENDING, State.UNBILLED}
-    again: Any = None
-    if outcome == State.RELEASED:
-        # Its worker may have noted a success meanwhile.
-        again = Case(When(charge=None, then=None), default=DatabaseNow())
     finished = _move(
-        row, sources, outcome, next_attempt_at=again, stuck_at=None, **fields
+        row, sources, outcome, next_attempt_at=None, stuck_at=None, **fields
     )
     if finished and outcome in _OUTCOMES:
         _announce(_OUTCOMES[outcome], row)
@@ -1128,7 +1124,7 @@ def _record_debt(
     if recorded:
         customers = Customer.objects.using(using).filter(pk=row.customer_id)
         row.customer.owes = True
-        # Afterwards: whoever reserves locks the customer before the account.
+        # After the commit: a reserve locks the customer before the account.
         transaction.on_commit(
             lambda: customers.filter(owes=False).update(owes=True),
             using=using,

@@ -242,6 +242,11 @@ class Grant(models.Model):
         return f"{self.customer.wire_scope}:{digest}:grant"
 
 
+def _noted() -> models.Q:
+    """Return the condition of ``Reservation.is_noted``."""
+    return models.Q(state=Reservation.State.RELEASED, charge__isnull=False)
+
+
 class ReservationQuerySet(models.QuerySet["Reservation"]):
     def lapsed(self, older_than: float = 0.0) -> ReservationQuerySet:
         """Open rows whose lease ran out *older_than* seconds ago or earlier.
@@ -280,16 +285,14 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
 
     def unsettled(self) -> ReservationQuerySet:
         """Decided rows that are to be carried out, and late successes that wait."""
-        state = Reservation.State
-        noted = models.Q(state=state.RELEASED, charge__isnull=False)
-        return self.filter(noted | models.Q(state__in=state.pending()))
+        pending = models.Q(state__in=Reservation.State.pending())
+        return self.filter(_noted() | pending)
 
     def settled(self, older_than: float = 0.0) -> ReservationQuerySet:
         """Final rows, since *older_than* seconds: there is nothing left to do."""
         moment = from_now(-older_than)
-        noted = models.Q(state=Reservation.State.RELEASED, charge__isnull=False)
         return self.filter(
-            ~noted,
+            ~_noted(),
             models.Q(settled_at__lt=moment) | models.Q(settled_at=None),
             state__in=Reservation.State.final(),
             # For its index.

@@ -23,6 +23,7 @@ from .errors import (
     MeterlyUnavailableError,
 )
 from .models import MAX_CALLER_KEY_LENGTH
+from .resolvers import request_user
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -165,7 +166,7 @@ def nobody_pays(request: HttpRequest) -> HttpResponse:
     Who is logged in gets 403: another log-in would not help. Else a browser is sent to
     the project's log-in page, and everybody else gets 401.
     """
-    if is_known(request):
+    if request_user(request) is not None:
         return _respond(request, no_customer())
     if wants_html(request):
         return redirect_to_login(request.get_full_path())
@@ -178,12 +179,6 @@ def nobody_pays(request: HttpRequest) -> HttpResponse:
             _("This costs credits, and nobody is known to pay for it."),
         ),
     )
-
-
-def is_known(request: Any) -> bool:
-    """Return whether the user of *request*, Django's or DRF's, is logged in."""
-    user = getattr(request, "user", None)
-    return user is not None and bool(user.is_authenticated)
 
 
 def no_customer() -> Problem:

@@ -8,6 +8,7 @@ from rest_framework import status
 from rest_framework.exceptions import APIException, NotAuthenticated
 
 from .. import responses
+from ..resolvers import request_user
 
 if TYPE_CHECKING:
     from rest_framework.response import Response
@@ -99,7 +100,7 @@ def counterpart(exc: Exception) -> GuardException:
 
 def nobody_pays(request: Any) -> APIException:
     """Return the exception for a *request* for whose user no customer is known."""
-    if not responses.is_known(request):
+    if request_user(request) is None:
         return NotAuthenticated()
     return NoCustomer(responses.no_customer().detail)
 

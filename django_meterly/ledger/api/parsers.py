@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class StrictJSONParser(BaseParser):
     """Reads one JSON object, and refuses what readers disagree about.
 
-    That is: a name that comes twice, and text that is no UTF-8. NaN and the
+    That is: a name that comes twice, and text that is not UTF-8. NaN and the
     infinities are read, as what no field takes, so that the refusal can name the
     field. How long a body may be is ``read_body``'s to say.
     """

@@ -182,21 +182,21 @@ def test_f55_a_chunked_body_is_read(
     assert balance["balance"] == (96 if chunk else 90)
 
 
+def signature_of(path: str, body: bytes) -> str:
+    """Sign a POST to *path* with a new HMAC key that may grant."""
+    workspace = operations.ensure_workspace("default")
+    hmac_key = create_api_key(workspace, "x", hmac=True, scopes=["grant"])[1]
+    return sign(
+        hmac_key, "POST", path, host="ledger.test", idempotency_key="k-1", body=body
+    )
+
+
 @pytest.mark.parametrize("kind", ["bearer", "hmac"])
 def test_f55_a_chunked_body_is_counted(site: Site, key: str, kind: str) -> None:
     body = b'{"a": "' + b"x" * 65536 + b'"}'
     path, authorization = "/ledger/v1/grants", f"Bearer {key}"
     if kind == "hmac":
-        workspace = operations.ensure_workspace("default")
-        hmac_key = create_api_key(workspace, "x", hmac=True, scopes=["grant"])[1]
-        authorization = sign(
-            hmac_key,
-            "POST",
-            path,
-            host="ledger.test",
-            idempotency_key="k-1",
-            body=body,
-        )
+        authorization = signature_of(path, body)
     request = post(path, authorization, CHUNKED)
     received = answer(connect(site, request, chunked(*[body[:30000], body[30000:]])))
     assert received.split(b" ", 2)[1] == b"400", received
@@ -276,16 +276,7 @@ def test_an_absolute_target_is_refused_before_the_signature(
     ).encode()
     authorization = f"Bearer {key}"
     if kind == "hmac":
-        workspace = operations.ensure_workspace("default")
-        hmac_key = create_api_key(workspace, "x", hmac=True, scopes=["grant"])[1]
-        authorization = sign(
-            hmac_key,
-            "POST",
-            path,
-            host="ledger.test",
-            idempotency_key="k-1",
-            body=body,
-        )
+        authorization = signature_of(path, body)
     length = f"Content-Length: {len(body)}"
     assert status(connect(site, post(target, authorization, length), body)) in (
         400,
