@@ -9,6 +9,7 @@ from django.db import models
 from django.db.models.functions import Now
 
 if TYPE_CHECKING:
+    from django.db import DatabaseError
     from django.db.backends.base.base import BaseDatabaseWrapper
 
 
@@ -51,3 +52,11 @@ def from_now(seconds: float) -> models.Expression:
         DatabaseNow() + dt.timedelta(seconds=seconds),
         output_field=models.DateTimeField(),
     )
+
+
+def error_codes(exc: DatabaseError) -> tuple[Any, Any]:
+    """Return PostgreSQL's SQLSTATE of *exc* and MySQL's number; ``None`` elsewhere."""
+    cause = exc.__cause__
+    sqlstate = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    arguments: tuple[Any, ...] = getattr(cause, "args", ())
+    return sqlstate, next(iter(arguments), None)

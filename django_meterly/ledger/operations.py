@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from django.db import DatabaseError, IntegrityError, connections, router, transaction
 from django.db.models import F
 
-from ..db import DatabaseNow, from_now
+from ..db import DatabaseNow, error_codes, from_now
 from ..errors import (
     MeterlyCustomerExistsError,
     MeterlyIdempotencyMismatchError,
@@ -165,16 +165,14 @@ def _retried(operation: Callable[P, R]) -> Callable[P, R]:
 
 def _passes(exc: DatabaseError) -> bool:
     """Return whether *exc* ended a transaction that may be tried again."""
-    cause = exc.__cause__
-    sqlstate = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    sqlstate, number = error_codes(exc)
     if sqlstate in {"40001", "40P01"}:  # serialization failure, deadlock
         return True
     # The low byte is SQLite's primary code: 5 busy, 6 locked.
-    if getattr(cause, "sqlite_errorcode", 0) & 0xFF in {5, 6}:
+    if getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF in {5, 6}:
         return True
     # MySQL: lock wait time-out, deadlock; MariaDB: row changed since the snapshot.
-    arguments: tuple[Any, ...] = getattr(cause, "args", ())
-    return arguments[:1] in {(1205,), (1213,), (1020,)}
+    return number in {1205, 1213, 1020}
 
 
 # Workspaces and customers

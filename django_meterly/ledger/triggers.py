@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.db import DatabaseError, connections, router, transaction
 
+from ..db import error_codes
 from .append_only import APPEND_ONLY
 from .models import ApiKeyEvent, Entry, Seal
 
@@ -187,10 +188,8 @@ def create_triggers(connection: BaseDatabaseWrapper) -> None:
 
 def denied(exc: DatabaseError) -> bool:
     """Return whether the role may not do what it has tried."""
-    cause = exc.__cause__
-    sqlstate = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
-    arguments = getattr(cause, "args", ())
-    return sqlstate == DENIED_STATE or bool(DENIED & {*arguments[:1]})
+    sqlstate, number = error_codes(exc)
+    return sqlstate == DENIED_STATE or number in DENIED
 
 
 def drop_triggers(connection: BaseDatabaseWrapper) -> None:
