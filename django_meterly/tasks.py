@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 #: queue that lags behind by a whole interval, nothing would ever run.
 MOST_WAITING = 20
 
+#: Seconds between two runs, by default.
+RELEASE_EVERY, SETTLE_EVERY = 60.0, 15.0
+
 #: The guarded job at work in this thread, the innermost if they are nested.
 _current: ContextVar[Job | None] = ContextVar("meterly_job", default=None)
 
@@ -293,7 +296,13 @@ def _retry(
     )
 
 
-@shared_task(name="django_meterly.tasks.release_stale_reservations", ignore_result=True)
+# The tasks that beat runs expire by themselves, because django-celery-beat drops the
+# "expires" of a schedule's entry. Nobody needs the runs that a dead queue has gathered.
+@shared_task(
+    name="django_meterly.tasks.release_stale_reservations",
+    ignore_result=True,
+    expires=MOST_WAITING * RELEASE_EVERY,
+)
 def release_stale_reservations(seconds: float = 60.0) -> None:
     """Give up the reservations whose lease has run out, and release them.
 
@@ -308,7 +317,11 @@ def release_stale_reservations(seconds: float = 60.0) -> None:
     journal.prune(seconds=seconds)
 
 
-@shared_task(name="django_meterly.tasks.settle_reservations", ignore_result=True)
+@shared_task(
+    name="django_meterly.tasks.settle_reservations",
+    ignore_result=True,
+    expires=MOST_WAITING * SETTLE_EVERY,
+)
 def settle_reservations(seconds: float = 60.0) -> None:
     """Carry out the commits, releases and grants that are due.
 
@@ -401,8 +414,8 @@ def guarded_tasks() -> list[Any]:
 
 def beat_schedule(
     *,
-    release_every: float = 60.0,
-    settle_every: float = 15.0,
+    release_every: float = RELEASE_EVERY,
+    settle_every: float = SETTLE_EVERY,
     ledger: bool = False,
     expire_every: float = 60.0,
     seal_every: float = 300.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import signal
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from celery import Celery, current_app
+from celery.beat import ScheduleEntry, Scheduler
 from django.core.management import call_command
 from django.utils import timezone
+from kombu import Connection
 
 from django_meterly import get_client, guard, tasks
 from django_meterly.models import Grant, Reservation
@@ -264,6 +267,35 @@ def test_the_beat_schedule_names_tasks_that_exist() -> None:
     ]
     # A lagging queue still comes to run them, and a dead one does not fill up.
     assert [entry["options"]["expires"] for entry in schedule.values()] == [600, 100]
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize(
+    ("task", "seconds"),
+    [
+        ("django_meterly.tasks.release_stale_reservations", 20 * 60),
+        ("django_meterly.tasks.settle_reservations", 20 * 15),
+        ("django_meterly.ledger.tasks.expire_holds", 20 * 60),
+        ("django_meterly.ledger.tasks.seal_entries", 20 * 300),
+    ],
+)
+def test_a_run_expires_if_the_scheduler_drops_what_the_entry_says(
+    task: str, seconds: int
+) -> None:
+    schedule = tasks.beat_schedule(ledger=True)
+    (entry,) = [each for each in schedule.values() if each["task"] == task]
+    # What django-celery-beat keeps of it in the database.
+    kept = ScheduleEntry(**{**entry, "name": task, "options": {"headers": {}}})
+    scheduler = Scheduler(current_app, lazy=True)
+    queue = current_app.conf.task_default_queue
+    with Connection("memory://") as connection, connection.SimpleQueue(queue) as sent:
+        scheduler.apply_async(kept, producer=connection.Producer(), advance=False)
+        message = sent.get(timeout=5)
+        message.ack()
+    assert message.headers["task"] == task
+    expires = dt.datetime.fromisoformat(message.headers["expires"])
+    left = expires - dt.datetime.now(dt.UTC)
+    assert 0 <= seconds - left.total_seconds() < 60
 
 
 def test_the_beat_schedule_has_the_ledgers_tasks_if_asked() -> None:

@@ -8,7 +8,9 @@ from celery import shared_task
 from . import operations, seals
 
 
-@shared_task(name="django_meterly.ledger.tasks.expire_holds")
+# Each expires by itself when 20 runs could wait: django-celery-beat drops the "expires"
+# of a schedule's entry.
+@shared_task(name="django_meterly.ledger.tasks.expire_holds", expires=20 * 60.0)
 def expire_holds() -> int:
     """Give back what expired reservations hold; return how many those were.
 
@@ -18,7 +20,7 @@ def expire_holds() -> int:
     return operations.expire_due()
 
 
-@shared_task(name="django_meterly.ledger.tasks.seal_entries")
+@shared_task(name="django_meterly.ledger.tasks.seal_entries", expires=20 * 300.0)
 def seal_entries() -> str | None:
     """Seal the entries that are not sealed yet; return the chain's last hash."""
     head = seals.seal_entries().head
