@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from django.contrib import admin, messages
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME, AdminForm
 from django.contrib.admin.models import CHANGE, LogEntry
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.db import connections, transaction
 from django.http import HttpResponseRedirect
 from django.template.response import TemplateResponse
@@ -117,8 +117,8 @@ class CustomerAdmin(CustomerModelAdmin):
                         .get_balances(obj.customer_id)
                         .balances
                     )
-                except (MeterlyError, ValueError) as exc:
-                    # A ValueError is a client that cannot be set up.
+                except (MeterlyError, ImproperlyConfigured, ValueError) as exc:
+                    # Not only an outage: perhaps the client cannot be set up.
                     logger.warning("No balances of customer %s: %s", obj, exc)
                     context["balances_error"] = str(exc)
         return super().render_change_form(request, context, add, change, form_url, obj)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from .errors import MeterlyError
-    from .transports.base import Call
+    from .transports.base import Call, Transport
 
 T = TypeVar("T")
 
@@ -57,7 +57,10 @@ _TIME = re.compile(
 
 
 def read(
-    reader: Callable[[dict[str, Any], Mapping[str, Any]], T], call: Call, body: object
+    reader: Callable[[dict[str, Any], Mapping[str, Any]], T],
+    call: Call,
+    body: object,
+    transport: Transport,
 ) -> T:
     """Return what *reader* makes of the answer to *call*.
 
@@ -68,7 +71,8 @@ def read(
         return reader(_object(body, "The body"), call.arguments)
     except ValueError as exc:
         error = MeterlyUnknownOutcomeError(
-            f"The answer to {call.method} {call.path} is invalid: {exc}"
+            f"The answer to {transport.name_of(call)} is invalid: {exc}"
+            f"{transport.advice}"
         )
     # Out here: a context would keep the whole answer alive.
     raise error

@@ -12,3 +12,6 @@ class MeterlyConfig(AppConfig):
 
     def ready(self) -> None:
         from . import checks  # noqa: F401
+        from .models import replace_missing_owner_model
+
+        replace_missing_owner_model()

@@ -15,29 +15,27 @@ from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
 from . import methods
-from .conf import CHOICES, DEFAULTS, check_choice, meterly_settings, suggestion
+from .conf import (
+    DEFAULTS,
+    FUNCTIONS,
+    ignored_variables,
+    meterly_settings,
+    suggestion,
+)
+from .db import missing_tables
 from .execution import class_of, handlers, is_guarded
 from .middleware import MeterlyMiddleware, key_for, named_patterns
 from .options import GuardOptions
-from .transports.base import (
-    MAX_TTL_SECONDS,
-    check_amount,
-    check_ttl,
-    check_unit,
-    key_problem,
-    url_problem,
-)
+from .transports.base import MAX_TTL_SECONDS, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-HTTP_TRANSPORT = "django_meterly.transports.HttpTransport"
+HTTP_TRANSPORT = "django_meterly.transports.http.HttpTransport"
 LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
 LEDGER_APP = "django_meterly.ledger"
 #: Seconds a row may be overdue before it is worth a warning.
 OVERDUE = 3600
-#: The longest hold: its work has to find its row when it ends.
-SHORTEST_RETENTION = 86400
 
 
 @register("meterly")
@@ -47,64 +45,54 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         project = meterly_settings.as_dict()
     except ImproperlyConfigured as exc:
         return [Error(str(exc), id="meterly.E001")]
-    unknown = [name for name in project if name not in DEFAULTS]
+    unknown = meterly_settings.unknown()
     if unknown:
         # Every other setting refuses to be read until these are gone.
         return [
             Error(
-                f"There is no setting METERLY[{name!r}].",
-                hint=suggestion(str(name), DEFAULTS).strip()
+                f"There is no setting METERLY[{shown(name)}].",
+                hint=suggestion(name, DEFAULTS).strip()
                 or f"The settings are {', '.join(sorted(DEFAULTS))}.",
                 id="meterly.E002",
             )
             for name in unknown
         ]
-    return [*_check_values(), *_check_transport()]
+    lacking = (
+        project.get("TRANSPORT") == LEDGER_TRANSPORT
+        and LEDGER_APP not in _app_modules()
+    )
+    found = list(_check_values({"TRANSPORT"} if lacking else set()))
+    if lacking:
+        found.append(
+            Error(
+                "METERLY['TRANSPORT'] is the embedded ledger, which is not installed.",
+                hint=f"Add {LEDGER_APP!r} to INSTALLED_APPS and run migrate.",
+                id="meterly.E005",
+            )
+        )
+    return found or [*_check_together(), *_check_http()]
 
 
-def _check_values() -> Iterator[CheckMessage]:
+#: Ids of errors in values; all others are E003.
+_VALUE_IDS = {
+    **dict.fromkeys(FUNCTIONS, "meterly.E004"),
+    "API_KEY": "meterly.E006",
+    "BASE_URL": "meterly.E007",
+    "GUARDED_VIEWS": "meterly.E009",
+}
+
+
+def _check_values(skipped: set[str]) -> Iterator[CheckMessage]:
     for name in DEFAULTS:
+        if name in skipped:
+            continue
         try:
             getattr(meterly_settings, name)
         except ImproperlyConfigured as exc:
-            yield Error(str(exc), id="meterly.E003")
-            return
-    for name, check in (
-        ("RESERVATION_TTL", check_ttl),
-        ("DEFAULT_UNIT", check_unit),
-    ):
-        value = getattr(meterly_settings, name)
-        if value is not None:
-            try:
-                check(value, f"METERLY[{name!r}]")
-            except ValueError as exc:
-                yield Error(str(exc), id="meterly.E003")
-    if meterly_settings.JOURNAL_RETENTION < SHORTEST_RETENTION:
-        yield Error(
-            "METERLY['JOURNAL_RETENTION'] must be a day at least, not "
-            f"{meterly_settings.JOURNAL_RETENTION} seconds.",
-            hint="Work that ends late has to find its reservation still there.",
-            id="meterly.E003",
-        )
-    for name in CHOICES:
-        try:
-            check_choice(name, getattr(meterly_settings, name))
-        except ValueError as exc:
-            yield Error(f"METERLY: {exc}", id="meterly.E003")
-    for name, least in (
-        ("MAX_ATTEMPTS", 1),
-        ("MAX_SETTLE_ATTEMPTS", 1),
-        ("UNAVAILABLE_CAP", 0),
-    ):
-        value = getattr(meterly_settings, name)
-        if type(value) is not int or value < least:
-            yield Error(
-                f"METERLY[{name!r}] must be a whole number from {least}, "
-                f"not {value!r}.",
-                id="meterly.E003",
-            )
-    if problem := _low_balance_problem(meterly_settings.LOW_BALANCE):
-        yield Error(f"METERLY['LOW_BALANCE'] {problem}", id="meterly.E003")
+            yield Error(str(exc), id=_VALUE_IDS.get(name, "meterly.E003"))
+
+
+def _check_together() -> Iterator[CheckMessage]:
     if (
         meterly_settings.ON_UNAVAILABLE == "allow"
         and meterly_settings.UNAVAILABLE_CAP == 0
@@ -115,55 +103,41 @@ def _check_values() -> Iterator[CheckMessage]:
             hint="Set UNAVAILABLE_CAP to the credits a customer may have on trust.",
             id="meterly.W004",
         )
-    for name in ("TRANSPORT", "SIGNER", "CUSTOMER_RESOLVER", "EXTERNAL_ID"):
-        path = getattr(meterly_settings, name)
-        if name == "SIGNER" and path is None:
-            continue
-        try:
-            import_string(path)
-        except (ImportError, TypeError, AttributeError) as exc:
-            yield Error(
-                f"METERLY[{name!r}] cannot be imported: {exc}",
-                hint="Give the dotted path of a class or function.",
-                id="meterly.E004",
-            )
-
-
-def _low_balance_problem(value: Any) -> str:
-    if not isinstance(value, dict):
-        return f"must be a dict of units and thresholds, not {value!r}."
-    for unit, threshold in value.items():
-        try:
-            check_unit(unit)
-            check_amount(threshold, f"the threshold of {unit!r}")
-        except ValueError as exc:
-            return f"maps units to credits: {exc}"
-    return ""
-
-
-def _check_transport() -> Iterator[CheckMessage]:
-    transport = meterly_settings.TRANSPORT
-    if transport == LEDGER_TRANSPORT and LEDGER_APP not in _app_modules():
-        yield Error(
-            "METERLY['TRANSPORT'] is the embedded ledger, which is not installed.",
-            hint=f"Add {LEDGER_APP!r} to INSTALLED_APPS and run migrate.",
-            id="meterly.E005",
+    for variable in sorted(ignored_variables):
+        name = variable.partition("METERLY_")[2]
+        yield CheckWarning(
+            f"The environment variable {variable} names no setting of METERLY, and "
+            f"from_env ignores it.{suggestion(name, DEFAULTS)}",
+            hint="Rename it, or give from_env another prefix, if it is not a setting.",
+            id="meterly.W020",
         )
-    if transport != HTTP_TRANSPORT or meterly_settings.ENFORCEMENT == "off":
+
+
+def _check_http() -> Iterator[CheckMessage]:
+    """Check what the first call over HTTP would raise."""
+    transport = meterly_settings.TRANSPORT
+    # By name: the embedded ledger needs no requests.
+    named = f"{transport.__module__}.{transport.__qualname__}"
+    if named != HTTP_TRANSPORT or meterly_settings.ENFORCEMENT == "off":
         return
-    if problem := key_problem(meterly_settings.API_KEY or ""):
+    problem = ""
+    if meterly_settings.API_KEY is None:
+        problem = "METERLY['API_KEY'] is needed to reach the ledger over HTTP."
+    else:
+        try:
+            transport.from_settings(meterly_settings).close()
+        except (TypeError, ValueError) as exc:
+            problem = f"METERLY cannot set up the transport: {exc}"
+    if problem:
         yield Error(
-            f"METERLY['API_KEY']: {problem}",
+            problem,
             hint=(
-                "Set it (METERLY_API_KEY with from_env), or set METERLY['TRANSPORT'] "
-                f"to {LEDGER_TRANSPORT!r} to keep the credits in your own database."
+                "Set METERLY['API_KEY'] (METERLY_API_KEY with from_env), or set "
+                f"METERLY['TRANSPORT'] to {LEDGER_TRANSPORT!r} to keep the credits in "
+                "your own database."
             ),
             id="meterly.E006",
         )
-    if problem := url_problem(
-        str(meterly_settings.BASE_URL), bool(meterly_settings.ALLOW_INSECURE_HTTP)
-    ):
-        yield Error(f"METERLY['BASE_URL']: {problem}", id="meterly.E007")
 
 
 @register("meterly", deploy=True)
@@ -182,6 +156,14 @@ def check_enforcement(**kwargs: Any) -> list[CheckMessage]:
             id="meterly.W005",
         )
     ]
+
+
+@register("meterly", Tags.database)
+def check_tables(
+    databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Warn when ``migrate`` has not made the tables."""
+    return missing_tables("meterly", databases or ())
 
 
 @register("meterly", Tags.database)
@@ -252,14 +234,6 @@ def check_guarded_views(**kwargs: Any) -> list[CheckMessage]:
         views = meterly_settings.GUARDED_VIEWS
     except ImproperlyConfigured:
         return []
-    if not isinstance(views, dict):
-        return [
-            Error(
-                f"METERLY['GUARDED_VIEWS'] must be a dict, not {views!r}.",
-                hint="Its keys are URL names or namespaces, its values options.",
-                id="meterly.E009",
-            )
-        ]
     found: list[CheckMessage] = []
     for name, options in views.items():
         try:
@@ -295,7 +269,7 @@ def check_urls(**kwargs: Any) -> list[CheckMessage]:
         views = meterly_settings.GUARDED_VIEWS
     except ImproperlyConfigured:
         return []
-    if not getattr(settings, "ROOT_URLCONF", None) or not isinstance(views, dict):
+    if not getattr(settings, "ROOT_URLCONF", None):
         return []
     found: list[CheckMessage] = []
     names = []
@@ -385,9 +359,9 @@ def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
 def check_holds(**kwargs: Any) -> list[CheckMessage]:
     """Refuse guards that hold credits for longer than the ledger does."""
     try:
-        longest = import_string(meterly_settings.TRANSPORT).longest_hold()
+        longest = meterly_settings.TRANSPORT.longest_hold()
         wanted = dict(_holds())
-    except (ImproperlyConfigured, ImportError, TypeError, ValueError, AttributeError):
+    except (ImproperlyConfigured, ImportError, TypeError, ValueError):
         return []  # The others report it.
     return [
         Error(

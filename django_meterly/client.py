@@ -31,7 +31,9 @@ from asgiref.sync import sync_to_async
 from . import answers, signals
 from .errors import (
     OUTAGE,
+    MeterlyAuthenticationError,
     MeterlyError,
+    MeterlyForbiddenError,
     MeterlyIdempotencyInProgressError,
     MeterlyInvalidRequestError,
     MeterlyRateLimitedError,
@@ -625,7 +627,9 @@ class MeterlyClient:
             self._statement,
         )
         try:
-            answer = answers.read(reader, call, self.transport.send(call))
+            answer = answers.read(
+                reader, call, self.transport.send(call), self.transport
+            )
         except MeterlyError as exc:
             _reached(self.transport, exc)
             answers.complete_refusal(call, exc)
@@ -769,7 +773,12 @@ def _reached(transport: Transport, error: MeterlyError | None = None) -> None:
         logger.info("The ledger answers again.")
         signals.ledger_reachable.send_robust(sender=type(transport))
     else:
-        logger.warning("The ledger cannot be reached: %s", error)
+        if isinstance(error, MeterlyAuthenticationError | MeterlyForbiddenError):
+            logger.warning(
+                'The ledger refused the API key (METERLY["API_KEY"]): %s', error
+            )
+        else:
+            logger.warning("The ledger cannot be reached: %s", error)
         signals.ledger_unreachable.send_robust(sender=type(transport), error=error)
 
 
@@ -794,14 +803,15 @@ class _Configured:
     __slots__ = ("_pid", "_settings", "client")
 
     def __init__(self) -> None:
-        from django.utils.module_loading import import_string
-
         from .conf import meterly_settings
 
         self._pid = os.getpid()
+        # All of them: a server runs no system checks, and nobody's credits may move
+        # by settings that cannot be meant.
+        meterly_settings.check()
+        transport = meterly_settings.TRANSPORT.from_settings(meterly_settings)
         self._settings = deepcopy(meterly_settings.as_dict())
-        transport = import_string(meterly_settings.TRANSPORT)
-        self.client = MeterlyClient(transport=transport.from_settings(meterly_settings))
+        self.client = MeterlyClient(transport=transport)
 
     def is_current(self) -> bool:
         from .conf import meterly_settings
@@ -816,7 +826,8 @@ def get_client() -> MeterlyClient:
     """Return the client that ``settings.METERLY`` describes.
 
     The same one as long as the settings stay the same (``override_settings``
-    gives another); a forked process gets its own.
+    gives another); a forked process gets its own. Raises ``ImproperlyConfigured`` if
+    any setting is invalid.
     """
     global _current
     current = _current

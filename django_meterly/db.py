@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import datetime as dt
+import sys
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from django.db import models
+from django.apps import apps
+from django.core.checks import CheckMessage
+from django.core.checks import Warning as CheckWarning
+from django.db import DatabaseError, connections, models, router
 from django.db.models.functions import Now
 
 if TYPE_CHECKING:
-    from django.db import DatabaseError
+    from collections.abc import Collection
+
     from django.db.backends.base.base import BaseDatabaseWrapper
 
 
@@ -60,3 +66,35 @@ def error_codes(exc: DatabaseError) -> tuple[Any, Any]:
     sqlstate = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
     arguments: tuple[Any, ...] = getattr(cause, "args", ())
     return sqlstate, next(iter(arguments), None)
+
+
+def missing_tables(label: str, databases: Collection[str]) -> list[CheckMessage]:
+    """Return warnings about tables of the app *label* that *databases* lack.
+
+    No error: commands of other packages that migrate run the checks first, too.
+    """
+    if sys.argv[1:2] == ["migrate"]:
+        # It runs the checks, and then makes the tables.
+        return []
+    config = apps.get_app_config(label)
+    expected: dict[str, set[str]] = defaultdict(set)
+    for model in config.get_models():
+        expected[router.db_for_write(model)].add(model._meta.db_table)
+    found: list[CheckMessage] = []
+    for using in sorted(expected.keys() & set(databases)):
+        try:
+            present = connections[using].introspection.table_names()
+        except DatabaseError:
+            # A database out of reach: not for this check.
+            continue
+        if missing := sorted(expected[using].difference(present)):
+            option = "" if using == "default" else f" --database {using}"
+            found.append(
+                CheckWarning(
+                    f"The database {using!r} lacks tables of {config.name}: "
+                    f"{', '.join(missing)}.",
+                    hint=f"Run manage.py migrate{option}.",
+                    id=f"{label}.W021",
+                )
+            )
+    return found

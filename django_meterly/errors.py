@@ -79,6 +79,7 @@ __all__ = [
     "MeterlyUnknownOutcomeError",
     "MeterlyUsageError",
     "api_error",
+    "is_known",
 ]
 
 
@@ -426,6 +427,11 @@ _BY_CODE: dict[str, type[MeterlyApiError]] = {
 _BY_STATUS: dict[int, type[MeterlyApiError]] = {
     cls.status: cls for cls in _BY_CODE.values() if cls.status != 409
 }
+
+
+def is_known(code: object) -> bool:
+    """Return whether *code* is an error code of the wire contract."""
+    return _is_code(code) and code in _BY_CODE
 
 
 def api_error(

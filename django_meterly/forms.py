@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from django import forms
 from django.core.exceptions import ValidationError
-from django.utils.module_loading import import_string
 from django.utils.translation import gettext_lazy as _
 
 from .conf import meterly_settings
-from .models import UNIT_LENGTH, Customer, Grant
+from .models import UNIT_LENGTH, Customer, Grant, replace_missing_owner_model
 from .transports.base import MAX_AMOUNT, check_text, check_unit
 
 if TYPE_CHECKING:
     CustomerModelForm = forms.ModelForm[Customer]
 else:
     CustomerModelForm = forms.ModelForm
+
+# The admin imports this module before our own app is ready.
+replace_missing_owner_model()
 
 #: Units offered at most; any other may be typed.
 KNOWN_UNITS = 50
@@ -49,7 +51,7 @@ class CustomerForm(CustomerModelForm):
                 return ""
             raise ValidationError(_("Choose an owner, or type an external id."))
         if owner is not None:
-            derived = import_string(meterly_settings.EXTERNAL_ID)(owner)
+            derived = meterly_settings.EXTERNAL_ID(owner)
             if external_id and external_id != derived:
                 # Guards would not find it: they look for the owner's own id.
                 raise ValidationError(

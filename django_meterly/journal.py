@@ -232,8 +232,8 @@ def reserve(
         raise _unavailable(exc) from exc
     if isinstance(answer, MeterlyNotFoundError):
         # Another ledger than the one this customer was registered at, or a
-        # registration that was rolled back: the next use registers again.
-        customer.forget_registration()
+        # registration that was rolled back: the next use finds it registered.
+        customer.register_again(limited, meterly_settings.DEFAULT_UNIT or unit)
         raise _unavailable(answer) from answer
     if isinstance(answer, MeterlyError):
         raise answer

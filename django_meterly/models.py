@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
 from typing import TYPE_CHECKING, Any, cast
 
+from django.apps import apps
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.db import IntegrityError, connections, models, router, transaction
-from django.utils.module_loading import import_string
 from django.utils.translation import gettext_lazy as _
 
 from .conf import meterly_settings
 from .db import ExactCharField, from_now
-from .errors import MeterlyCustomerExistsError, MeterlyUnknownOutcomeError
+from .errors import (
+    MeterlyCustomerExistsError,
+    MeterlyError,
+    MeterlyUnknownOutcomeError,
+)
 from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text
 
 if TYPE_CHECKING:
     from .client import MeterlyClient
     from .errors import MeterlyInsufficientCreditsError
+
+logger = logging.getLogger(__name__)
+
+if not apps.is_installed("django_meterly"):
+    raise ImproperlyConfigured(
+        "django-meterly is not installed. Add 'django_meterly' to INSTALLED_APPS and "
+        "run migrate."
+    )
 
 #: A caller's key at most; the rest of the wire's 255 is for what is derived from it.
 MAX_CALLER_KEY_LENGTH = 200
@@ -34,7 +48,7 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
         Two first uses at once make one row. Raises ``ValueError`` when
         ``EXTERNAL_ID`` returns something that cannot be an external id.
         """
-        external_id = import_string(meterly_settings.EXTERNAL_ID)(owner)
+        external_id = meterly_settings.EXTERNAL_ID(owner)
         check_text(external_id, "external_id")
         customer = self._known(external_id)
         if customer is None:
@@ -79,7 +93,7 @@ class Customer(models.Model):
     """Who pays with credits: your external id, and the ledger's id for it."""
 
     owner = models.ForeignKey(
-        meterly_settings.CUSTOMER_MODEL,
+        meterly_settings.owner_model(),
         verbose_name=_("owner"),
         on_delete=models.SET_NULL,
         null=True,
@@ -172,12 +186,40 @@ class Customer(models.Model):
             ) from exc
         self.customer_id = customer_id
 
-    def forget_registration(self) -> None:
-        """Let the next use register the customer again."""
-        Customer.objects.filter(pk=self.pk, customer_id=self.customer_id).update(
-            customer_id=None
-        )
-        self.customer_id = None
+    def register_again(self, client: MeterlyClient, unit: str) -> None:
+        """Replace an id that the ledger does not know by the one that it answers.
+
+        The old id stays if the ledger does not answer with one: a wrong ``BASE_URL``
+        must not make the journal forget a customer.
+        """
+        unknown, self.customer_id = self.customer_id, None
+        try:
+            self.register(client, unit)
+        except MeterlyError as exc:
+            logger.warning(
+                "The ledger does not know the customer %s (%s), and does not register "
+                "it again: %s",
+                self.external_id,
+                unknown,
+                exc,
+            )
+            self.customer_id = unknown
+
+
+def replace_missing_owner_model() -> None:
+    """Let ``Customer.owner`` point to the user model if ``CUSTOMER_MODEL`` is missing.
+
+    Call it when all models are loaded. Otherwise the admin would end in an exception of
+    Django's before the check that explains it. No credits move until it is mended.
+    """
+    owner: Any = Customer._meta.get_field("owner")
+    if isinstance(owner.remote_field.model, str):
+        try:
+            user = apps.get_model(settings.AUTH_USER_MODEL)
+        except (LookupError, ValueError):
+            return  # Django's own checks say so.
+        owner.remote_field.model = user
+        owner.do_related_class(user, Customer)
 
 
 class Grant(models.Model):

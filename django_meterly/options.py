@@ -141,7 +141,7 @@ class GuardOptions:
 
 def payer_of(request: Any) -> Any:
     """Return whom ``CUSTOMER_RESOLVER`` names, or ``None``. Call it from sync code."""
-    return _result(import_string(meterly_settings.CUSTOMER_RESOLVER), request)
+    return _result(meterly_settings.CUSTOMER_RESOLVER, request)
 
 
 def _result(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

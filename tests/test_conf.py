@@ -1,17 +1,33 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
+import os
+from collections import UserDict
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import environ
 import pytest
+from django.contrib.auth.models import User
+from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.translation import gettext_lazy
+from environ import FileAwareEnv
+from environ.fileaware_mapping import FileAwareMapping
 
-from django_meterly import MeterlyClient, get_client
+import django_meterly.transports
+from django_meterly import MeterlyClient, checks, conf, get_client
 from django_meterly.checks import check_settings
-from django_meterly.conf import from_env, meterly_settings
+from django_meterly.conf import DEFAULTS, FUNCTIONS, from_env, meterly_settings
+from django_meterly.resolvers import external_id
 from django_meterly.transports import HttpTransport
+from django_meterly.transports.base import shown
+from django_meterly.transports.signing import BearerSigner, Secret
+
+# Some checks look into the database.
+pytestmark = pytest.mark.django_db
 
 
 class Environ(environ.Env):
@@ -41,50 +57,432 @@ def test_unknown_names_fail_with_a_suggestion(settings: Any) -> None:
         _ = meterly_settings.NO_SUCH
 
 
-@pytest.mark.parametrize("value", [0, -1, "8", True, None])
-def test_durations_are_positive_seconds(settings: Any, value: Any) -> None:
-    settings.METERLY = {"DEADLINE": value}
-    with pytest.raises(ImproperlyConfigured, match="positive number of seconds"):
+@pytest.mark.parametrize(
+    "value",
+    [None, [], "x", 5, object(), dict, set(), MappingProxyType({}), UserDict()],
+    ids=lambda value: type(value).__name__,
+)
+def test_meterly_must_be_a_dict(settings: Any, value: Any) -> None:
+    settings.METERLY = value
+    kind = type(value).__name__
+    with pytest.raises(ImproperlyConfigured, match=f"must be a dict, not {kind}"):
         _ = meterly_settings.DEADLINE
+    with pytest.raises(ImproperlyConfigured, match=f"must be a dict, not {kind}"):
+        get_client()
+    assert [each.id for each in run_checks(tags=["meterly"])] == ["meterly.E001"]
 
 
-def test_metrly_must_be_a_dict(settings: Any) -> None:
-    settings.METERLY = []
-    with pytest.raises(ImproperlyConfigured, match="must be a dict, not list"):
+@pytest.mark.parametrize(
+    "name", [1, None, (), "api_key", "API-KEY", "", b"API_KEY", 10**5000], ids=shown
+)
+def test_every_unknown_name_is_an_error_of_its_own(settings: Any, name: Any) -> None:
+    settings.METERLY = {name: "x", "NO_SUCH": 1}
+    with pytest.raises(ImproperlyConfigured, match="There is no setting METERLY"):
         _ = meterly_settings.DEADLINE
+    errors = run_checks(tags=["meterly"])
+    assert [error.id for error in errors] == ["meterly.E002"] * 2
+    assert f"METERLY[{shown(name)}]" in errors[0].msg
 
 
-def test_environment_fills_the_settings() -> None:
+NAN, INFINITY, HUGE = float("nan"), float("inf"), 10**5000
+WRONG: list[Any] = [
+    *(None, "", " ", "x", "x.y", "x.y.z", ".", "..", ".x", "\x00", "x" * 100_000),
+    *(-1, 0, True, False, 1.5, NAN, INFINITY, -INFINITY, HUGE, 1e300),
+    *([], {}, (), set(), object(), object, b"x", {"x": None}, {1: 1}, ["x"]),
+    *(dt.timedelta(0), dt.timedelta(seconds=-1), dt.timedelta.max, json, len),
+    *(django_meterly.transports, "django_meterly.transports", "json.dumps"),
+    *(gettext_lazy("x"), dt.datetime.max, Path("x"), lambda: "x", 2**63),
+]
+#: What is not wrong: the setting and the values that it takes.
+FINE: dict[str, list[Any]] = {
+    "API_KEY": [None, "", "x", "x.y", "x.y.z", ".", "..", ".x", "x" * 100_000],
+    "SIGNER": [None, object, len, "json.dumps", WRONG[-2]],
+    "CUSTOMER_RESOLVER": [object, len, "json.dumps", WRONG[-2]],
+    "EXTERNAL_ID": [object, len, "json.dumps", WRONG[-2]],
+    "ALLOW_INSECURE_HTTP": [True, False],
+    "DEFAULT_UNIT": [None, "x", "x.y", "x.y.z", "django_meterly.transports"],
+    "CUSTOMER_MODEL": [None],
+    "GUARDED_VIEWS": [{}],
+    "LOW_BALANCE": [{}],
+    "TOP_UP_URL": [None, ""],
+    "UNAVAILABLE_CAP": [0],
+    "CONNECT_TIMEOUT": [1.5],
+    "READ_TIMEOUT": [1.5],
+    "DEADLINE": [1.5],
+    "LOW_BALANCE_COOLDOWN": [1.5],
+    "LEASE_GRACE": [1.5],
+}
+FINE["DEFAULT_UNIT"] += ["json.dumps"]
+FINE["API_KEY"] += ["django_meterly.transports", "json.dumps"]
+
+
+def is_fine(name: str, value: Any) -> bool:
+    return any(
+        value is each or (type(value) is type(each) and value == each)
+        for each in FINE.get(name, [])
+    )
+
+
+@pytest.mark.parametrize("name", list(DEFAULTS))
+def test_a_wrong_value_is_an_error_that_names_the_setting(
+    settings: Any, name: str
+) -> None:
+    project = settings.METERLY
+    for value in WRONG:
+        settings.METERLY = {**project, name: value}
+        shown = repr(value)[:100] if value is not HUGE else "huge"
+        errors = [
+            each for each in run_checks(databases=["default"]) if each.is_serious()
+        ]
+        if is_fine(name, value):
+            assert errors == [], shown
+            getattr(meterly_settings, name)
+            continue
+        assert errors, shown
+        # Options of guarded views have a check of their own.
+        if name == "GUARDED_VIEWS" and isinstance(value, dict):
+            continue
+        assert [f"METERLY['{name}']" in error.msg for error in errors] == [True], shown
+        assert len(errors[0].msg) < 1500, shown
+        with pytest.raises(ImproperlyConfigured) as caught:
+            getattr(meterly_settings, name)
+        assert str(caught.value) == errors[0].msg
+
+
+@pytest.mark.parametrize("name", ["TRANSPORT", "SIGNER", "EXTERNAL_ID"])
+def test_functions_and_classes_are_given_as_they_are_or_by_their_paths(
+    settings: Any, name: str
+) -> None:
+    given: dict[str, Any] = {
+        "TRANSPORT": HttpTransport,
+        "SIGNER": BearerSigner,
+        "EXTERNAL_ID": external_id,
+    }
+    value = given[name]
+    for each in (value, f"{value.__module__}.{value.__qualname__}"):
+        settings.METERLY = {"API_KEY": "mk_test_x", name: each}
+        assert getattr(meterly_settings, name) is value
+        assert run_checks(tags=["meterly"]) == []
+        assert isinstance(get_client().transport, HttpTransport)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("django_meterly.resolvers.externalid", "does not define"),
+        ("django_meterly.resolver.external_id", "No module named"),
+        ("django_meterly.resolvers", "must be a function or a class"),
+        ("django_meterly.__version__", "must be a function or a class"),
+        ("external_id", "doesn't look like a module path"),
+    ],
+)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_path_that_leads_to_no_function_is_refused(
+    settings: Any, name: str, path: str, why: str
+) -> None:
+    settings.METERLY = {"API_KEY": "mk_test_x", name: path}
+    with pytest.raises(ImproperlyConfigured, match=rf"^METERLY\['{name}'\] .*{why}"):
+        getattr(meterly_settings, name)
+    (error,) = run_checks(tags=["meterly"])
+    assert error.id == "meterly.E004"
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("auth.Usr", "'auth.User'"),
+        ("Auth.User", "'auth.User'"),
+        ("auth.user.x", "'auth.User'"),
+        ("User", "'auth.User'"),
+        ("studio.User", "'auth.User'"),
+        ("nothing.Alike", ""),
+        ("auth", "'auth.User'"),
+        (User, "'auth.User'"),
+    ],
+)
+def test_a_customer_model_that_is_not_there_gets_a_suggestion(
+    settings: Any, value: Any, meant: str
+) -> None:
+    settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": value}
+    (error,) = run_checks(tags=["meterly"])
+    assert error.id == "meterly.E003"
+    assert error.msg.startswith("METERLY['CUSTOMER_MODEL'] ")
+    assert error.msg.endswith(f"Did you mean {meant}?" if meant else ".")
+
+
+@pytest.mark.parametrize("value", ["auth.User", "auth.user", None])
+def test_a_customer_model_is_named_as_django_names_models(
+    settings: Any, value: Any
+) -> None:
+    settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": value}
+    assert run_checks(tags=["meterly"]) == []
+
+
+# The environment
+
+
+def test_f65_environment_fills_the_settings() -> None:
+    options = {"poster": {"unit": "image_credits", "amount": 25}, "api:": {}}
     assert from_env(
         environment(
             METERLY_API_KEY="mk_test_x",
             METERLY_DEADLINE="2.5",
+            METERLY_READ_TIMEOUT=" 3\n",
+            METERLY_LEASE_GRACE="1e2",
             METERLY_MAX_SETTLE_ATTEMPTS="3",
             METERLY_ALLOW_INSECURE_HTTP="on",
-            METERLY_MAX_ATTEMPTS="5",
-            METERLY_LOW_BALANCE="tokens=50;images=5",
+            METERLY_LOW_BALANCE='{"tokens": 50, "images": 5}',
+            METERLY_GUARDED_VIEWS=json.dumps(options),
             METERLY_SIGNER="shop.signing.Signer",
+            METERLY_TOP_UP_URL="https://shop.test/gutscheine?für=größe",
+            METERLY_ENFORCEMENT="shadow",
             OTHER="x",
         )
     ) == {
         "API_KEY": "mk_test_x",
         "DEADLINE": 2.5,
+        "READ_TIMEOUT": 3,
+        "LEASE_GRACE": 100,
         "MAX_SETTLE_ATTEMPTS": 3,
         "ALLOW_INSECURE_HTTP": True,
-        "MAX_ATTEMPTS": 5,
         "LOW_BALANCE": {"tokens": 50, "images": 5},
+        "GUARDED_VIEWS": options,
         "SIGNER": "shop.signing.Signer",
+        "TOP_UP_URL": "https://shop.test/gutscheine?für=größe",
+        "ENFORCEMENT": "shadow",
     }
 
 
-def test_environment_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ImproperlyConfigured, match="Did you mean 'API_KEY'"):
-        from_env(environment(METERLY_API_KEYY="x"))
-    with pytest.raises(ImproperlyConfigured, match="METERLY_DEADLINE must be a float"):
-        from_env(environment(METERLY_DEADLINE="soon"))
-    for wrong in ("tokens", "tokens=few"):
-        with pytest.raises(ImproperlyConfigured, match="LOW_BALANCE must be a dict"):
-            from_env(environment(METERLY_LOW_BALANCE=wrong))
+@pytest.mark.parametrize(
+    ("name", "value", "must_be"),
+    [
+        *(
+            ("DEADLINE", value, "a number")
+            for value in (
+                *("soon", "5m", "5 s", "0x10", "nan", "NaN", "inf", "Infinity", "1,5"),
+                *("1_000", "08", "true", "null", "[1]", '"5"', "--1", "٣", "1e", "."),
+            )
+        ),
+        *(
+            ("MAX_ATTEMPTS", value, "a whole number")
+            for value in ("three", "3.0", "3.5", "true", "null", "0x3", "[3]")
+        ),
+        *(
+            ("LOW_BALANCE", value, "a JSON object")
+            for value in (
+                *("tokens=50;images=5", "tokens", "tokens=few", "[]", "null", "5"),
+                *("{'tokens': 5}", '{"tokens": 5', '{"tokens": NaN}', "[" * 100_000),
+            )
+        ),
+        *(
+            ("ALLOW_INSECURE_HTTP", value, "true or false")
+            for value in ("maybe", "2", "-1", "none", "oui", "null", "0.0")
+        ),
+    ],
+)
+def test_f65_value_of_another_type_is_refused_by_name(
+    name: str, value: str, must_be: str
+) -> None:
+    message = f"^The environment variable METERLY_{name} must be {must_be}"
+    with pytest.raises(ImproperlyConfigured, match=message) as caught:
+        from_env(environment(**{f"METERLY_{name}": value}))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        *((word, True) for word in ("true", "True", "TRUE", "yes", "on", "1", " on\n")),
+        *((word, False) for word in ("false", "False", "no", "off", "0", "OFF")),
+    ],
+)
+def test_f65_truth_is_read_in_every_spelling(word: str, value: bool) -> None:
+    read = from_env(environment(METERLY_ALLOW_INSECURE_HTTP=word))
+    assert read == {"ALLOW_INSECURE_HTTP": value}
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+@pytest.mark.parametrize("name", list(DEFAULTS))
+def test_f65_empty_variable_is_no_value_or_refused(name: str, empty: str) -> None:
+    env = environment(**{f"METERLY_{name}": empty})
+    if not DEFAULTS[name]:
+        assert from_env(env) == {}
+    else:
+        with pytest.raises(ImproperlyConfigured, match=f"METERLY_{name} is empty"):
+            from_env(env)
+
+
+#: What Kubernetes and Docker put into every process beside a service "meterly".
+PLATFORMS = {
+    "METERLY_SERVICE_HOST": "10.0.0.11",
+    "METERLY_SERVICE_PORT": "80",
+    "METERLY_SERVICE_PORT_HTTP": "80",
+    "METERLY_SERVICE_PORT_HTTP_METRICS": "81",
+    "METERLY_PORT": "tcp://10.0.0.11:80",
+    "METERLY_PORT_80_TCP": "tcp://10.0.0.11:80",
+    "METERLY_PORT_80_TCP_PROTO": "tcp",
+    "METERLY_PORT_80_TCP_PORT": "80",
+    "METERLY_PORT_80_TCP_ADDR": "10.0.0.11",
+    "METERLY_PORT_53_UDP_PORT_START": "53",
+    "METERLY_PORT_9_SCTP_PORT_END": "9",
+    "METERLY_NAME": "/web/meterly",
+    "METERLY_ENV_LANG": "C.UTF-8",
+    "METERLY_ENV_API_KEY": "x",
+    "METERLY_1_PORT": "tcp://172.17.0.2:80",
+    "METERLY_1_PORT_80_TCP_ADDR": "172.17.0.2",
+    "METERLY_1_NAME": "/web/meterly_1",
+    "METERLY_WEB_SERVICE_HOST": "10.0.0.12",
+    "METERLY_LEDGER_PORT_8000_TCP": "tcp://10.0.0.13:8000",
+    "METERLY_DB_1_ENV_POSTGRES_USER": "x",
+}
+
+
+@pytest.fixture
+def ignored(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    found: set[str] = set()
+    monkeypatch.setattr(conf, "ignored_variables", found)
+    monkeypatch.setattr(checks, "ignored_variables", found)
+    return found
+
+
+def test_f65_variables_that_platforms_make_are_ignored(ignored: set[str]) -> None:
+    env = environment(METERLY_API_KEY="x", **PLATFORMS)
+    assert from_env(env) == {"API_KEY": "x"}
+    assert ignored == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("BASE_ULR", "BASE_URL"), ("API_KEYY", "API_KEY"), ("APIKEY", "API_KEY")),
+        *(("api_key", "API_KEY"), ("TOPUP_URL", "TOP_UP_URL"), ("DEADLIN", "DEADLINE")),
+        *(("TRANSPRT", "TRANSPORT"), ("GUARDED_VIEW", "GUARDED_VIEWS")),
+        *(("LOW_BALANCES", "LOW_BALANCE"), ("OVERAGES", "OVERAGE")),
+        ("CUSTOMER_RESOLVER_", "CUSTOMER_RESOLVER"),
+        ("ALLOW_INSECURE_HTPP", "ALLOW_INSECURE_HTTP"),
+    ],
+)
+def test_f65_typo_is_refused_with_a_suggestion(name: str, meant: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=f"Did you mean '{meant}'"):
+        from_env(environment(**{f"METERLY_{name}": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("TEST_NO_SKIP", ""),
+        ("LEDGER_WORKSPACE", ""),
+        ("LOG_LEVEL", ""),
+        ("DATABASE_URL", "BASE_URL"),
+        ("TIMEOUT", "READ_TIMEOUT"),
+        ("KEY", "API_KEY"),
+    ],
+)
+def test_f65_name_that_is_not_ours_is_ignored_and_warned_of(
+    ignored: set[str], name: str, hint: str
+) -> None:
+    assert from_env(environment(**{f"METERLY_{name}": "x"})) == {}
+    (warning,) = run_checks(tags=["meterly"])
+    assert warning.id == "meterly.W020"
+    assert f"METERLY_{name} names no setting" in warning.msg
+    assert warning.msg.endswith(f"Did you mean '{hint}'?" if hint else "ignores it.")
+
+
+def test_f65_scheme_and_prefix_of_the_env_are_kept() -> None:
+    scheme = {"METERLY_DEADLINE": (float, 2.5), "METERLY_API_KEY": (str, "mk_test_x")}
+    env = Environ(**scheme, METERLY_OVERAGE=str, DEBUG=(bool, False))
+    env.ENVIRON = {"METERLY_DEADLINE": "1e1"}
+    assert from_env(env) == {"DEADLINE": 10, "API_KEY": "mk_test_x"}
+    env = environment(SHOP_METERLY_API_KEY="a", METERLY_API_KEY="b", SHOP_B_API_KEY="c")
+    env.prefix = "SHOP_"
+    assert from_env(env) == {"API_KEY": "a"}
+    assert from_env(env, "B_") == {"API_KEY": "c"}
+    env.prefix = ""
+    assert from_env(env, "SHOP_METERLY_") == {"API_KEY": "a"}
+
+
+def test_f65_smart_casts_and_defaults_change_nothing() -> None:
+    env = environment(METERLY_DEADLINE="3", METERLY_DEFAULT_UNIT="7")
+    env.smart_cast, env.warn_on_default = False, True
+    assert from_env(env) == {"DEADLINE": 3, "DEFAULT_UNIT": "7"}
+
+
+def test_f65_value_that_begins_with_a_dollar_is_another_variables() -> None:
+    env = environment(METERLY_API_KEY="$LEDGER_KEY", LEDGER_KEY="mk_test_x")
+    assert from_env(env) == {"API_KEY": "mk_test_x"}
+    env = environment(METERLY_API_KEY="$mk_test_x")
+    with pytest.raises(
+        ImproperlyConfigured, match=r"METERLY_API_KEY begins with \$"
+    ) as (caught):
+        from_env(env)
+    assert "mk_test_x" not in str(caught.value)
+    env = environment(METERLY_API_KEY=r"\$mk_test_x")
+    env.escape_proxy = True
+    assert from_env(env) == {"API_KEY": "$mk_test_x"}
+
+
+def test_f65_values_of_a_file_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / ".env"
+    file.write_text(
+        "METERLY_API_KEY='mk_test_x'\n"
+        'METERLY_DEFAULT_UNIT="image_credits"\n'
+        "export METERLY_DEADLINE=5\n"
+        "METERLY_TOP_UP_URL=\n"
+        'METERLY_LOW_BALANCE={"image_credits": 10}\n'
+    )
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(Environ, "ENVIRON", os.environ)
+    Environ.read_env(file)
+    assert from_env(Environ()) == {
+        "API_KEY": "mk_test_x",
+        "DEFAULT_UNIT": "image_credits",
+        "DEADLINE": 5,
+        "LOW_BALANCE": {"image_credits": 10},
+    }
+
+
+def test_f65_secret_is_read_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "api_key"
+    file.write_text("mk_test_x\n")
+    variables = {"METERLY_API_KEY_FILE": str(file), "METERLY_DEFAULT_UNIT": "tokens"}
+    env = FileAwareEnv()
+    env.ENVIRON = FileAwareMapping(variables)
+    values = from_env(env)
+    assert values == {"API_KEY": "mk_test_x", "DEFAULT_UNIT": "tokens"}
+    assert "mk_test_x" not in repr(values)
+    with pytest.raises(ImproperlyConfigured, match=r"METERLY_API_KEY_FILE .*FileAware"):
+        from_env(environment(**variables))
+    for content in (None, b"\xff\xfe"):
+        file.unlink()
+        if content:
+            file.write_bytes(content)
+        env.ENVIRON = FileAwareMapping(variables)
+        with pytest.raises(
+            ImproperlyConfigured, match="METERLY_API_KEY cannot be read"
+        ):
+            from_env(env)
+        file.touch()
+
+
+@pytest.mark.parametrize("env", [environ.Env, os.environ, {}, None, "METERLY_"])
+def test_f65_something_else_than_an_env_is_refused(env: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"from_env takes a django-environ Env\(\), not"
+    ):
+        from_env(env)
+
+
+def test_f46_no_variable_shows_the_key(settings: Any) -> None:
+    env = environment(METERLY_API_KEY=" mk_test_secret ")
+    values = from_env(env)
+    assert isinstance(values["API_KEY"], Secret)
+    settings.METERLY = values
+    assert isinstance(meterly_settings.API_KEY, Secret)
+    settings.METERLY = {"API_KEY": "mk_test_secret "}
+    assert meterly_settings.API_KEY == "mk_test_secret"
+    assert isinstance(meterly_settings.API_KEY, Secret)
 
 
 def test_client_follows_the_settings(settings: Any) -> None:

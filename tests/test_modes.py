@@ -207,6 +207,28 @@ class TestOnTrust:
             guard(user, 25).reserve()
         assert states() == ["denied", "failed"]
 
+    def test_f67_a_ledger_that_does_not_register_a_customer_keeps_its_id(
+        self, user: User, customer: Any, remote: Any
+    ) -> None:
+        for fault in ("unsent", MeterlyNotFoundError("no such path"), "unanswered"):
+            remote.meet("reserve_credits", MeterlyNotFoundError("no such path"))
+            remote.meet("create_customer", fault)
+            with pytest.raises(MeterlyUnavailableError):
+                guard(user, 25).reserve()
+            assert Customer.objects.get(pk=customer.pk).customer_id == (
+                customer.customer_id
+            )
+        with guard(user, 25):
+            pass
+
+    def test_a_customer_whom_another_ledger_registers_gets_its_id_at_once(
+        self, user: User, customer: Any, remote: Any
+    ) -> None:
+        Customer.objects.update(customer_id="cus_of_another_ledger")
+        with pytest.raises(MeterlyUnavailableError):
+            guard(user, 25).reserve()
+        assert Customer.objects.get().customer_id == customer.customer_id
+
     @pytest.mark.parametrize(
         ("fault", "state"), [("unsent", "failed"), ("lost", "release_pending")]
     )

@@ -24,6 +24,7 @@ from django_meterly import (
 )
 from django_meterly.errors import (
     MeterlyAuthenticationError,
+    MeterlyForbiddenError,
     MeterlyIdempotencyInProgressError,
     MeterlyInvalidRequestError,
     MeterlyRateLimitedError,
@@ -434,9 +435,21 @@ class TestOutages:
             guard(user, 101).reserve()
         assert len(heard.of("ledger_reachable")) == 1
 
-    def test_a_key_that_is_not_accepted_is_an_outage(
-        self, user: User, remote: Any, heard: Heard
+    @pytest.mark.parametrize(
+        "no", [MeterlyAuthenticationError("who?"), MeterlyForbiddenError("no scope")]
+    )
+    def test_a_key_that_is_not_accepted_is_an_outage_and_named(
+        self,
+        user: User,
+        remote: Any,
+        heard: Heard,
+        caplog: pytest.LogCaptureFixture,
+        no: Any,
     ) -> None:
-        remote.meet("reserve_credits", MeterlyAuthenticationError("who?"))
+        remote.meet("reserve_credits", no)
         self.refused(user)
-        assert len(heard.of("ledger_unreachable")) == 1
+        assert heard.of("ledger_unreachable")[0]["error"] is no
+        (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert said.startswith(
+            f'The ledger refused the API key (METERLY["API_KEY"]): {no.status} '
+        )

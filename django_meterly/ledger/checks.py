@@ -7,6 +7,7 @@ from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, connections
 
+from ..db import missing_tables
 from .conf import DEFAULTS, ledger_settings
 
 if TYPE_CHECKING:
@@ -23,6 +24,14 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         except ImproperlyConfigured as exc:
             messages[str(exc)] = None
     return [Error(message, id="meterly_ledger.E001") for message in messages]
+
+
+@register(Tags.database)
+def check_tables(
+    databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Warn when ``migrate`` has not made the tables."""
+    return missing_tables("meterly_ledger", databases or ())
 
 
 @register(Tags.database)

@@ -121,6 +121,8 @@ class Transport:
     #: Whether ``async`` code has to call it on the thread that Django keeps for
     #: synchronous code, as whatever uses Django's database connections has to be.
     thread_sensitive = False
+    #: What to look at when the answers are not a ledger's, for error messages.
+    advice = ""
     #: Whether the ledger answered this process the last time; kept by the client.
     reachable = True
 
@@ -143,6 +145,10 @@ class Transport:
         ``MeterlyUnknownOutcomeError`` when it may or may not have been applied.
         """
         raise NotImplementedError
+
+    def name_of(self, call: Call) -> str:
+        """Return what *call* is named in error messages: its method and path."""
+        return f"{call.method} {call.path}"
 
     def aliases(self) -> tuple[str, ...]:
         """Return the databases of this project that movements are written to."""
@@ -312,37 +318,60 @@ def clean_text(value: object, length: int) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def key_problem(api_key: str) -> str:
-    """Return what is wrong with an API key, without showing it; or nothing."""
-    if not api_key:
-        return (
-            "An API key is needed to reach the ledger over HTTP: "
+def check_api_key(value: object, name: str = "api_key") -> str:
+    """Return an API key without the white space around it, or raise ``ValueError``.
+
+    Secrets are mounted as files, and files end with a line feed. The message does not
+    show the key.
+    """
+    if value is None or value == "":
+        raise ValueError(
+            f"{name}: an API key is needed to reach the ledger over HTTP: "
             'give MeterlyClient(api_key=...) or set METERLY["API_KEY"].'
         )
-    if not re.fullmatch(r"[\x21-\x7e]+", api_key):
-        return "The API key must be visible ASCII characters without spaces."
-    return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a str, not {type(value).__name__}.")
+    if not re.fullmatch(r"\s*[\x21-\x7e]+\s*", str(value)):
+        raise ValueError(f"{name} must be visible ASCII characters without spaces.")
+    return value.strip()
 
 
-def url_problem(base_url: str, allow_insecure_http: bool) -> str:
-    """Return what is wrong with a ledger's base URL, or nothing."""
+def check_base_url(
+    value: object, name: str = "base_url", *, allow_insecure_http: bool = False
+) -> str:
+    """Return a ledger's base URL without the white space around it.
+
+    Raises ``ValueError`` for anything but an http or https URL, for one with a user, a
+    query or a fragment, and for plain http beyond loopback, unless
+    *allow_insecure_http*.
+    """
+    like = "like 'https://ledger.example.com'"
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{name} must be a str, {like}, not {type(value).__name__} {shown(value)}."
+        )
+    url = str(value).strip()
+    # Not shown: what stands before an @ may be a secret.
+    this = "this one" if "@" in url else shown(url)
     try:
-        parts = urlsplit(base_url)
-        _ = parts.port
-    except ValueError:
-        return "base_url is not a URL."
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as exc:
+        raise ValueError(f"{name} must be a URL, {like}, not {this}.") from exc
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        return f"base_url must be an http or https URL, not {base_url!r}."
-    if parts.username is not None or parts.query or parts.fragment:
-        # Not shown: whatever stands before the @ may be a secret.
-        return "base_url must not have a user, a query or a fragment."
+        raise ValueError(f"{name} must be an http or https URL, {like}, not {this}.")
+    if parts.username is not None or set(url) & {"?", "#"}:
+        raise ValueError(f"{name} must not have a user, a query or a fragment.")
+    # urlsplit() drops line feeds, and others read a backslash as a slash.
+    if not url.isprintable() or "\\" in url or " " in parts.netloc or port == 0:
+        raise ValueError(f"{name} must be a URL, {like}, not {this}.")
     private = parts.scheme == "https" or _is_loopback(parts.hostname)
     if not private and not allow_insecure_http:
-        return (
-            f"base_url {base_url!r} would send the API key in the clear. Use https, "
-            "or set allow_insecure_http (ALLOW_INSECURE_HTTP) on a trusted network."
+        raise ValueError(
+            f"{name} {this} would send the API key in the clear. Use https, or set "
+            "allow_insecure_http (ALLOW_INSECURE_HTTP) on a trusted network."
         )
-    return ""
+    return url
 
 
 def _is_loopback(host: str) -> bool:

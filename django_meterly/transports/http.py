@@ -39,8 +39,9 @@ from ..errors import (
     MeterlyNotSentError,
     MeterlyUnknownOutcomeError,
     api_error,
+    is_known,
 )
-from .base import Transport, key_problem, url_problem
+from .base import Transport, check_api_key, check_base_url
 from .signing import Secret, signer_for
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class HttpTransport(Transport):
     """
 
     base_url = ""
+    advice = ' Check the base URL (METERLY["BASE_URL"]).'
 
     def __init__(
         self,
@@ -108,11 +110,10 @@ class HttpTransport(Transport):
         verify: Literal[True] | str | os.PathLike[str] = True,
     ) -> None:
         # Or a debug page would show the key with the frame of an error.
-        api_key = Secret(api_key if isinstance(api_key, str) else "")
-        if problem := key_problem(api_key):
-            raise ValueError(problem)
-        if problem := url_problem(base_url, allow_insecure_http):
-            raise ValueError(problem)
+        if isinstance(api_key, str):
+            api_key = Secret(api_key)
+        api_key = Secret(check_api_key(api_key))
+        base_url = check_base_url(base_url, allow_insecure_http=allow_insecure_http)
         if verify is not True and not _is_ca_bundle(verify):
             raise ValueError(
                 f"verify must be True or the path of a CA bundle, not {verify!r}: the "
@@ -137,11 +138,9 @@ class HttpTransport(Transport):
 
     @classmethod
     def from_settings(cls, settings: Any) -> HttpTransport:
-        from django.utils.module_loading import import_string
-
         return cls(
             settings.API_KEY,
-            signer=import_string(settings.SIGNER) if settings.SIGNER else None,
+            signer=settings.SIGNER,
             base_url=settings.BASE_URL,
             connect_timeout=settings.CONNECT_TIMEOUT,
             read_timeout=settings.READ_TIMEOUT,
@@ -158,6 +157,9 @@ class HttpTransport(Transport):
 
     def close(self) -> None:
         self._adapter.close()
+
+    def name_of(self, call: Call) -> str:
+        return f"{call.method} {self.base_url}{call.path}"
 
     def send(self, call: Call) -> dict[str, Any]:
         if self._pid != os.getpid():
@@ -250,7 +252,7 @@ class HttpTransport(Transport):
             response.close()
         if response.status // 100 == 2 and data is not None:
             return data
-        raise _refusal(operation, response, data)
+        raise self._refusal(operation, response, data)
 
     def _prepare(self, operation: _Operation) -> PreparedRequest:
         call = operation.call
@@ -268,6 +270,44 @@ class HttpTransport(Transport):
         elif payload := call.payload:
             request.url = f"{request.url}?{urlencode(payload)}"
         return request
+
+    def _refusal(
+        self,
+        operation: _Operation,
+        response: urllib3.BaseHTTPResponse,
+        data: dict[str, Any] | None,
+    ) -> MeterlyError:
+        """Return the error of an answer that is not a success of the ledger's."""
+        call, request_id = operation.call, operation.request_id
+        status = response.status
+        error = (data or {}).get("error")
+        details = dict(error) if isinstance(error, dict) else {}
+        code, message = details.pop("code", None), details.pop("message", "")
+        # A proxy, too, has pages for these.
+        by_status = status == 429 or 500 <= status < 600
+        # Other APIs have these, with codes of their own: a 404 of one of them says
+        # nothing about a customer.
+        by_code = status in (401, 403, 404)
+        ours = is_known(code) if by_code else isinstance(code, str)
+        if not by_status and not (400 <= status < 600 and ours):
+            return MeterlyUnknownOutcomeError(
+                f"{self.name_of(call)} (request {request_id}) was answered with status "
+                f"{status} and a body that is not a ledger's.{self.advice}"
+            )
+        if _REQUEST_ID.fullmatch(named := response.headers.get("X-Request-Id", "")):
+            request_id = named
+        retry_after = response.headers.get("Retry-After", "")
+        if re.fullmatch(r"[0-9]{1,5}", retry_after):
+            details["retryAfter"] = int(retry_after)
+        return api_error(
+            status,
+            code,
+            message,
+            request_id=request_id,
+            method=call.method,
+            path=call.path,
+            details=details,
+        )
 
     def _open_pool(self) -> None:
         # Of one process: a forked one must not speak on its parent's sockets.
@@ -548,38 +588,3 @@ def _refuse_constant(name: str) -> None:
 
 # Python's own decoder takes NaN and Infinity for numbers.
 _decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
-
-
-def _refusal(
-    operation: _Operation,
-    response: urllib3.BaseHTTPResponse,
-    data: dict[str, Any] | None,
-) -> MeterlyError:
-    call, request_id = operation.call, operation.request_id
-    status = response.status
-    error = (data or {}).get("error")
-    details = dict(error) if isinstance(error, dict) else {}
-    code, message = details.pop("code", None), details.pop("message", "")
-    # A proxy, too, has pages for these.
-    by_status = status == 429 or 500 <= status < 600
-    if not (400 <= status < 600 and (by_status or isinstance(code, str))):
-        url = operation.request.url if operation.request else ""
-        return MeterlyUnknownOutcomeError(
-            f"{call.method} {url} (request {request_id}) was answered with status "
-            f"{status} and a body that is not a ledger's. Check the base URL "
-            '(METERLY["BASE_URL"]).'
-        )
-    if _REQUEST_ID.fullmatch(named := response.headers.get("X-Request-Id", "")):
-        request_id = named
-    retry_after = response.headers.get("Retry-After", "")
-    if re.fullmatch(r"[0-9]{1,5}", retry_after):
-        details["retryAfter"] = int(retry_after)
-    return api_error(
-        status,
-        code,
-        message,
-        request_id=request_id,
-        method=call.method,
-        path=call.path,
-        details=details,
-    )

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from django.utils.functional import SimpleLazyObject
+from django.utils.translation import gettext_lazy
 
 from django_meterly import MeterlyClient, __version__
 from django_meterly.errors import (
@@ -388,6 +390,59 @@ def test_f67_error_that_is_no_ledgers_is_an_outage_and_names_url_and_setting(
     assert 'METERLY["BASE_URL"]' in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"code": "resource_missing", "message": "no such route"}},
+        {"error": {"code": "NOT_FOUND", "message": "no"}},
+        {"error": {"code": "route_not_found"}},
+        {"error": {"code": 404, "status": "NOT_FOUND"}},
+        {"error": "not_found"},
+        {"code": "not_found", "message": "no"},
+        {"detail": "Not found."},
+    ],
+)
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_f67_code_of_another_api_is_an_outage(serve, body, status):
+    server = serve(answer(body, f"{status} No"))
+    with pytest.raises(MeterlyUnknownOutcomeError) as caught:
+        server.transport.send(RESERVE)
+    assert type(caught.value) is MeterlyUnknownOutcomeError
+    assert f"{server.url}/v1/reservations" in str(caught.value)
+    assert 'METERLY["BASE_URL"]' in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["", "/v1", "/v1/", "/wrong"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        answer(b"<html>Log in</html>", headers="Content-Type: text/html\r\n"),
+        answer({"status": "ok"}),
+        answer({"customers": "all"}),
+        answer([]),
+        answer(b"", "204 No Content"),
+        answer(b"", "301 Moved", "Location: /login\r\n"),
+        answer(b"", "302 Found", "Location: https://login.test/\r\n"),
+        answer(b"", "307 Temporary", "Location: /login\r\n"),
+        answer(b"", "401 No", 'WWW-Authenticate: Basic realm="x"\r\n'),
+        answer(b"<html>Forbidden</html>", "403 Forbidden"),
+        answer(b"<html>Not Found</html>", "404 Not Found"),
+    ],
+)
+def test_f67_wrong_base_url_is_an_outage_that_names_it(serve, path, said):
+    server = serve(said)
+    url = f"{server.url}{path}"
+    with (
+        MeterlyClient(KEY, base_url=url, max_attempts=1) as meterly,
+        pytest.raises(MeterlyUnknownOutcomeError) as caught,
+    ):
+        meterly.create_customer("user_1", "image_credits")
+    assert type(caught.value) is MeterlyUnknownOutcomeError
+    assert f"POST {url.rstrip('/')}/v1/customers" in str(caught.value)
+    assert 'METERLY["BASE_URL"]' in str(caught.value)
+    assert len(server.requests) == 1
+
+
 INTERIM = [
     "100 Continue\r\n",
     "102 Processing\r\n",
@@ -658,13 +713,38 @@ def test_f46_key_is_not_in_the_traceback_of_a_refused_connection(free_port):
     assert KEY not in "".join(rendered.format())
 
 
-@pytest.mark.parametrize("key", [None, "", b"mk_test_x", 5])
+@pytest.mark.parametrize("key", [None, ""])
 def test_missing_key_names_the_setting(key):
     with pytest.raises(ValueError, match=r'METERLY\["API_KEY"\]'):
         HttpTransport(key)
 
 
-@pytest.mark.parametrize("key", ["mk_live_a b", "mk_live_a\n", "mk_live_ä", "a\x00"])
+@pytest.mark.parametrize("key", [b"mk_test_x", 5, ["mk_test_x"], {"mk_test_x"}])
+def test_key_of_another_type_is_refused_without_being_shown(key):
+    with pytest.raises(ValueError, match="api_key must be a str, not ") as caught:
+        HttpTransport(key)
+    assert "mk_test_x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n", "\t"])
+@pytest.mark.parametrize("after", ["", " ", "\n", "\r\n", "\n\n"])
+def test_white_space_around_key_and_url_is_dropped(serve, before, after):
+    server = serve(answer({}), key=f"{before}{KEY}{after}")
+    server.transport.send(BALANCE)
+    url = f"{before}{server.url}/x/{after}"
+    transport = HttpTransport(KEY, base_url=url)
+    transport.send(BALANCE)
+    transport.close()
+    assert transport.base_url == f"{server.url}/x"
+    first, second = server.requests
+    assert f"\r\nauthorization: bearer {KEY}\r\n".lower().encode() in first.lower()
+    assert second.startswith(b"GET /x/v1/customers/c1/balance HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["mk_live_a b", "mk_live_ä", "a\x00", "a\nX-Evil: 1", "a\r\n\r\nb", "\x1fa\x7f"],
+)
 def test_malformed_key_is_refused_without_being_shown(key):
     with pytest.raises(ValueError, match="visible ASCII") as caught:
         HttpTransport(key)
@@ -674,7 +754,7 @@ def test_malformed_key_is_refused_without_being_shown(key):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"API_KEY": f"{KEY}\n"},
+        {"API_KEY": f"{KEY}\nX: 1"},
         {"API_KEY": f"mk_hmac_k1-{KEY}"},
         {"BASE_URL": "ftp://x"},
     ],
@@ -719,15 +799,60 @@ def test_loopback_and_https_are_accepted(url):
         "x.test",
         "https://",
         "https://u:p4ss@x.test",
+        "https://u@x.test",
+        "u:p4ss@x.test",
+        "u:p4ss@x.test:99999",
+        "https://u:p4ss@x.test:99999",
         "https://x.test?a=1",
+        "https://x.test/?",
         "https://x.test#a",
+        "https://x.test/#",
         "",
+        " ",
+        "localhost:8000",
+        "127.0.0.1:8000",
+        "//x.test",
+        "https:x.test",
+        "https:/x.test",
+        "https:\\\\x.test",
+        "https://x.test\\evil.test",
+        "https://x.te\nst",
+        "https://x.test/a\r\nX-Evil: 1",
+        "https://x.te st",
+        "https://x.test/\x00",
+        "https://x.test:port",
+        "https://x.test:0",
+        "https://x.test:65536",
+        "https://x.test:-1",
+        "https://[::1",
+        "unix:///run/ledger.sock",
+        b"https://x.test",
+        Path("https://x.test"),
+        gettext_lazy("https://x.test"),
+        None,
+        5,
+        ["https://x.test"],
     ],
+    ids=repr,
 )
 def test_other_base_urls_are_refused(url):
-    with pytest.raises(ValueError, match="base_url") as caught:
+    with pytest.raises(ValueError, match=r"^base_url ") as caught:
         HttpTransport(KEY, base_url=url)
     assert "p4ss" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "prepared"),
+    [
+        ("HTTPS://X.test", "https://x.test"),
+        ("https://x.test///", "https://x.test"),
+        ("https://x.test:443/v1", "https://x.test:443/v1"),
+        ("https://b\u00fccher.test", "https://xn--bcher-kva.test"),
+        (SimpleLazyObject(lambda: "https://x.test"), "https://x.test"),
+    ],
+)
+def test_base_urls_are_read_as_they_are_meant(url, prepared):
+    assert HttpTransport(KEY, base_url=url)._prepared_url == prepared
 
 
 def test_from_settings_reads_what_concerns_it():

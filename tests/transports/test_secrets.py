@@ -137,7 +137,9 @@ class _Unwilling:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"API_KEY": f"{HMAC_KEY}\n"},
+        {"API_KEY": f"{HMAC_KEY}\nX: 1"},
+        {"API_KEY": HMAC_KEY.encode()},
+        {"API_KEY": [HMAC_KEY]},
         {"API_KEY": MALFORMED},
         {"BASE_URL": "ftp://x"},
         {"BASE_URL": "http://ledger.test"},
