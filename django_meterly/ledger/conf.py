@@ -14,20 +14,25 @@ from typing import TYPE_CHECKING, Any
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
-from ..transports.base import MAX_TTL_SECONDS, check_text, check_ttl
+from ..transports.base import MAX_TTL_SECONDS, check_text, check_ttl, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 #: The longest request body. No call of the contract comes near it.
 MAX_BODY_BYTES = 64 * 1024
+#: The longest retention: a hundred years, which every clock can add.
+MAX_RETENTION = 36500 * 86400
 #: What is counted, and how much of it is allowed: ``None`` is as much as you like.
 THROTTLE_RATES = {"read": None, "write": None, "failed": "60/min"}
 
 
 def _retention(value: Any, name: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a number of seconds, not {value!r}.")
+    if type(value) is not int or not 1 <= value <= MAX_RETENTION:
+        raise ValueError(
+            f"{name} must be a whole number of seconds from 1 to {MAX_RETENTION} or a "
+            f"timedelta, not {shown(value)}."
+        )
     return value
 
 
@@ -35,8 +40,10 @@ def _rates(value: Any, name: str) -> dict[str, str | None]:
     if not isinstance(value, dict) or not set(value) <= set(THROTTLE_RATES):
         raise ValueError(f'{name} must be a dict with "read", "write" and "failed".')
     for rate in value.values():
-        if not re.fullmatch(r"[1-9][0-9]*/[smhd][a-z]*", str(rate)):
-            raise ValueError(f'{name} must have rates like "100/s", not {rate!r}.')
+        if rate is not None and not (
+            isinstance(rate, str) and re.fullmatch(r"[1-9][0-9]{,8}/[smhd][a-z]*", rate)
+        ):
+            raise ValueError(f'{name} must have rates like "100/s", not {shown(rate)}.')
     return {**THROTTLE_RATES, **value}
 
 
@@ -72,10 +79,11 @@ class LedgerSettings:
             )
         for key in project:
             if key not in DEFAULTS:
-                close = difflib.get_close_matches(str(key).upper(), DEFAULTS, n=1)
+                text = key.upper() if isinstance(key, str) else ""
+                close = difflib.get_close_matches(text, DEFAULTS, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ImproperlyConfigured(
-                    f"There is no setting METERLY_LEDGER[{key!r}].{hint}"
+                    f"There is no setting METERLY_LEDGER[{shown(key)}].{hint}"
                 )
         value = project.get(name, DEFAULTS[name])
         if isinstance(value, dt.timedelta):

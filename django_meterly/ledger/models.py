@@ -8,6 +8,8 @@ from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
+from django.apps import apps
+from django.core.exceptions import ImproperlyConfigured
 from django.db import models, router, transaction
 from django.db.models.lookups import GreaterThanOrEqual
 from django.utils.translation import gettext_lazy as _
@@ -15,6 +17,14 @@ from django.utils.translation import gettext_lazy as _
 from ..db import DatabaseNow, ExactCharField
 from .append_only import AppendOnly, AppendOnlyQuerySet
 from .constraints import ShapeConstraint
+
+# Everything of the ledger imports this module. Without its app, Django would take the
+# models for those of the app around it.
+if not apps.is_installed("django_meterly.ledger"):
+    raise ImproperlyConfigured(
+        "The embedded ledger is not installed. Add 'django_meterly.ledger' to "
+        "INSTALLED_APPS and run migrate."
+    )
 
 
 def customer_id() -> str:

@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+from types import MappingProxyType
 
 import pytest
 from django.core.checks import run_checks
+from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, OperationalError, connection, transaction
 
 from django_meterly import errors
 from django_meterly.client import MeterlyClient
 from django_meterly.ledger import operations, service
+from django_meterly.ledger.checks import check_settings
+from django_meterly.ledger.conf import ledger_settings
 from django_meterly.ledger.models import Entry, Workspace
 from django_meterly.ledger.transport import LedgerTransport
-from django_meterly.transports.base import ROUTES, Call
+from django_meterly.transports.base import ROUTES, Call, shown
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
 
@@ -395,6 +399,48 @@ def test_a_wrong_setting_is_one_error_of_the_checks(settings, value, message):
     settings.METERLY_LEDGER = value
     (error,) = [e for e in run_checks() if e.id == "meterly_ledger.E001"]
     assert message in error.msg
+
+
+WRONG = [
+    *(None, "", " ", "x\n", "x" * 256, b"x", -1, 0, True, False, 1.5, 10**5000),
+    *(float("nan"), float("inf"), [], (), set(), object(), object, len, {"x": 1}),
+    *({1: 1}, {"read": 5}, {"read": "5/x"}, {"read": f"{10**30}/s"}, {"write": []}),
+    *(dt.timedelta(0), dt.timedelta(seconds=-1), dt.timedelta.max, 2**63),
+]
+FINE = {
+    "WORKSPACE": ["shop"],
+    "MAX_TTL": [1, 86400, dt.timedelta(hours=1)],
+    "RECORD_RETENTION": [1, 86400, dt.timedelta(days=36500)],
+    "THROTTLE_RATES": [{}, {"read": None, "write": "5/s", "failed": "1/minute"}],
+}
+
+
+@pytest.mark.parametrize("name", list(FINE))
+def test_a_wrong_value_is_an_error_that_names_the_setting(settings, name):
+    for value in FINE[name]:
+        settings.METERLY_LEDGER = {name: value}
+        assert check_settings() == []
+    for value in WRONG:
+        settings.METERLY_LEDGER = {name: value}
+        (error,) = check_settings()
+        assert error.msg.startswith(f"METERLY_LEDGER['{name}'] must ")
+        assert len(error.msg) < 300
+        with pytest.raises(ImproperlyConfigured):
+            getattr(ledger_settings, name)
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 5, object(), MappingProxyType({})])
+def test_the_settings_must_be_a_dict(settings, value):
+    settings.METERLY_LEDGER = value
+    (error,) = check_settings()
+    assert error.msg.startswith("METERLY_LEDGER must be a dict, not ")
+
+
+@pytest.mark.parametrize("name", [1, None, (), "workspace", 10**5000], ids=shown)
+def test_a_name_that_does_not_exist_is_an_error(settings, name):
+    settings.METERLY_LEDGER = {name: "x"}
+    (error,) = check_settings()
+    assert error.msg.startswith(f"There is no setting METERLY_LEDGER[{shown(name)}].")
 
 
 def test_the_default_settings_pass_the_checks():
