@@ -103,8 +103,7 @@ def _check_together() -> Iterator[CheckMessage]:
             hint="Set UNAVAILABLE_CAP to the credits a customer may have on trust.",
             id="meterly.W004",
         )
-    for variable in sorted(ignored_variables):
-        name = variable.partition("METERLY_")[2]
+    for variable, name in sorted(ignored_variables.items()):
         yield CheckWarning(
             f"The environment variable {variable} names no setting of METERLY, and "
             f"from_env ignores it.{suggestion(name, DEFAULTS)}",

@@ -101,8 +101,9 @@ PLATFORM = re.compile(
 )
 #: How alike a variable's name and a setting's have to be to be called a typo.
 TYPO = 0.85
-#: The variables that ``from_env`` has ignored: a check names them.
-ignored_variables: set[str] = set()
+#: The variables that ``from_env`` has ignored, and their names without the prefix: a
+#: check lists them.
+ignored_variables: dict[str, str] = {}
 
 
 def check_choice(name: str, value: object, label: str = "") -> str:
@@ -434,7 +435,7 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
                 f"METERLY.{meant}"
             )
         elif not PLATFORM.fullmatch(name):
-            ignored_variables.add(variable)
+            ignored_variables[variable] = name
     return values
 
 

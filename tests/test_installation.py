@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.children import ROOT
+from tests.test_conf import PLATFORMS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 LEDGER = "django_meterly.ledger.transport.LedgerTransport"
@@ -95,12 +97,13 @@ class Project:
         lines += [f"{name} = {value!r}" for name, value in options.items()]
         (self.folder / "settings.py").write_text("\n".join(lines))
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=self.folder,
             env={
-                **os.environ,
+                **{k: v for k, v in os.environ.items() if "METERLY" not in k},
+                **env,
                 "DJANGO_SETTINGS_MODULE": "settings",
                 "PYTHONPATH": f"{self.folder}{os.pathsep}{ROOT}",
             },
@@ -110,8 +113,8 @@ class Project:
             timeout=120,
         )
 
-    def manage(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.run("-m", "django", *arguments)
+    def manage(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "django", *arguments, **env)
 
 
 @pytest.fixture
@@ -387,3 +390,53 @@ def test_missing_tables_are_looked_for_where_the_router_puts_them(
         done = project.manage("migrate", "--database", alias)
         assert done.returncode == 0, done.stderr
     assert "W021" not in project.manage(*both).stderr
+
+
+# The environment
+
+
+@pytest.fixture
+def container(project: Project) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return what runs ``check`` in an environment, with ``from_env``."""
+    project.configure([*DJANGO, "django_meterly"])
+    with (project.folder / "settings.py").open("a") as file:
+        file.write(
+            "\nimport environ\nfrom django_meterly.conf import from_env\n"
+            "METERLY = from_env(environ.FileAwareEnv())\n"
+        )
+    return lambda **env: project.manage("check", "--fail-level", "WARNING", **env)
+
+
+def test_f65_process_beside_a_service_called_meterly_starts(
+    container: Any, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("mk_test_x\n")
+    done = container(**PLATFORMS, METERLY_API_KEY_FILE=str(key))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"METERLY_BASE_ULR": "x"}, "METERLY. Did you mean 'BASE_URL'?"),
+        ({"METERLY_DEADLINE": "5m"}, "must be a number, like 2.5, not '5m'."),
+        (
+            {"METERLY_API_KEY": "$mk_test_x"},
+            r"With Env.escape_proxy = True, \$ is a $.",
+        ),
+    ],
+)
+def test_f65_process_with_a_wrong_variable_ends_with_its_name(
+    container: Any, env: dict[str, str], message: str
+) -> None:
+    done = container(**env)
+    assert ends_with(done, message)
+    assert next(iter(env)) in done.stderr
+    assert "mk_test_x" not in done.stderr.splitlines()[-1]
+
+
+def test_f65_variable_of_ours_is_warned_of(container: Any) -> None:
+    done = container(METERLY_API_KEY="mk_test_x", METERLY_URL="https://ledger.test")
+    assert done.returncode != 0
+    assert "(meterly.W020) The environment variable METERLY_URL names" in done.stderr
