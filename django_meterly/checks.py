@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 HTTP_TRANSPORT = "django_meterly.transports.http.HttpTransport"
 LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
 LEDGER_APP = "django_meterly.ledger"
+#: The longest hold: its work has to find its row when it ends.
+SHORTEST_RETENTION = 86400
 #: Seconds a row may be overdue before it is worth a warning.
 OVERDUE = 3600
 
@@ -93,6 +95,13 @@ def _check_values(skipped: set[str]) -> Iterator[CheckMessage]:
 
 
 def _check_together() -> Iterator[CheckMessage]:
+    if meterly_settings.JOURNAL_RETENTION < SHORTEST_RETENTION:
+        yield Error(
+            "METERLY['JOURNAL_RETENTION'] must be at least one day, not "
+            f"{meterly_settings.JOURNAL_RETENTION} seconds.",
+            hint="Work that ends late has to find its reservation still there.",
+            id="meterly.E003",
+        )
     if (
         meterly_settings.ON_UNAVAILABLE == "allow"
         and meterly_settings.UNAVAILABLE_CAP == 0

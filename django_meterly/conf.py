@@ -67,9 +67,6 @@ DEFAULTS: dict[str, Any] = {
     "JOURNAL_RETENTION": 90 * 86400.0,
 }
 
-#: The longest hold, in seconds: its work has to find its row when it ends.
-SHORTEST_RETENTION = 86400
-
 #: Policies: one of these words.
 CHOICES = {
     "OVERAGE": ("charge", "cap"),
@@ -178,9 +175,11 @@ class MeterlySettings:
         imported before the system checks run, and the checks explain it better than an
         exception here. Nothing works until it is valid, and ``migrate`` refuses to run.
         """
+        project = getattr(settings, "METERLY", {})
+        value = project.get("CUSTOMER_MODEL") if isinstance(project, dict) else None
         try:
-            model = str(self.CUSTOMER_MODEL)
-        except ImproperlyConfigured:
+            model = _model(value, "CUSTOMER_MODEL")
+        except ValueError:
             return str(settings.AUTH_USER_MODEL)
         # The apps are known when models are imported, their models are not yet.
         label, _, _ = model.partition(".")
@@ -211,16 +210,6 @@ def _ttl(value: Any, name: str) -> int:
         seconds = value.total_seconds()
         value = int(seconds) if seconds.is_integer() else seconds
     return check_ttl(value, name)
-
-
-def _retention(value: Any, name: str) -> float | int:
-    seconds = _seconds(value, name, most=DURATIONS["JOURNAL_RETENTION"])
-    if seconds < SHORTEST_RETENTION:
-        raise ValueError(
-            f"{name} must be at least one day, not {shown(value)} seconds: work that "
-            "ends late needs its reservation."
-        )
-    return seconds
 
 
 def _count(value: Any, name: str) -> int:
@@ -368,7 +357,6 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "BASE_URL": _base_url,
     "ALLOW_INSECURE_HTTP": _flag,
     **{name: partial(_seconds, most=most) for name, most in DURATIONS.items()},
-    "JOURNAL_RETENTION": _retention,
     "MAX_ATTEMPTS": _count,
     "DEFAULT_UNIT": _unit,
     "RESERVATION_TTL": _ttl,

@@ -150,6 +150,9 @@ def test_a_wrong_value_is_an_error_that_names_the_setting(
         # Options of guarded views have a check of their own.
         if name == "GUARDED_VIEWS" and isinstance(value, dict):
             continue
+        # And so has what is short, but can be worked with.
+        if name == "JOURNAL_RETENTION" and value == 1.5:
+            continue
         assert [f"METERLY['{name}']" in error.msg for error in errors] == [True], shown
         assert len(errors[0].msg) < 1500, shown
         with pytest.raises(ImproperlyConfigured) as caught:
@@ -216,6 +219,11 @@ def test_a_customer_model_that_is_not_there_gets_a_suggestion(
     assert error.id == "meterly.E003"
     assert error.msg.startswith("METERLY['CUSTOMER_MODEL'] ")
     assert error.msg.endswith(f"Did you mean {meant}?" if meant else ".")
+
+
+def test_another_wrong_setting_leaves_the_owners_model_alone(settings: Any) -> None:
+    settings.METERLY = {"CUSTOMER_MODEL": "auth.Group", "NO_SUCH": 1, "DEADLINE": ""}
+    assert meterly_settings.owner_model() == "auth.Group"
 
 
 @pytest.mark.parametrize("value", ["auth.User", "auth.user", None])

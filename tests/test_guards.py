@@ -742,8 +742,8 @@ class TestLedgerTrouble:
 
 def test_owners_are_named_after_the_customer_model(settings: Any) -> None:
     # Not after their own class, which may be a proxy of it.
-    settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": "crm.Team"}
-    assert resolvers.external_id(User(pk=7)) == "team_7"
+    settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": "auth.Group"}
+    assert resolvers.external_id(User(pk=7)) == "group_7"
 
 
 class TestArguments:
