@@ -21,8 +21,8 @@ from django.utils.translation import gettext_lazy, ngettext
 
 from . import grants, journal
 from .client import get_client
-from .errors import MeterlyError
-from .forms import CustomerForm, GrantCreditsForm
+from .errors import MeterlyError, MeterlyReferenceConflictError
+from .forms import CustomerForm, GrantCreditsForm, in_conflict
 from .models import MAX_REASON_LENGTH, Customer, Grant, Reservation
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ class CustomerAdmin(CustomerModelAdmin):
                 messages.ERROR,
             )
             return HttpResponseRedirect(changelist)
-        form = GrantCreditsForm(request.POST if request.method == "POST" else None)
+        form = GrantCreditsForm(
+            request.POST if request.method == "POST" else None, customers=customers
+        )
         if form.is_valid():
             self._grant(request, customers, form.cleaned_data)
             if len(customers) > 1:
@@ -213,7 +215,17 @@ class CustomerAdmin(CustomerModelAdmin):
         new = defaultdict(list)
         before = []
         for customer in customers:
-            grant, created = grants.grant(client, customer, **asked, actor=request.user)
+            try:
+                grant, created = grants.grant(
+                    client, customer, **asked, actor=request.user
+                )
+            except MeterlyReferenceConflictError:
+                # Sent at the same moment, with another amount.
+                first = Grant.objects.get(
+                    customer=customer, unit=asked["unit"], reference=asked["reference"]
+                )
+                self.message_user(request, in_conflict(first), messages.ERROR)
+                continue
             if not created:
                 before.append(grant)
                 continue

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from django import forms
 from django.core.exceptions import ValidationError
 from django.utils.module_loading import import_string
+from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
 from .conf import meterly_settings
@@ -15,6 +16,8 @@ from .models import UNIT_LENGTH, Customer, Grant
 from .transports.base import MAX_AMOUNT, check_text, check_unit
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     CustomerModelForm = forms.ModelForm[Customer]
 else:
     CustomerModelForm = forms.ModelForm
@@ -96,8 +99,11 @@ class GrantCreditsForm(forms.Form):
         widget=forms.HiddenInput(attrs={"autocomplete": "off"}),
     )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, customers: Sequence[Customer] = (), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.customers = customers
         self.fields["unit"].initial = meterly_settings.DEFAULT_UNIT
 
     @property
@@ -123,3 +129,24 @@ class GrantCreditsForm(forms.Form):
 
     def clean_reference(self) -> str:
         return f"admin-{self.cleaned_data['reference']}"
+
+    def clean(self) -> dict[str, Any]:
+        if not self.errors:
+            asked = self.cleaned_data
+            before = Grant.objects.filter(
+                customer__in=self.customers,
+                unit=asked["unit"],
+                reference=asked["reference"],
+            )
+            for first in before.select_related("customer").order_by("pk"):
+                if not first.stands_for(asked["amount"]):
+                    self.add_error(None, in_conflict(first))
+        return self.cleaned_data
+
+
+def in_conflict(first: Grant) -> str:
+    """Return what to say when the reference of *first* is used for another grant."""
+    return gettext(
+        "This form was sent before, for %(grant)s (%(state)s). Open it anew to make "
+        "another grant."
+    ) % {"grant": first, "state": first.get_state_display()}

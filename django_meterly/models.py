@@ -231,6 +231,13 @@ class Grant(models.Model):
     def __str__(self) -> str:
         return f"{self.amount} {self.unit} → {self.customer}"
 
+    def stands_for(self, amount: int) -> bool:
+        """Return whether a grant of *amount*, under the same reference, is this one.
+
+        Never if the ledger has refused this one: nothing was granted.
+        """
+        return self.amount == amount and self.state != self.State.REFUSED
+
     @property
     def wire_key(self) -> str:
         """The key of this grant's call: what makes the grant the one it is.

@@ -18,6 +18,7 @@ from django.utils import timezone, translation
 
 from django_meterly import get_client, grants
 from django_meterly.errors import MeterlyReferenceConflictError
+from django_meterly.forms import GrantCreditsForm
 from django_meterly.models import Customer, Grant, Reservation
 from tests.books import balance, fund_by_grant, verify
 
@@ -164,6 +165,104 @@ def test_same_form_sent_twice_grants_once(page: Client, customer: Customer) -> N
     ]
     assert balance(customer) == (125, 0)
     assert len(granted()) == LogEntry.objects.count() == 1
+
+
+def test_same_form_with_another_amount_is_an_error_with_the_first_grants_facts(
+    page: Client, customer: Customer
+) -> None:
+    form = filled(page, grant_url(customer))
+    page.post(grant_url(customer), form)
+    for _ in range(2):
+        again = page.post(grant_url(customer), {**form, "amount": 26})
+        (error,) = again.context["form"].non_field_errors()
+        assert error == (
+            f"This form was sent before, for 25 image_credits → {customer} (granted). "
+            "Open it anew to make another grant."
+        )
+        assert f"25 image_credits → {customer}" in again.content.decode()
+    assert balance(customer) == (125, 0)
+    assert len(granted()) == LogEntry.objects.count() == 1
+
+
+def test_bulk_grant_names_the_customers_whose_grant_was_another(
+    page: Client, customer: Customer
+) -> None:
+    others = [fund_by_grant(f"team_{number}", 1) for number in range(3)]
+    form = filled(page, grant_url(customer))
+    page.post(grant_url(customer), form)
+    page.post(grant_url(others[0]), {**form, "amount": 30})
+    # And this one is the same as before: no reason to refuse it.
+    page.post(grant_url(others[1]), {**form, "amount": 5})
+    form["amount"] = 5
+    again = page.post(grant_url(customer, *others), form)
+    errors = "".join(again.context["form"].non_field_errors())
+    for first in (f"25 image_credits → {customer}", "30 image_credits → team_0"):
+        assert first in errors
+    assert "team_1" not in errors
+    assert "team_2" not in errors
+    # All or nothing: whoever corrects the form grants to all of them.
+    assert len(granted()) == 3
+
+
+def test_form_whose_grant_was_refused_says_so_when_it_is_sent_again(
+    page: Client, customer: Customer
+) -> None:
+    form = filled(page, grant_url(customer), amount=2**63 - 1)
+    page.post(grant_url(customer), form)
+    again = page.post(grant_url(customer), form)
+    (error,) = again.context["form"].non_field_errors()
+    assert f"{customer} (refused)" in error
+
+
+@pytest.mark.django_db(transaction=True)
+def test_same_form_with_two_amounts_at_once_grants_one(
+    granter: User, customer: Customer
+) -> None:
+    form = filled(browser(granter), grant_url(customer))
+    start = threading.Barrier(2)
+    pages: list[Any] = []
+
+    def click(amount: int) -> None:
+        client = browser(granter)
+        try:
+            start.wait()
+            sent = {**form, "amount": amount}
+            pages.append(client.post(grant_url(customer), sent, follow=True))
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=click, args=[amount]) for amount in (25, 30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (grant,) = granted()
+    assert [page.status_code for page in pages] == [200, 200]
+    shown = [page.content.decode() for page in pages]
+    assert sum("This form was sent before, for" in page for page in shown) == 1
+    assert balance(customer) == (100 + grant.amount, 0)
+    verify()
+
+
+def test_grant_that_another_one_overtakes_is_named(
+    page: Client, customer: Customer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = filled(page, grant_url(customer), amount=30)
+    reference = f"admin-{form['reference']}"
+    clean = GrantCreditsForm.clean
+
+    def clean_and_be_overtaken(self: GrantCreditsForm) -> Any:
+        cleaned = clean(self)
+        grants.grant(
+            get_client(), customer, 25, "image_credits", reason="x", reference=reference
+        )
+        return cleaned
+
+    monkeypatch.setattr(GrantCreditsForm, "clean", clean_and_be_overtaken)
+    response = page.post(grant_url(customer), form, follow=True)
+    ((level, text),) = messages(response)
+    assert (level, f"25 image_credits → {customer}" in text) == ("error", True)
+    assert balance(customer) == (125, 0)
 
 
 def test_form_shown_again_grants_again(page: Client, customer: Customer) -> None:
