@@ -7,14 +7,14 @@ from inspect import isclass
 from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Tags, register
+from django.core.checks import CheckMessage, Error, Info, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, OperationalError, connections, router
 from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
-from . import methods
+from . import methods, units
 from .conf import CHOICES, DEFAULTS, check_choice, meterly_settings, suggestion
 from .execution import class_of, handlers, is_guarded
 from .middleware import MeterlyMiddleware, key_for, named_patterns
@@ -23,7 +23,6 @@ from .transports.base import (
     MAX_TTL_SECONDS,
     check_amount,
     check_ttl,
-    check_unit,
     key_problem,
     url_problem,
 )
@@ -69,9 +68,14 @@ def _check_values() -> Iterator[CheckMessage]:
         except ImproperlyConfigured as exc:
             yield Error(str(exc), id="meterly.E003")
             return
+    for unit, people_say in meterly_settings.UNITS.items():
+        if not str(people_say).strip():
+            yield Error(
+                f"METERLY['UNITS'] gives {unit!r} an empty name.", id="meterly.E003"
+            )
     for name, check in (
         ("RESERVATION_TTL", check_ttl),
-        ("DEFAULT_UNIT", check_unit),
+        ("DEFAULT_UNIT", units.check_declared),
     ):
         value = getattr(meterly_settings, name)
         if value is not None:
@@ -134,7 +138,7 @@ def _low_balance_problem(value: Any) -> str:
         return f"must be a dict of units and thresholds, not {value!r}."
     for unit, threshold in value.items():
         try:
-            check_unit(unit)
+            units.check_declared(unit)
             check_amount(threshold, f"the threshold of {unit!r}")
         except ValueError as exc:
             return f"maps units to credits: {exc}"
@@ -403,8 +407,44 @@ def check_holds(**kwargs: Any) -> list[CheckMessage]:
 
 
 def _holds() -> Iterator[tuple[str, int]]:
-    """Yield for how long each guard that can be found holds credits, if it says so."""
+    """Yield how long credits are held, by default and by each guard that says so."""
     yield "METERLY['RESERVATION_TTL']", meterly_settings.RESERVATION_TTL
+    for name, options in _guards():
+        if options.ttl_seconds is not None:
+            yield f"{name}: its ttl_seconds", options.ttl_seconds
+
+
+@register("meterly", Tags.urls)
+def check_units(**kwargs: Any) -> list[CheckMessage]:
+    """Refuse guards of units that ``UNITS`` does not declare, or recommend it."""
+    try:
+        declared = meterly_settings.UNITS
+        named = [(name, options.unit) for name, options in _guards() if options.unit]
+    except (ImproperlyConfigured, ImportError, TypeError, ValueError, AttributeError):
+        return []  # The others report it.
+    if not declared:
+        usual = str(meterly_settings.DEFAULT_UNIT or "image_credits")
+        found = sorted({usual, *(unit for _, unit in named)})
+        example = {unit: unit.replace("_", " ") for unit in found}
+        return [
+            Info(
+                "METERLY['UNITS'] declares no units: a typo in a unit's name is a new "
+                "unit.",
+                hint=f"Set METERLY['UNITS'] = {example}, with names for people.",
+                id="meterly.I001",
+            )
+        ]
+    errors: list[CheckMessage] = []
+    for name, unit in named:
+        try:
+            units.check_declared(unit)
+        except ValueError as exc:
+            errors.append(Error(f"{name}: its {exc}", id="meterly.E014"))
+    return errors
+
+
+def _guards() -> list[tuple[str, GuardOptions]]:
+    """Return the options of each guard that can be found, and where it stands."""
     guards = [
         (f"METERLY['GUARDED_VIEWS'][{name!r}]", GuardOptions.of(options, name))
         for name, options in meterly_settings.GUARDED_VIEWS.items()
@@ -425,9 +465,7 @@ def _holds() -> Iterator[tuple[str, int]]:
             (f"The task {task.name!r}", task.meterly_options)
             for task in guarded_tasks()
         ]
-    for name, options in guards:
-        if options.ttl_seconds is not None:
-            yield f"{name}: its ttl_seconds", options.ttl_seconds
+    return guards
 
 
 def _methods(view: Any) -> set[str] | None:

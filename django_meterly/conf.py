@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.utils.functional import Promise
 
+from .transports.base import check_unit
 from .transports.signing import Secret
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "DEADLINE": 8.0,
     "MAX_ATTEMPTS": 3,
     "DEFAULT_UNIT": None,
+    "UNITS": {},
     "RESERVATION_TTL": 300,
     "CUSTOMER_MODEL": None,
     "CUSTOMER_RESOLVER": "django_meterly.resolvers.request_user",
@@ -79,16 +82,23 @@ def check_choice(name: str, value: str) -> None:
 
 def suggestion(name: str, known: Any) -> str:
     """Return ``" Did you mean 'X'?"`` for a name that is close to a *known* one."""
+    near = nearest(name, known)
+    return "" if near is None else f" Did you mean {near!r}?"
+
+
+def nearest(name: str, known: Any) -> Any:
+    """Return the *known* name that is close to this one, or ``None``."""
     spelled = {str(each).upper(): each for each in known}
     close = difflib.get_close_matches(name.upper(), list(spelled), n=1)
-    return f" Did you mean {spelled[close[0]]!r}?" if close else ""
+    return spelled[close[0]] if close else None
 
 
 class MeterlySettings:
     """``settings.METERLY`` with its defaults, as attributes.
 
     Raises ``ImproperlyConfigured`` for a ``METERLY`` that is not a dict, for a
-    name in it that does not exist, for an invalid duration and for an unsafe link.
+    name in it that does not exist, for an invalid duration or unit and for an unsafe
+    link.
     """
 
     #: The dict whose names are known to exist: looking at each of them is for once.
@@ -114,6 +124,8 @@ class MeterlySettings:
             return value or settings.AUTH_USER_MODEL
         if name == "TOP_UP_URL":
             return _link(name, value)
+        if name == "UNITS":
+            return _units(name, value)
         return _seconds(name, value) if name in DURATIONS else value
 
     def _check(self) -> None:
@@ -136,6 +148,30 @@ def _seconds(name: str, value: Any) -> float | int:
             f"not {value!r}."
         )
     return value
+
+
+def _units(name: str, value: Any) -> dict[str, Any]:
+    """Return *value* if it is a dict of units and their names for people.
+
+    A translation is not looked at: that would need the app registry.
+    """
+    problem = "" if isinstance(value, dict) else f"not {value!r}"
+    if not problem:
+        for unit, people_say in value.items():
+            try:
+                check_unit(unit, "a unit")
+            except ValueError as exc:
+                problem = f"and {exc.args[0].rstrip('.')}"
+            if not isinstance(people_say, Promise) and (
+                not isinstance(people_say, str) or not people_say.strip()
+            ):
+                problem = f"and the name of {unit!r} must be a text, not {people_say!r}"
+    if problem:
+        raise ImproperlyConfigured(
+            f"METERLY[{name!r}] must be a dict of units and their names, "
+            f"{{'image_credits': 'image credits'}}, {problem}."
+        )
+    return value  # type: ignore[no-any-return]
 
 
 def _link(name: str, value: Any) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from asgiref.sync import sync_to_async
 from django.db import DatabaseError, IntegrityError, router, transaction
 
-from . import signals
+from . import signals, units
 from .errors import (
     OUTAGE,
     MeterlyApiError,
@@ -19,7 +19,7 @@ from .errors import (
 )
 from .journal import announce, collect, in_transaction
 from .models import MAX_REASON_LENGTH, Customer, Grant
-from .transports.base import check_amount, check_description, check_text, check_unit
+from .transports.base import check_amount, check_description, check_text
 
 if TYPE_CHECKING:
     from .client import MeterlyClient
@@ -52,11 +52,11 @@ def grant(
 
     Raises ``MeterlyReferenceConflictError`` if the reference was used for another
     amount, or if the ledger has refused its grant: that is final, and another grant
-    takes another reference. Raises ``ValueError`` for arguments out of bounds, and an
-    empty *reason*.
+    takes another reference. Raises ``ValueError`` for arguments out of bounds, a unit
+    that ``UNITS`` does not declare, and an empty *reason*.
     """
     check_amount(amount)
-    check_unit(unit)
+    units.check_declared(unit)
     check_text(reference, "reference")
     if not check_description(reason, "reason", length=MAX_REASON_LENGTH).strip():
         raise ValueError("Give a reason: it is kept with the grant.")
