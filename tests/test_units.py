@@ -234,6 +234,13 @@ def test_declared_units_and_those_of_nobody_work(
     verify()
 
 
+def test_the_balance_of_an_undeclared_unit_is_not_found(
+    declared: None, payer: Client
+) -> None:
+    for unit, status in (("image_credits", 200), ("gpu_seconds", 200), (TYPO, 404)):
+        assert payer.get(f"/credits/balances/{unit}/").status_code == status
+
+
 # Settings
 
 
@@ -363,7 +370,7 @@ def test_a_project_without_units_is_recommended_to_declare_those_it_has(
 @pytest.fixture
 def undeclare(declare: Callable[..., None]) -> Callable[[], None]:
     declare()
-    return lambda: declare({"tokens": "tokens"}, DEFAULT_UNIT="tokens")
+    return lambda: declare({"tokens": "tokens"}, DEFAULT_UNIT=None)
 
 
 def test_work_goes_on_when_its_unit_is_removed(
