@@ -19,14 +19,14 @@ from django.utils.http import urlencode
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
-from . import grants, journal
+from . import grants, journal, units
 from .client import get_client
-from .errors import MeterlyError
-from .forms import CustomerForm, GrantCreditsForm
+from .errors import MeterlyError, MeterlyReferenceConflictError
+from .forms import CustomerForm, GrantCreditsForm, in_conflict
 from .models import MAX_REASON_LENGTH, Customer, Grant, Reservation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from django.db.models import QuerySet
     from django.http import HttpRequest, HttpResponse
@@ -169,7 +169,9 @@ class CustomerAdmin(CustomerModelAdmin):
                 messages.ERROR,
             )
             return HttpResponseRedirect(changelist)
-        form = GrantCreditsForm(request.POST if request.method == "POST" else None)
+        form = GrantCreditsForm(
+            request.POST if request.method == "POST" else None, customers=customers
+        )
         if form.is_valid():
             self._grant(request, customers, form.cleaned_data)
             if len(customers) > 1:
@@ -210,10 +212,21 @@ class CustomerAdmin(CustomerModelAdmin):
     ) -> None:
         """Grant what was *asked* to each of *customers*, and say what came of it."""
         client: MeterlyClient | None = get_client()
+        said = {**asked, "unit": units.name_of(asked["unit"])}
         new = defaultdict(list)
         before = []
         for customer in customers:
-            grant, created = grants.grant(client, customer, **asked, actor=request.user)
+            try:
+                grant, created = grants.grant(
+                    client, customer, **asked, actor=request.user
+                )
+            except MeterlyReferenceConflictError:
+                # Sent at the same moment, with another amount.
+                first = Grant.objects.get(
+                    customer=customer, unit=asked["unit"], reference=asked["reference"]
+                )
+                self.message_user(request, in_conflict(first), messages.ERROR)
+                continue
             if not created:
                 before.append(grant)
                 continue
@@ -225,7 +238,7 @@ class CustomerAdmin(CustomerModelAdmin):
                 request,
                 customer,
                 _("Grant of %(amount)s %(unit)s (%(state)s): %(reason)s")
-                % {**asked, "state": grant.get_state_display()},
+                % {**said, "state": grant.get_state_display()},
             )
         granted = new[Grant.State.GRANTED]
         if granted:
@@ -236,7 +249,7 @@ class CustomerAdmin(CustomerModelAdmin):
                     "Granted %(amount)s %(unit)s to each of %(count)d customers.",
                     len(granted),
                 )
-                % {**asked, "customer": granted[0].customer, "count": len(granted)},
+                % {**said, "customer": granted[0].customer, "count": len(granted)},
                 messages.SUCCESS,
             )
         pending = new[Grant.State.PENDING]
@@ -274,12 +287,25 @@ class CustomerAdmin(CustomerModelAdmin):
             )
 
 
+class UnitFilter(admin.AllValuesFieldListFilter):
+    """Filters by unit, and calls it what people do."""
+
+    def choices(self, changelist: Any) -> Iterator[Any]:
+        for choice in super().choices(changelist):
+            yield {**choice, "display": units.name_of(str(choice["display"]))}
+
+
 class ReadOnlyAdmin(ModelAdmin):
     """Shows rows to those who may view them, and changes none."""
 
+    readonly_fields = ["unit_name"]
     date_hierarchy = "created_at"
     ordering = ["-created_at"]
     show_full_result_count = False
+
+    @admin.display(description=gettext_lazy("unit"), ordering="unit")
+    def unit_name(self, row: Grant | Reservation) -> str:
+        return units.name_of(row.unit)
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -297,17 +323,17 @@ class GrantAdmin(ReadOnlyAdmin):
         "created_at",
         "customer",
         "amount",
-        "unit",
+        "unit_name",
         "state",
         "actor",
         "reason",
         "reference",
     ]
-    list_filter = ["state", "unit", "created_at"]
+    list_filter = ["state", ("unit", UnitFilter), "created_at"]
     list_select_related = ["customer", "actor"]
     search_fields = ["reference", "reason", "customer__external_id"]
     fieldsets = [
-        (None, {"fields": ["customer", "amount", "unit", "reason", "actor"]}),
+        (None, {"fields": ["customer", "amount", "unit_name", "reason", "actor"]}),
         (
             gettext_lazy("At the ledger"),
             {
@@ -399,13 +425,13 @@ class ReservationAdmin(ReadOnlyAdmin):
         "state",
         "amount",
         "charge",
-        "unit",
+        "unit_name",
         "stuck_at",
         "reference",
     ]
-    list_filter = ["state", StuckFilter, "unit", "created_at"]
+    list_filter = ["state", StuckFilter, ("unit", UnitFilter), "created_at"]
     list_select_related = ["customer"]
-    readonly_fields = ["meaning"]
+    readonly_fields = ["meaning", "unit_name"]
     # The id is what log messages name.
     search_fields = [
         "reference",
@@ -423,7 +449,7 @@ class ReservationAdmin(ReadOnlyAdmin):
                     "meaning",
                     "customer",
                     "reference",
-                    "unit",
+                    "unit_name",
                     "amount",
                     "charge",
                     "owed",
@@ -565,7 +591,11 @@ class ReservationAdmin(ReadOnlyAdmin):
                     request,
                     debt,
                     _("Debt of %(owed)s %(unit)s written off: %(reason)s")
-                    % {"owed": debt.owed, "unit": debt.unit, "reason": reason},
+                    % {
+                        "owed": debt.owed,
+                        "unit": units.name_of(debt.unit),
+                        "reason": reason,
+                    },
                 )
             count += 1
         self.message_user(

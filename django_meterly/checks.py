@@ -7,14 +7,14 @@ from inspect import isclass
 from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Tags, register
+from django.core.checks import CheckMessage, Error, Info, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, OperationalError, connections, router
 from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
-from . import methods
+from . import methods, units
 from .conf import (
     DEFAULTS,
     FUNCTIONS,
@@ -95,6 +95,19 @@ def _check_values(skipped: set[str]) -> Iterator[CheckMessage]:
 
 
 def _check_together() -> Iterator[CheckMessage]:
+    for unit, people_say in meterly_settings.UNITS.items():
+        if not str(people_say).strip():
+            yield Error(
+                f"METERLY['UNITS'] gives {unit!r} an empty name.", id="meterly.E003"
+            )
+    typed = [(unit, "METERLY['LOW_BALANCE']") for unit in meterly_settings.LOW_BALANCE]
+    if meterly_settings.DEFAULT_UNIT is not None:
+        typed.append((meterly_settings.DEFAULT_UNIT, "METERLY['DEFAULT_UNIT']"))
+    for unit, name in typed:
+        try:
+            units.check_declared(unit, f"{name}: the unit")
+        except ValueError as exc:
+            yield Error(str(exc), id="meterly.E003")
     if meterly_settings.JOURNAL_RETENTION < SHORTEST_RETENTION:
         yield Error(
             "METERLY['JOURNAL_RETENTION'] must be at least one day, not "
@@ -385,8 +398,44 @@ def check_holds(**kwargs: Any) -> list[CheckMessage]:
 
 
 def _holds() -> Iterator[tuple[str, int]]:
-    """Yield for how long each guard that can be found holds credits, if it says so."""
+    """Yield how long credits are held, by default and by each guard that says so."""
     yield "METERLY['RESERVATION_TTL']", meterly_settings.RESERVATION_TTL
+    for name, options in _guards():
+        if options.ttl_seconds is not None:
+            yield f"{name}: its ttl_seconds", options.ttl_seconds
+
+
+@register("meterly", Tags.urls)
+def check_units(**kwargs: Any) -> list[CheckMessage]:
+    """Refuse guards of units that ``UNITS`` does not declare, or recommend it."""
+    try:
+        declared = meterly_settings.UNITS
+        named = [(name, options.unit) for name, options in _guards() if options.unit]
+    except (ImproperlyConfigured, ImportError, TypeError, ValueError, AttributeError):
+        return []  # The others report it.
+    if not declared:
+        usual = str(meterly_settings.DEFAULT_UNIT or "image_credits")
+        found = sorted({usual, *(unit for _, unit in named)})
+        example = {unit: unit.replace("_", " ") for unit in found}
+        return [
+            Info(
+                "METERLY['UNITS'] declares no units: a typo in a unit's name is a new "
+                "unit.",
+                hint=f"Set METERLY['UNITS'] = {example}, with names for people.",
+                id="meterly.I001",
+            )
+        ]
+    errors: list[CheckMessage] = []
+    for name, unit in named:
+        try:
+            units.check_declared(unit)
+        except ValueError as exc:
+            errors.append(Error(f"{name}: its {exc}", id="meterly.E014"))
+    return errors
+
+
+def _guards() -> list[tuple[str, GuardOptions]]:
+    """Return the options of each guard that can be found, and where it stands."""
     guards = [
         (f"METERLY['GUARDED_VIEWS'][{name!r}]", GuardOptions.of(options, name))
         for name, options in meterly_settings.GUARDED_VIEWS.items()
@@ -407,9 +456,7 @@ def _holds() -> Iterator[tuple[str, int]]:
             (f"The task {task.name!r}", task.meterly_options)
             for task in guarded_tasks()
         ]
-    for name, options in guards:
-        if options.ttl_seconds is not None:
-            yield f"{name}: its ttl_seconds", options.ttl_seconds
+    return guards
 
 
 def _methods(view: Any) -> set[str] | None:

@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "DEADLINE": 8.0,
     "MAX_ATTEMPTS": 3,
     "DEFAULT_UNIT": None,
+    "UNITS": {},
     "RESERVATION_TTL": 300,
     "CUSTOMER_MODEL": None,
     "CUSTOMER_RESOLVER": "django_meterly.resolvers.request_user",
@@ -118,10 +119,16 @@ def check_choice(name: str, value: object, label: str = "") -> str:
 
 def suggestion(name: object, known: Iterable[Any], cutoff: float = 0.6) -> str:
     """Return ``" Did you mean 'X'?"`` for a name that is close to a *known* one."""
+    near = nearest(name, known, cutoff)
+    return "" if near is None else f" Did you mean {near!r}?"
+
+
+def nearest(name: object, known: Iterable[Any], cutoff: float = 0.6) -> Any:
+    """Return the *known* name that is close to this one, or ``None``."""
     spelled = {str(each).upper(): each for each in known}
     text = name.upper() if isinstance(name, str) else ""
     close = difflib.get_close_matches(text, list(spelled), n=1, cutoff=cutoff)
-    return f" Did you mean {spelled[close[0]]!r}?" if close else ""
+    return spelled[close[0]] if close else None
 
 
 class MeterlySettings:
@@ -243,6 +250,23 @@ def _thresholds(value: Any, name: str) -> dict[str, int]:
     return cast("dict[str, int]", value)
 
 
+def _units(value: Any, name: str) -> dict[str, Any]:
+    """Return *value* if it is a dict of units and their names for people.
+
+    A translation is not looked at: that would need the app registry.
+    """
+    for unit, people_say in _dict(value, name).items():
+        check_unit(unit, f"{name}: the unit {shown(unit)}")
+        if not isinstance(people_say, Promise) and (
+            not isinstance(people_say, str) or not people_say.strip()
+        ):
+            raise ValueError(
+                f"{name}[{unit!r}] must be a name for people, like 'image credits', "
+                f"not {shown(people_say)}."
+            )
+    return cast("dict[str, Any]", value)
+
+
 def _unit(value: Any, name: str) -> str | None:
     return None if value is None else check_unit(value, name)
 
@@ -359,6 +383,7 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     **{name: partial(_seconds, most=most) for name, most in DURATIONS.items()},
     "MAX_ATTEMPTS": _count,
     "DEFAULT_UNIT": _unit,
+    "UNITS": _units,
     "RESERVATION_TTL": _ttl,
     "CUSTOMER_MODEL": _model,
     "CUSTOMER_RESOLVER": _function,

@@ -37,7 +37,8 @@ def meterly_guard(
         @meterly_guard("image_credits", 25)
         def render(request): ...
 
-    The view may be sync or async. *unit* defaults to ``DEFAULT_UNIT``. *amount*,
+    The view may be sync or async. *unit* defaults to ``DEFAULT_UNIT``; a request to a
+    view whose unit ``UNITS`` does not declare is a ``ValueError``. *amount*,
     *customer*, *reference* and *idempotency_key* may be callables, sync or async;
     they get the view's arguments. The customer is who ``CUSTOMER_RESOLVER``
     finds, the logged-in user by default; when there is none, a browser is sent to

@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from django import forms
 from django.core.exceptions import ValidationError
+from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
-from .conf import meterly_settings
-from .models import UNIT_LENGTH, Customer, Grant, replace_missing_owner_model
+from .conf import meterly_settings, nearest
+from .models import (
+    UNIT_LENGTH,
+    Customer,
+    Grant,
+    Reservation,
+    replace_missing_owner_model,
+)
 from .transports.base import MAX_AMOUNT, check_text, check_unit
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     CustomerModelForm = forms.ModelForm[Customer]
 else:
     CustomerModelForm = forms.ModelForm
@@ -78,7 +87,8 @@ class GrantCreditsForm(forms.Form):
     """
 
     amount = forms.IntegerField(label=_("Amount"), min_value=1, max_value=MAX_AMOUNT)
-    unit = forms.CharField(
+    # Where UNITS does not declare the units there are.
+    unit: forms.Field = forms.CharField(
         label=_("Unit"),
         max_length=UNIT_LENGTH,
         widget=forms.TextInput(
@@ -97,14 +107,27 @@ class GrantCreditsForm(forms.Form):
         # a new form with an old reference would grant nothing.
         widget=forms.HiddenInput(attrs={"autocomplete": "off"}),
     )
+    #: The unit that nobody had before, and that the form has asked about.
+    new_unit = forms.CharField(
+        required=False, widget=forms.HiddenInput(attrs={"autocomplete": "off"})
+    )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, customers: Sequence[Customer] = (), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.customers = customers
+        if declared := meterly_settings.UNITS:
+            self.fields["unit"] = forms.ChoiceField(
+                label=_("Unit"), choices=list(declared.items())
+            )
         self.fields["unit"].initial = meterly_settings.DEFAULT_UNIT
 
     @property
     def known_units(self) -> list[str]:
-        """The units granted before, and the default one."""
+        """The units granted before, and the default one; none if ``UNITS`` has them."""
+        if meterly_settings.UNITS:
+            return []
         units = set(
             Grant.objects.values_list("unit", flat=True).distinct()[:KNOWN_UNITS]
         )
@@ -125,3 +148,56 @@ class GrantCreditsForm(forms.Form):
 
     def clean_reference(self) -> str:
         return f"admin-{self.cleaned_data['reference']}"
+
+    def clean(self) -> dict[str, Any]:
+        asked = self.cleaned_data
+        warned_of = asked.pop("new_unit", "")
+        unit = asked.get("unit")
+        if unit and unit != warned_of and self._is_new(unit):
+            data: Any = self.data
+            self.data = data = data.copy()
+            data["new_unit"] = unit
+            self.add_error("unit", self._ask_about(unit))
+        if not self.errors:
+            before = Grant.objects.filter(
+                customer__in=self.customers,
+                unit=asked["unit"],
+                reference=asked["reference"],
+            )
+            for first in before.select_related("customer").order_by("pk"):
+                if not first.stands_for(asked["amount"]):
+                    self.add_error(None, in_conflict(first))
+        return asked
+
+    def _is_new(self, unit: str) -> bool:
+        """Return whether nobody has declared *unit*, or been granted or used any."""
+        named = {meterly_settings.DEFAULT_UNIT, *meterly_settings.LOW_BALANCE}
+        return (
+            not meterly_settings.UNITS
+            and unit not in named
+            and not Grant.objects.filter(unit=unit).exists()
+            and not Reservation.objects.filter(unit=unit).exists()
+        )
+
+    def _ask_about(self, unit: str) -> str:
+        near = nearest(unit, self.known_units)
+        if near is None:
+            question = gettext(
+                "Nobody has had “%(unit)s” so far, and a unit stays for good. To grant "
+                "this new unit, send the form again."
+            )
+        else:
+            question = gettext(
+                "Nobody has had “%(unit)s” so far, and a unit stays for good. Did you "
+                "mean “%(near)s”? To grant the new unit all the same, send the form "
+                "again."
+            )
+        return question % {"unit": unit, "near": near}
+
+
+def in_conflict(first: Grant) -> str:
+    """Return what to say when the reference of *first* is used for another grant."""
+    return gettext(
+        "This form was sent before, for %(grant)s (%(state)s). Open it anew to make "
+        "another grant."
+    ) % {"grant": first, "state": first.get_state_display()}

@@ -6,18 +6,20 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from asgiref.sync import sync_to_async
 from django.db import DatabaseError, IntegrityError, router, transaction
 
-from . import signals
+from . import signals, units
 from .errors import (
     OUTAGE,
     MeterlyApiError,
     MeterlyError,
+    MeterlyReferenceConflictError,
     MeterlyUnknownOutcomeError,
 )
 from .journal import announce, collect, in_transaction
 from .models import MAX_REASON_LENGTH, Customer, Grant
-from .transports.base import check_amount, check_description, check_text, check_unit
+from .transports.base import check_amount, check_description, check_text
 
 if TYPE_CHECKING:
     from .client import MeterlyClient
@@ -40,14 +42,21 @@ def grant(
 ) -> tuple[Grant, bool]:
     """Grant *amount* credits of *unit* to *customer*, once per *reference*.
 
-    Returns the grant and whether it is new; a second call with the same
-    reference returns the first one's grant. The record is written before the
-    ledger is asked: a grant whose answer was lost stays pending, and is carried
-    out by ``settle_due``. With *client* ``None`` it is only recorded. Raises
-    ``ValueError`` for arguments out of bounds, and an empty *reason*.
+    Returns the grant and whether it is new. A second call with the same customer,
+    unit, reference and amount returns the first one's grant; *reason* and *actor* of
+    the first stay. For example, a webhook that is delivered twice grants once.
+
+    The record is written before the ledger is asked, and the grant's ``state`` says
+    what came of it: ``granted``, ``refused``, or ``pending`` if the answer was lost;
+    then ``settle_due`` carries it out. With *client* ``None`` it is only recorded.
+
+    Raises ``MeterlyReferenceConflictError`` if the reference was used for another
+    amount, or if the ledger has refused its grant: that is final, and another grant
+    takes another reference. Raises ``ValueError`` for arguments out of bounds, a unit
+    that ``UNITS`` does not declare, and an empty *reason*.
     """
     check_amount(amount)
-    check_unit(unit)
+    units.check_declared(unit)
     check_text(reference, "reference")
     if not check_description(reason, "reason", length=MAX_REASON_LENGTH).strip():
         raise ValueError("Give a reason: it is kept with the grant.")
@@ -62,10 +71,12 @@ def grant(
                 reference=reference,
                 actor=actor,
             )
-    except IntegrityError:
+    except IntegrityError as exc:
         first = Grant.objects.using(using).get(
             customer=customer, unit=unit, reference=reference
         )
+        if not first.stands_for(amount):
+            raise _conflict(first) from exc
         return first, False
     if client is not None:
         if in_transaction(using) and not client.transport.joins(using):
@@ -76,6 +87,37 @@ def grant(
         else:
             settle(client, row)
     return row, True
+
+
+async def agrant(
+    client: MeterlyClient | None,
+    customer: Customer,
+    amount: int,
+    unit: str,
+    *,
+    reason: str,
+    reference: str,
+    actor: Any = None,
+) -> tuple[Grant, bool]:
+    """Do what ``grant`` does, for ``async`` code."""
+    return await sync_to_async(grant)(
+        client,
+        customer,
+        amount,
+        unit,
+        reason=reason,
+        reference=reference,
+        actor=actor,
+    )
+
+
+def _conflict(first: Grant) -> MeterlyReferenceConflictError:
+    state = first.state + (f": {first.last_error}" if first.last_error else "")
+    return MeterlyReferenceConflictError(
+        f"The reference {first.reference!r} was used before, for the grant of "
+        f"{first.amount} {first.unit} to {first.customer} ({state}). Another grant "
+        "takes another reference."
+    )
 
 
 def settle(client: MeterlyClient, row: Grant) -> bool:

@@ -13,7 +13,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, Error, connections, transaction
 from django.utils.functional import cached_property
 
-from . import journal, signals
+from . import journal, signals, units
 from .client import get_client
 from .conf import check_choice, meterly_settings
 from .errors import (
@@ -26,7 +26,7 @@ from .errors import (
 from .handoffs import UNCHARGED, Message
 from .heart import Heart
 from .models import MAX_CALLER_KEY_LENGTH, Customer
-from .transports.base import check_amount, check_key, check_text, check_ttl, check_unit
+from .transports.base import check_amount, check_key, check_text, check_ttl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -593,16 +593,16 @@ def guard(
             ...
             reservation.charge(80)
 
-    *customer* is an instance of ``CUSTOMER_MODEL``, a ``Customer`` or an
-    external id; *amount* a positive whole number of credits; *unit* defaults to
-    ``DEFAULT_UNIT``; *reference* names the work for people; *ttl_seconds* (1 to
-    86400, default ``RESERVATION_TTL``) is how long the credits are held at
-    most. An *idempotency_key* (up to 200 visible ASCII characters, unique for
-    the customer) runs the work once: after a success it is refused, after a
-    refusal or a failure it may be tried again. *overage* (``"charge"`` or
-    ``"cap"``, default ``OVERAGE``) is what becomes of a ``charge`` above the hold.
-    In ``async`` code it is ``async with``, and the same. *on_unavailable* and
-    *enforcement* stand above the settings of these names.
+    *customer* is an instance of ``CUSTOMER_MODEL``, a ``Customer`` or an external id;
+    *amount* a positive whole number of credits; *unit* one that ``UNITS`` declares,
+    ``DEFAULT_UNIT`` by default; *reference* names the work for people; *ttl_seconds* (1
+    to 86400, default ``RESERVATION_TTL``) is how long the credits are held at most. An
+    *idempotency_key* (up to 200 visible ASCII characters, unique for the customer) runs
+    the work once: after a success it is refused, after a refusal or a failure it may be
+    tried again. *overage* (``"charge"`` or ``"cap"``, default ``OVERAGE``) is what
+    becomes of a ``charge`` above the hold. In ``async`` code it is ``async with``, and
+    the same. *on_unavailable* and *enforcement* stand above the settings of these
+    names.
 
     An exception from the block releases the credits and goes on. Entering
     raises ``MeterlyInsufficientCreditsError``, ``MeterlyUnavailableError`` when
@@ -612,7 +612,7 @@ def guard(
     the reservation lives and dies with that transaction instead. Arguments out
     of bounds are a ``ValueError`` before anything is written or sent.
     """
-    unit = unit or meterly_settings.DEFAULT_UNIT
+    unit = units.check_declared(unit) if unit else units.default()
     if unit is None:
         raise ImproperlyConfigured(
             'Name a unit: guard(customer, amount, "image_credits"), or set '
@@ -636,7 +636,7 @@ def guard(
     return Guard(
         customer,
         check_amount(amount),
-        check_unit(unit),
+        unit,
         reference=check_text(reference or f"guard:{uuid.uuid4()}", "reference"),
         idempotency_key=idempotency_key,
         ttl_seconds=check_ttl(

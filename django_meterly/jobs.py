@@ -74,8 +74,14 @@ class Job:
             handed_off = handoffs.read(self._header, self.name, self.request_id)
             if handed_off == handoffs.UNCHARGED:
                 # Nobody is charged for what handed it off: not for this, either.
-                self.guard = guards.guard(
-                    None, 1, options.unit or handoffs.UNCHARGED, enforcement="off"
+                self.guard = guards.Guard(
+                    None,
+                    1,
+                    options.unit or handoffs.UNCHARGED,
+                    reference=f"{self.name}:{uuid.uuid4()}",
+                    idempotency_key=None,
+                    ttl_seconds=meterly_settings.RESERVATION_TTL,
+                    enforcement="off",
                 )
                 self.guard.reserve()
                 return
@@ -146,7 +152,8 @@ class Job:
                 f"{self.name} was handed off with the reservation {reservation_id}, "
                 "which is not in the journal."
             )
-        guard = guards.guard(
+        # Not by guard(): the row goes on, also if its unit is not in UNITS any more.
+        guard = guards.Guard(
             row.customer,
             row.amount,
             row.unit,

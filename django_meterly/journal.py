@@ -64,7 +64,7 @@ from django.db import (
 from django.db.models import Case, Count, F, Q, Sum, Value, When
 from django.db.models.functions import Coalesce
 
-from . import signals
+from . import signals, units
 from .conf import meterly_settings
 from .db import DatabaseNow, from_now
 from .errors import (
@@ -215,7 +215,7 @@ def reserve(
     if customer.owes and meterly_settings.ON_DEBT == "deny":
         _refuse_debtor(limited, customer, amount, unit)
     try:
-        customer.register(limited, meterly_settings.DEFAULT_UNIT or unit)
+        customer.ensure_registered(limited, units.default() or unit)
         if not key and fits_one_statement(client, using):
             answer = _reserve_in_one_statement(using, client, row, lease)
         else:
@@ -574,7 +574,8 @@ def _hold(client: MeterlyClient, row: Reservation) -> ReservationResult:
 
 
 def _customer_id(client: MeterlyClient, row: Reservation) -> str:
-    return row.customer.register(client, meterly_settings.DEFAULT_UNIT or row.unit)
+    unit = meterly_settings.DEFAULT_UNIT or row.unit
+    return row.customer.ensure_registered(client, unit)
 
 
 def _unavailable(exc: MeterlyError) -> MeterlyUnavailableError:

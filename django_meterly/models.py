@@ -13,6 +13,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import IntegrityError, connections, models, router, transaction
 from django.utils.translation import gettext_lazy as _
 
+from . import units
 from .conf import meterly_settings
 from .db import ExactCharField, from_now
 from .errors import (
@@ -144,9 +145,14 @@ class Customer(models.Model):
 
         *unit* becomes the default unit of a new customer. Two first uses at
         once end with one customer: the ledger deduplicates by external id.
-        Raises what ``create_customer`` raises, and ``MeterlyUnknownOutcomeError`` if
-        the ledger names no id, or that of another customer.
+        Raises what ``create_customer`` raises, ``ValueError`` for a unit that
+        ``UNITS`` does not declare, and ``MeterlyUnknownOutcomeError`` if the ledger
+        names no id, or that of another customer.
         """
+        return self.ensure_registered(client, units.check_declared(unit))
+
+    def ensure_registered(self, client: MeterlyClient, unit: str) -> str:
+        """Do what ``register`` does with a *unit* that is on record already."""
         if self.customer_id:
             return str(self.customer_id)
         try:
@@ -271,7 +277,14 @@ class Grant(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.amount} {self.unit} → {self.customer}"
+        return f"{units.counted(self.amount, self.unit)} → {self.customer}"
+
+    def stands_for(self, amount: int) -> bool:
+        """Return whether a grant of *amount*, under the same reference, is this one.
+
+        Never if the ledger has refused this one: nothing was granted.
+        """
+        return self.amount == amount and self.state != self.State.REFUSED
 
     @property
     def wire_key(self) -> str:

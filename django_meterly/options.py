@@ -32,7 +32,9 @@ FUNCTIONS = ("amount", "customer", "idempotency_key", "success")
 class GuardOptions:
     """The options of one guarded view; ``meterly_guard`` describes them.
 
-    Raises ``ValueError`` and ``TypeError`` for options out of bounds.
+    Raises ``ValueError`` and ``TypeError`` for options out of bounds. Whether ``UNITS``
+    declares the *unit* is for the system check, and for the guard at each call: tests
+    may override the setting after a view was defined.
     """
 
     unit: str | None = None

@@ -13,6 +13,7 @@ from django.utils.cache import patch_vary_headers
 from django.utils.http import url_has_allowed_host_and_scheme
 from django.utils.translation import gettext as _
 
+from . import units
 from .conf import meterly_settings
 from .errors import (
     MeterlyDebtError,
@@ -68,6 +69,7 @@ def problem(exc: Exception) -> Problem:
     """
     if isinstance(exc, MeterlyInsufficientCreditsError):
         code = "insufficient_credits"
+        unit_name = units.name_of(exc.unit)
         extra: dict[str, Any] = {}
         if isinstance(exc, MeterlyDebtError):
             code = "debt"
@@ -76,7 +78,7 @@ def problem(exc: Exception) -> Problem:
             detail = _(
                 "You owe %(owed)d %(unit)s for earlier work, and %(available)d are "
                 "available. New credits pay for that first."
-            ) % {"owed": exc.owed, "unit": exc.unit, "available": exc.available}
+            ) % {"owed": exc.owed, "unit": unit_name, "available": exc.available}
         elif exc.held_by_running_work:
             title = _("Your credits are in use")
             detail = _(
@@ -89,7 +91,7 @@ def problem(exc: Exception) -> Problem:
                 "This needs %(required)d %(unit)s, and %(available)d are available."
             ) % {
                 "required": exc.required,
-                "unit": exc.unit,
+                "unit": unit_name,
                 "available": exc.available,
             }
         extra |= {

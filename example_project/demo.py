@@ -327,8 +327,9 @@ class Story:
                 reason="Welcome to the studio",
                 reference=_found(r'name="reference" value="([^"]+)"', form),
             )
-            _found(rf"(Granted {amount} {unit} to \w+)", granted)
-        self.done("The admin granted her 100 image_credits and 60 render_seconds.")
+            name = unit.replace("_", " ")
+            _found(rf"(Granted {amount} {name} to \w+)", granted)
+        self.done("The admin granted her 100 image credits and 60 render seconds.")
         self.balance(image_credits=(100, 0), render_seconds=(60, 0))
 
     def draw(self) -> None:
@@ -340,7 +341,7 @@ class Story:
             with Image.open(io.BytesIO(png.content)) as image:
                 _expect((image.format, image.size), ("PNG", (1200, 1600)), title)
             self.poster = page.url
-            self.done(f"“{title}” was drawn (1200 x 1600) for 25 image_credits.")
+            self.done(f"“{title}” was drawn (1200 x 1600) for 25 image credits.")
             self.balance(image_credits=(100 - 25 * number, 0), render_seconds=(60, 0))
             if number == 1:
                 self.doing("Sending the form without a title")
@@ -353,7 +354,7 @@ class Story:
         self.doing("Asking for a fifth poster")
         page = self.alice.submit("", "posters/", title="One more", style="letters")
         _expect(page.status_code, 402, "The fifth poster")
-        _found(r"(This needs 25 image_credits, and 0 are available\.)", page)
+        _found(r"(This needs 25 image credits, and 0 are available\.)", page)
         self.done("A fifth poster was refused: [bold]402[/], not enough credits.")
         self.balance(image_credits=(0, 0), render_seconds=(60, 0))
 

@@ -79,6 +79,9 @@ TEMPLATES = [
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 STATIC_URL = "static/"
 
+# It recommends METERLY["UNITS"], but the tests use whatever units they like.
+SILENCED_SYSTEM_CHECKS = ["meterly.I001"]
+
 METERLY = {
     "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
     "DEFAULT_UNIT": "image_credits",

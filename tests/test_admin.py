@@ -15,9 +15,11 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone, translation
+from django.utils.translation import gettext_lazy
 
 from django_meterly import get_client, grants
 from django_meterly.errors import MeterlyReferenceConflictError
+from django_meterly.forms import GrantCreditsForm
 from django_meterly.models import Customer, Grant, Reservation
 from tests.books import balance, fund_by_grant, verify
 
@@ -139,7 +141,9 @@ def test_grant_to_several_customers_logs_each(page: Client, customer: Customer) 
         {"action": "grant_credits", "_selected_action": [customer.pk, other.pk]},
     )
     assert action.status_code == 302
-    form = filled(page, action.url, amount=3, unit="gpu_seconds")
+    form = filled(
+        page, action.url, amount=3, unit="gpu_seconds", new_unit="gpu_seconds"
+    )
     response = page.post(action.url, form, follow=True)
     assert response.redirect_chain == [(CUSTOMERS, 302)]
     assert messages(response) == [
@@ -164,6 +168,104 @@ def test_same_form_sent_twice_grants_once(page: Client, customer: Customer) -> N
     ]
     assert balance(customer) == (125, 0)
     assert len(granted()) == LogEntry.objects.count() == 1
+
+
+def test_same_form_with_another_amount_is_an_error_with_the_first_grants_facts(
+    page: Client, customer: Customer
+) -> None:
+    form = filled(page, grant_url(customer))
+    page.post(grant_url(customer), form)
+    for _ in range(2):
+        again = page.post(grant_url(customer), {**form, "amount": 26})
+        (error,) = again.context["form"].non_field_errors()
+        assert error == (
+            f"This form was sent before, for 25 image_credits → {customer} (granted). "
+            "Open it anew to make another grant."
+        )
+        assert f"25 image_credits → {customer}" in again.content.decode()
+    assert balance(customer) == (125, 0)
+    assert len(granted()) == LogEntry.objects.count() == 1
+
+
+def test_bulk_grant_names_the_customers_whose_grant_was_another(
+    page: Client, customer: Customer
+) -> None:
+    others = [fund_by_grant(f"team_{number}", 1) for number in range(3)]
+    form = filled(page, grant_url(customer))
+    page.post(grant_url(customer), form)
+    page.post(grant_url(others[0]), {**form, "amount": 30})
+    # And this one is the same as before: no reason to refuse it.
+    page.post(grant_url(others[1]), {**form, "amount": 5})
+    form["amount"] = 5
+    again = page.post(grant_url(customer, *others), form)
+    errors = "".join(again.context["form"].non_field_errors())
+    for first in (f"25 image_credits → {customer}", "30 image_credits → team_0"):
+        assert first in errors
+    assert "team_1" not in errors
+    assert "team_2" not in errors
+    # All or nothing: whoever corrects the form grants to all of them.
+    assert len(granted()) == 3
+
+
+def test_form_whose_grant_was_refused_says_so_when_it_is_sent_again(
+    page: Client, customer: Customer
+) -> None:
+    form = filled(page, grant_url(customer), amount=2**63 - 1)
+    page.post(grant_url(customer), form)
+    again = page.post(grant_url(customer), form)
+    (error,) = again.context["form"].non_field_errors()
+    assert f"{customer} (refused)" in error
+
+
+@pytest.mark.django_db(transaction=True)
+def test_same_form_with_two_amounts_at_once_grants_one(
+    granter: User, customer: Customer
+) -> None:
+    form = filled(browser(granter), grant_url(customer))
+    start = threading.Barrier(2)
+    pages: list[Any] = []
+
+    def click(amount: int) -> None:
+        client = browser(granter)
+        try:
+            start.wait()
+            sent = {**form, "amount": amount}
+            pages.append(client.post(grant_url(customer), sent, follow=True))
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=click, args=[amount]) for amount in (25, 30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (grant,) = granted()
+    assert [page.status_code for page in pages] == [200, 200]
+    shown = [page.content.decode() for page in pages]
+    assert sum("This form was sent before, for" in page for page in shown) == 1
+    assert balance(customer) == (100 + grant.amount, 0)
+    verify()
+
+
+def test_grant_that_another_one_overtakes_is_named(
+    page: Client, customer: Customer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = filled(page, grant_url(customer), amount=30)
+    reference = f"admin-{form['reference']}"
+    clean = GrantCreditsForm.clean
+
+    def clean_and_be_overtaken(self: GrantCreditsForm) -> Any:
+        cleaned = clean(self)
+        grants.grant(
+            get_client(), customer, 25, "image_credits", reason="x", reference=reference
+        )
+        return cleaned
+
+    monkeypatch.setattr(GrantCreditsForm, "clean", clean_and_be_overtaken)
+    response = page.post(grant_url(customer), form, follow=True)
+    ((level, text),) = messages(response)
+    assert (level, f"25 image_credits → {customer}" in text) == ("error", True)
+    assert balance(customer) == (125, 0)
 
 
 def test_form_shown_again_grants_again(page: Client, customer: Customer) -> None:
@@ -320,6 +422,131 @@ def test_atomic_requests_do_not_take_the_record_of_a_grant_away(
     assert [grant.state for grant in granted()] == ["pending"]
     grants.settle_due(get_client())
     assert balance(customer) == (125, 0)
+
+
+# Units
+
+
+@pytest.fixture
+def units(settings: Any) -> None:
+    named = {"image_credits": "image credits", "gpu_seconds": gettext_lazy("Yes")}
+    settings.METERLY = {**settings.METERLY, "UNITS": named}
+
+
+def test_declared_units_are_chosen_by_their_names(
+    page: Client, customer: Customer, units: None
+) -> None:
+    form = page.get(grant_url(customer)).context["form"]
+    assert form["unit"].value() == "image_credits"
+    html = str(form["unit"])
+    assert '<option value="image_credits" selected>image credits</option>' in html
+    assert '<option value="gpu_seconds">Yes</option>' in html
+    sent = filled(page, grant_url(customer))
+    response = page.post(grant_url(customer), sent, follow=True)
+    assert messages(response) == [
+        ("success", f"Granted 25 image credits to {customer}.")
+    ]
+    assert LogEntry.objects.get().change_message == (
+        "Grant of 25 image credits (granted): sorry for the outage"
+    )
+    assert balance(customer) == (125, 0)
+
+
+@pytest.mark.parametrize("unit", ["image_credit", "tokens", "image credits", ""])
+def test_undeclared_unit_is_no_choice(
+    page: Client, customer: Customer, units: None, unit: str
+) -> None:
+    form = filled(page, grant_url(customer), unit=unit, new_unit=unit)
+    response = page.post(grant_url(customer), form)
+    assert list(response.context["form"].errors) == ["unit"]
+    assert granted() == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "near"),
+    [("image_credit", "image_credits"), ("Image_Credits", "image_credits"), ("x", "")],
+)
+def test_unit_never_seen_before_is_granted_when_the_form_is_sent_again(
+    page: Client, customer: Customer, unit: str, near: str
+) -> None:
+    url = grant_url(customer)
+    form = filled(page, url, unit=unit)
+    asked = page.post(url, form)
+    (error,) = asked.context["form"].errors["unit"]
+    assert f"Nobody has had “{unit}” so far" in error
+    assert (f"Did you mean “{near}”?" in error) == bool(near)
+    assert granted() == []
+
+    # Another typo is another question.
+    form["new_unit"] = asked.context["form"]["new_unit"].value()
+    assert f'name="new_unit" value="{unit}"' in asked.content.decode()
+    assert page.post(url, {**form, "unit": "y"}).context["form"].errors
+    # A mistake elsewhere does not take the answer away.
+    again = page.post(url, {**form, "reason": ""})
+    assert list(again.context["form"].errors) == ["reason"]
+    assert again.context["form"]["new_unit"].value() == unit
+    assert granted() == []
+
+    assert page.post(url, form).status_code == 302
+    assert [grant.unit for grant in granted()] == [unit]
+    assert balance(customer, unit) == (25, 0)
+    # Now it is known.
+    assert page.post(url, filled(page, url, unit=unit)).status_code == 302
+
+
+@pytest.mark.parametrize("seen", ["granted", "used", "DEFAULT_UNIT", "LOW_BALANCE"])
+def test_unit_that_was_seen_before_is_granted_at_once(
+    page: Client, customer: Customer, settings: Any, seen: str
+) -> None:
+    if seen == "granted":
+        fund_by_grant("team_7", 1, "gpu_seconds")
+    elif seen == "used":
+        reserve(customer, unit="gpu_seconds")
+    else:
+        value = {"DEFAULT_UNIT": "gpu_seconds", "LOW_BALANCE": {"gpu_seconds": 5}}
+        settings.METERLY = {**settings.METERLY, seen: value[seen]}
+    form = filled(page, grant_url(customer), unit="gpu_seconds")
+    assert page.post(grant_url(customer), form).status_code == 302
+    assert balance(customer, "gpu_seconds") == (25, 0)
+
+
+def test_pages_call_units_what_people_do(
+    everything: Client, customer: Customer, units: None
+) -> None:
+    row = reserve(customer)
+    debt = reserve(
+        customer,
+        state="unbilled",
+        charge=5,
+        owed=5,
+        next_attempt_at=timezone.now(),
+    )
+    grant = Grant.objects.get()
+    for url, name in (
+        (GRANTS, "image credits</td>"),
+        (RESERVATIONS, "image credits</td>"),
+        (f"{GRANTS}{grant.pk}/change/", ">image credits<"),
+        (f"{RESERVATIONS}{row.pk}/change/", ">image credits<"),
+        (f"{CUSTOMERS}{customer.pk}/change/", '<th scope="row">image credits</th>'),
+    ):
+        assert name in everything.get(url).content.decode()
+    for url in (GRANTS, RESERVATIONS):
+        filtered = everything.get(url, {"unit": "image_credits"})
+        assert "?unit=image_credits" in filtered.content.decode()
+        assert filtered.context["cl"].result_count > 0
+        (unit,) = (
+            spec for spec in filtered.context["cl"].filter_specs if spec.title == "unit"
+        )
+        choices = [choice["display"] for choice in unit.choices(filtered.context["cl"])]
+        assert choices == ["All", "image credits"]
+    action = {"action": "write_off", "_selected_action": [debt.pk]}
+    assert (
+        "5 image credits owed" in everything.post(RESERVATIONS, action).content.decode()
+    )
+    confirmed = {**action, "confirmed": "1", "reason": "x"}
+    everything.post(RESERVATIONS, confirmed)
+    logged = LogEntry.objects.get().change_message
+    assert logged == "Debt of 5 image credits written off: x"
 
 
 # Who may

@@ -777,6 +777,19 @@ def deliver(message: dict[str, Any]) -> Any:
     )
 
 
+@pytest.mark.parametrize("enforcement", ["enforce", "off"])
+def test_what_was_handed_off_is_settled_when_its_unit_is_removed(
+    customer: Customer, sent: list[Any], settings: Any, enforcement: str
+) -> None:
+    settings.METERLY = {**settings.METERLY, "ENFORCEMENT": enforcement}
+    with guard("user_1", 25, "image_credits") as work:
+        work.hand_off(jobs.handed_off, used=7)
+    units = {"UNITS": {"tokens": "tokens"}}
+    settings.METERLY = {**settings.METERLY, **units, "DEFAULT_UNIT": None}
+    assert deliver(sent[0]).state == "SUCCESS"
+    assert balance(customer) == ((93, 0) if enforcement == "enforce" else (100, 0))
+
+
 def alice() -> Customer:
     return Reservation.objects.latest("created_at").customer
 

@@ -169,14 +169,24 @@ class LedgerCustomerAdmin(ReadOnlyAdmin):
 
 @admin.register(Account)
 class AccountAdmin(ReadOnlyAdmin):
-    list_display = ["customer", "unit", "balance", "reserved", "available"]
+    list_display = ["customer", "unit", "balance", "reserved_now", "available"]
     list_filter = ["unit", "customer__workspace"]
     list_select_related = ["customer"]
     search_fields = ["customer__external_id__exact", "customer__public_id__exact"]
+    fields = ["customer", "unit", "balance", "reserved_now", "available"]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Account]:
+        accounts: Any = super().get_queryset(request)
+        current: QuerySet[Account] = accounts.current()
+        return current
+
+    @admin.display(description=_("reserved"), ordering="present_reserved")
+    def reserved_now(self, account: Account) -> int:
+        return account.present_reserved
 
     @admin.display(description=_("available"))
     def available(self, account: Account) -> int:
-        return account.available
+        return account.balance - account.present_reserved
 
 
 @admin.register(Hold)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured
 from django.db import models, router, transaction
+from django.db.models.functions import Coalesce, Greatest
 from django.db.models.lookups import GreaterThanOrEqual
 from django.utils.translation import gettext_lazy as _
 
@@ -257,9 +258,17 @@ class AccountQuerySet(models.QuerySet["Account"]):
         available = models.F("balance") - models.F("reserved")
         return self.filter(GreaterThanOrEqual(available, amount))
 
+    def current(self) -> AccountQuerySet:
+        """Return the accounts with ``present_reserved``."""
+        return self.annotate(present_reserved=_present_reserved())  # type: ignore[no-redef]
+
 
 class Account(models.Model):
-    """One customer's credits in one unit."""
+    """One customer's credits in one unit.
+
+    *reserved* is what the entries say: a hold whose time is over counts until it is
+    swept. Readers are told ``present_reserved``.
+    """
 
     customer = models.ForeignKey(
         LedgerCustomer,
@@ -274,6 +283,9 @@ class Account(models.Model):
     reserved = models.BigIntegerField(_("reserved"), default=0)
 
     objects = AccountQuerySet.as_manager()
+
+    #: Only set by ``current()``.
+    present_reserved: int
 
     class Meta:
         verbose_name = _("account")
@@ -313,6 +325,19 @@ def _present_status(hold: str = "") -> models.Case:
     )
 
 
+def _present_reserved(account: str = "") -> models.Expression:
+    """Return the reserved credits of an account by the database's clock.
+
+    A hold whose time is over reserves nothing, whether or not a sweep has recorded it.
+    *account* is the lookup that leads to the account, for example ``"account__"``.
+    """
+    due = Hold.objects.due().filter(account=models.OuterRef(f"{account}pk"))
+    total = due.order_by().values("account").values(total=models.Sum("amount"))
+    reserved = models.F(f"{account}reserved") - Coalesce(models.Subquery(total), 0)
+    # Below zero only in books that do not balance, which are to be seen all the same.
+    return Greatest(reserved, 0, output_field=models.BigIntegerField())
+
+
 class HoldQuerySet(models.QuerySet["Hold"]):
     def live(self) -> HoldQuerySet:
         return self.filter(status=Hold.Status.RESERVED)
@@ -321,9 +346,14 @@ class HoldQuerySet(models.QuerySet["Hold"]):
         return self.live().filter(expires_at__lte=DatabaseNow())
 
     def current(self) -> HoldQuerySet:
-        """Return the holds with their account, customer and ``present_status``."""
-        holds = self.select_related("account__customer")
-        return holds.annotate(present_status=_present_status())  # type: ignore[no-redef]
+        """Return the holds with account, customer, and what is true of both now.
+
+        That is ``present_status``, and ``present_reserved`` of the account.
+        """
+        return self.select_related("account__customer").annotate(  # type: ignore[no-redef]
+            present_status=_present_status(),
+            present_reserved=_present_reserved("account__"),
+        )
 
 
 class Hold(models.Model):
@@ -356,6 +386,7 @@ class Hold(models.Model):
 
     #: Only set by ``current()``.
     present_status: str
+    present_reserved: int
 
     class Meta:
         verbose_name = _("hold")

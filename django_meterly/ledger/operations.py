@@ -84,7 +84,11 @@ class CustomerRecord:
 
 @dataclass(frozen=True, slots=True)
 class AccountBalance:
-    """Credits of *unit*, as of now or right after a movement."""
+    """Credits of *unit*, as of now or right after a movement.
+
+    Right after a movement they are those of its entry: a replay has to find the same.
+    Then *reserved* includes holds whose time is over, until they are swept.
+    """
 
     customer_id: str
     unit: str
@@ -114,7 +118,10 @@ class EntryRecord:
 
 @dataclass(frozen=True, slots=True)
 class HoldRecord:
-    """A hold as it is now; *account* is as it was right after the movement."""
+    """A hold as it is now; *account* is as it was right after the movement.
+
+    If nothing was moved, *account* is as it is now, too.
+    """
 
     reservation_id: str
     amount: int
@@ -285,22 +292,31 @@ def _ensure_account(customer: LedgerCustomer, unit: str) -> Account:
 @_retried
 def balances(workspace_id: int, customer_id: str) -> list[AccountBalance]:
     """Return the balance of every account of the customer, by unit."""
-    customer = _customer(workspace_id, customer_id)
-    accounts = Account.objects.using(write_alias()).filter(customer=customer)
-    return [_balance(customer_id, account) for account in accounts.order_by("unit")]
+    return _balances(_customer(workspace_id, customer_id))
 
 
 @_retried
 def default_balance(workspace_id: int, customer_id: str) -> AccountBalance:
     """Return the balance of the account the customer was created with."""
     customer = _customer(workspace_id, customer_id)
-    accounts = Account.objects.using(write_alias())
-    account = accounts.filter(customer=customer, unit=customer.credit_unit).first()
+    for account in _balances(customer, unit=customer.credit_unit):
+        return account
     # A crash may have left a new customer without it.
-    return _balance(customer_id, account or Account(unit=customer.credit_unit))
+    return AccountBalance(customer_id, customer.credit_unit, 0, 0)
 
 
-def _balance(customer_id: str, found: Account | Spent | Closed) -> AccountBalance:
+def _balances(customer: LedgerCustomer, **lookup: Any) -> list[AccountBalance]:
+    """Return the balances of this moment: credits of expired holds are available."""
+    accounts = Account.objects.using(write_alias()).filter(customer=customer, **lookup)
+    return [
+        AccountBalance(
+            customer.public_id, account.unit, account.balance, account.present_reserved
+        )
+        for account in accounts.current().order_by("unit")
+    ]
+
+
+def _balance(customer_id: str, found: Spent | Closed) -> AccountBalance:
     return AccountBalance(customer_id, found.unit, found.balance, found.reserved)
 
 
@@ -373,7 +389,12 @@ def _hold_record(hold: Hold, replayed: bool = False) -> HoldRecord:
         status=hold.present_status,
         reference=hold.reference,
         expires_at=hold.expires_at,
-        account=_balance(hold.account.customer.public_id, hold.account),
+        account=AccountBalance(
+            hold.account.customer.public_id,
+            hold.account.unit,
+            hold.account.balance,
+            hold.present_reserved,
+        ),
         replayed=replayed,
     )
 

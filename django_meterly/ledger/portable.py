@@ -223,7 +223,7 @@ def _closed(code: str, hold: Hold) -> Closed:
         hold.account.customer.public_id,
         hold.account.unit,
         hold.account.balance,
-        hold.account.reserved,
+        hold.present_reserved,
         hold.amount,
         hold.reference,
         hold.present_status,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from django.utils.translation import gettext_lazy as _
 from rest_framework.permissions import BasePermission
 
-from ..conf import meterly_settings
+from .. import units
 from ..errors import OUTAGE, MeterlyUnavailableError
 from ..methods import costs
 from .balances import balances_of
@@ -24,7 +24,7 @@ class HasCredits(BasePermission):
     It reads a balance and holds nothing, so it is no guard: two requests at once
     both pass it with the last credit. Use it to refuse early, by 403, before a guard
     or a job reserves. Methods that guards charge nothing for pass. Subclass it for
-    another *amount* or *unit* (``DEFAULT_UNIT`` by default).
+    another *amount* or *unit* (``DEFAULT_UNIT`` by default; one of ``UNITS``).
 
     A ledger that cannot be asked is a 503.
     """
@@ -37,7 +37,7 @@ class HasCredits(BasePermission):
     def has_permission(self, request: Request, view: APIView) -> bool:
         if not costs(request.method, None):
             return True
-        unit = self.unit or meterly_settings.DEFAULT_UNIT
+        unit = units.check_declared(self.unit) if self.unit else units.default()
         try:
             balances = balances_of(request)
         except OUTAGE as exc:

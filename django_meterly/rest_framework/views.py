@@ -8,9 +8,8 @@ from rest_framework.exceptions import NotFound
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from .. import responses
+from .. import responses, units
 from ..errors import OUTAGE, MeterlyUnavailableError
-from ..transports.base import check_unit
 from .balances import balances_of
 from .exceptions import counterpart, nobody_pays
 
@@ -36,18 +35,21 @@ class BalancesView(APIView):
 
 
 class BalanceView(APIView):
-    """Answer the caller's balance in one unit: zeros before the first grant."""
+    """Answer the caller's balance in one unit: zeros before the first grant.
+
+    404 for a unit that ``UNITS`` does not declare, and that the caller does not have.
+    """
 
     permission_classes = []
 
     def get(self, request: Request, unit: str) -> Response:
-        try:
-            check_unit(unit)
-        except ValueError as exc:
-            raise NotFound from exc
         for balance in _balances(request):
             if balance.credit_unit == unit:
                 return _private(_json(balance))
+        try:
+            units.check_declared(unit)
+        except ValueError as exc:
+            raise NotFound from exc
         return _private({"unit": unit, "available": 0, "reserved": 0, "balance": 0})
 
 

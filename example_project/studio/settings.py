@@ -119,6 +119,8 @@ CELERY_BEAT_SCHEDULE = {
 METERLY = {
     "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
     "DEFAULT_UNIT": "image_credits",
+    # What there is, and what people call it.
+    "UNITS": {"image_credits": "image credits", "render_seconds": "render seconds"},
     "TOP_UP_URL": "/credits/",
     **from_env(env),
 }

@@ -254,7 +254,10 @@ def test_expired_hold_is_free_again_and_cannot_be_settled(meterly, customer):
         customer, 100, ttl_seconds=1, idempotency_key="key-1"
     )
     let_expire()
-    assert meterly.get_reservation(held.reservation_id).status == "expired"
+    assert meterly.get_balance(customer) == tokens(100)
+    assert meterly.get_balances(customer).balances == (tokens(100),)
+    now = meterly.get_reservation(held.reservation_id)
+    assert (now.status, now.balance) == ("expired", tokens(100))
     refused(
         MeterlyReservationExpiredError, meterly.commit_reservation, held.reservation_id
     )

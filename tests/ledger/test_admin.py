@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
 from django.urls import reverse
 
+from django_meterly.db import from_now
 from django_meterly.ledger import operations, seals
 from django_meterly.ledger.models import (
     Account,
@@ -55,6 +57,20 @@ def test_rows_are_listed_searched_and_shown(admin_client, rows, model):
     found = admin_client.get(url(model, "changelist"), {"q": "nothing like it"})
     assert found.context["cl"].result_count == 0
     assert admin_client.get(url(model, "change", row.pk)).status_code == 200
+
+
+def test_an_account_does_not_reserve_what_has_expired(admin_client, rows):
+    account = Account.objects.get()
+    for expected in ([100, 5, 95], [100, 0, 100]):
+        shown = admin_client.get(url(Account, "changelist")).content.decode()
+        cells = re.findall(r'class="field-[a-z_]+">(\d+)<', shown)
+        assert [int(cell) for cell in cells] == expected
+        page = admin_client.get(url(Account, "change", account.pk)).content.decode()
+        cells = re.findall(r'class="readonly">(\d+)<', page)
+        assert [int(cell) for cell in cells] == expected
+        Hold.objects.update(expires_at=from_now(-1))
+    ordered = admin_client.get(url(Account, "changelist"), {"o": "4"})
+    assert ordered.status_code == 200
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -156,6 +156,92 @@ def test_a_hold_past_its_time_is_shown_as_expired_before_any_sweep(workspace, cu
     assert shown.status == replayed.status == "expired"
 
 
+def test_credits_of_an_expired_hold_are_available_before_any_sweep(workspace, customer):
+    over = reserve(workspace, customer, 30, "over").reservation_id
+    let_expire()
+    live = reserve(workspace, customer, 25, "live").reservation_id
+    elsewhere = operations.add(
+        workspace.pk,
+        customer,
+        amount=8,
+        unit="pages",
+        reference="pages",
+        idempotency_key="pages",
+    )
+    reserve(workspace, customer, 7, "pages-over", unit="pages")
+    Hold.objects.filter(account__unit="pages").update(expires_at=from_now(-1))
+    rows = list(Account.objects.order_by("pk").values())
+    entries = Entry.objects.count()
+
+    jobs, pages = operations.balances(workspace.pk, customer)
+
+    assert (jobs.balance, jobs.reserved, jobs.available) == (100, 25, 75)
+    assert (pages.balance, pages.reserved, pages.available) == (8, 0, 8)
+    assert operations.default_balance(workspace.pk, customer) == jobs
+    for hold in (over, live):
+        assert operations.get_reservation(workspace.pk, hold).account == jobs
+    assert elsewhere.account == pages
+    # To read is not to write.
+    assert list(Account.objects.order_by("pk").values()) == rows
+    assert Entry.objects.count() == entries
+    call_command("meterly_ledger_verify")
+    assert operations.expire_due() == 2
+    assert operations.balances(workspace.pk, customer) == [jobs, pages]
+
+
+def test_a_hold_that_is_extended_is_reserved_again(workspace, customer):
+    over = reserve(workspace, customer, 30, "over").reservation_id
+    reserve(workspace, customer, 5, "other")
+    Hold.objects.exclude(public_id=over).update(expires_at=from_now(-1))
+
+    extended = operations.extend(
+        workspace.pk, over, ttl_seconds=60, idempotency_key="extend"
+    )
+
+    assert (extended.account.balance, extended.account.reserved) == (100, 30)
+
+
+def test_a_commit_that_moves_nothing_tells_what_is_available_now(workspace, customer):
+    held = reserve(workspace, customer, 30).reservation_id
+    operations.commit(workspace.pk, held, idempotency_key="commit")
+    reserve(workspace, customer, 40, "over")
+    let_expire()
+
+    again = operations.commit(workspace.pk, held, idempotency_key="other")
+
+    assert (again.account.balance, again.account.reserved) == (70, 0)
+
+
+def test_a_movement_answers_with_its_entry_also_when_replayed(workspace, customer):
+    reserve(workspace, customer, 30, "over")
+    let_expire()
+
+    first, again = (reserve(workspace, customer, 25, "live") for _ in range(2))
+
+    entry = Entry.objects.latest("pk")
+    assert (entry.balance_after, entry.reserved_after) == (100, 55)
+    for answer in (first, again):
+        assert (answer.account.balance, answer.account.reserved) == (100, 55)
+    assert numbers(workspace, customer) == (100, 25)
+
+
+def test_books_that_do_not_balance_are_read_all_the_same(workspace, customer):
+    reserve(workspace, customer, 30)
+    let_expire()
+    # Somebody wrote to the table by hand.
+    Account.objects.update(reserved=10)
+
+    assert numbers(workspace, customer) == (100, 0)
+
+
+@pytest.mark.parametrize("read", [operations.balances, operations.default_balance])
+def test_a_balance_is_two_statements(
+    workspace, customer, read, django_assert_num_queries
+):
+    with django_assert_num_queries(2):
+        read(workspace.pk, customer)
+
+
 def test_a_commit_in_time_can_be_replayed_after_the_time(workspace, customer):
     held = reserve(workspace, customer)
     operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")

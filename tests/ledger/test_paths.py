@@ -137,6 +137,15 @@ CLOSING = [
     ),
     (
         "already",
+        [
+            lambda its: its.commit(10),
+            lambda its: its.spend(**RESERVE),
+            lambda its: its.let_expire(),
+        ],
+        lambda its: its.commit(key="other"),
+    ),
+    (
+        "already",
         [lambda its: its.release()],
         lambda its: its.release(key="other"),
     ),

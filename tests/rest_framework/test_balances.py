@@ -14,6 +14,8 @@ from rest_framework.test import APIClient
 from rest_framework.views import APIView
 
 from django_meterly import guard
+from django_meterly.db import from_now
+from django_meterly.ledger.models import Hold
 from django_meterly.models import Customer
 from django_meterly.rest_framework.permissions import HasCredits
 from tests.books import balance, fund, states
@@ -72,6 +74,19 @@ def test_the_caller_sees_their_own_balances(
     found = sorted(response.json()["balances"], key=lambda each: -each["balance"])
     assert found == [{**credits_, "balance": 100}, seconds]
     assert api.get("/credits/balances/gpu_seconds/").json() == seconds
+
+
+def test_credits_of_an_expired_hold_let_the_caller_in(
+    api: APIClient, by_token: APIClient, user: User, any_ledger: Any
+) -> None:
+    fund(user, 10)
+    guard(user, 10).reserve()
+    assert by_token.post("/gated/").status_code == 403
+    Hold.objects.update(expires_at=from_now(-1))
+    balance = {"unit": "image_credits", "available": 10, "reserved": 0, "balance": 10}
+    assert api.get("/credits/balances/").json() == {"balances": [balance]}
+    assert api.get("/credits/balances/image_credits/").json() == balance
+    assert by_token.post("/gated/").status_code == 200
 
 
 def test_before_the_first_grant_there_is_nothing(api: APIClient, user: User) -> None:

@@ -19,9 +19,11 @@ from django_meterly import (
     MeterlyNotSentError,
     MeterlyUnknownOutcomeError,
     get_client,
+    grants,
     guard,
 )
 from django_meterly.mixins import MeterlyGuardMixin
+from django_meterly.models import Grant
 from django_meterly.tasks import meterly_task
 from django_meterly.transports import Call, HttpTransport, Transport
 from django_meterly.transports.signing import BearerSigner, HmacSigner
@@ -38,6 +40,8 @@ from django_meterly.types import (
 
 if TYPE_CHECKING:
     from requests import PreparedRequest
+
+    from django_meterly.models import Customer
 
 
 def making_one() -> None:
@@ -116,6 +120,13 @@ def calling(meterly: MeterlyClient) -> None:
     meterly.reserve_credits("c", 5, "tokens")  # type: ignore[call-arg]
     meterly.extend_reservation("r")  # type: ignore[call-arg]
     held.amount = 6  # type: ignore[misc]
+
+
+async def granting(meterly: MeterlyClient, customer: Customer) -> None:
+    grant = grants.grant(meterly, customer, 5, "tokens", reason="r", reference="s")
+    assert_type(grant, tuple[Grant, bool])
+    twin = grants.agrant(meterly, customer, 5, "tokens", reason="r", reference="s")
+    assert_type(await twin, tuple[Grant, bool])
 
 
 async def awaiting(meterly: MeterlyClient) -> None:

@@ -248,7 +248,13 @@ BEGIN
         END IF;
 
         SELECT h.amount, h.reference, h.status, h.expires_at,
-            c.public_id, a.unit, a.balance, a.reserved
+            c.public_id, a.unit, a.balance,
+            -- A hold whose time is over reserves nothing, swept or not.
+            greatest(0, a.reserved - (
+                SELECT coalesce(sum(due.amount), 0) FROM meterly_ledger_hold due
+                WHERE due.account_id = a.id
+                    AND due.status = 'reserved' AND due.expires_at <= now_
+            ))
         INTO amount_, reference_, present_, until_,
             customer_, unit_, balance_, reserved_
         FROM meterly_ledger_hold h
