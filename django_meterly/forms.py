@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from django import forms
 from django.core.exceptions import ValidationError
-from django.utils.module_loading import import_string
 from django.utils.translation import gettext_lazy as _
 
 from .conf import meterly_settings
@@ -24,7 +23,10 @@ KNOWN_UNITS = 50
 
 
 class CustomerForm(CustomerModelForm):
-    """Adds a customer: an owner, an external id, or both."""
+    """Adds a customer with an owner, an external id, or both.
+
+    Also gives an owner to a customer that never had one.
+    """
 
     class Meta:
         model = Customer
@@ -44,21 +46,11 @@ class CustomerForm(CustomerModelForm):
         external_id = self.cleaned_data["external_id"]
         # Cleaned before this one, and absent if there was an error in it.
         owner = self.cleaned_data.get("owner")
-        if not external_id and owner is None:
-            if "owner" in self.errors:
-                return ""
-            raise ValidationError(_("Choose an owner, or type an external id."))
-        if owner is not None:
-            derived = import_string(meterly_settings.EXTERNAL_ID)(owner)
-            if external_id and external_id != derived:
-                # Guards would not find it: they look for the owner's own id.
-                raise ValidationError(
-                    _("This owner's external id is %(id)s. Leave the field empty."),
-                    params={"id": derived},
-                )
-            external_id = derived
         try:
-            return check_text(external_id, "external_id")
+            if external_id:
+                return check_text(external_id, "external_id")
+            if owner is not None:
+                return Customer.objects.free_external_id(owner)
         except ValueError as exc:
             raise ValidationError(
                 _(
@@ -66,6 +58,9 @@ class CustomerForm(CustomerModelForm):
                     "space at either end."
                 )
             ) from exc
+        if "owner" in self.errors:
+            return ""
+        raise ValidationError(_("Choose an owner, or type an external id."))
 
 
 class GrantCreditsForm(forms.Form):
