@@ -11,6 +11,7 @@ def tell(name: str) -> None:
     """Tell the story of the model *name*; an ``AssertionError`` is what went wrong."""
     from django.apps import apps
     from django.contrib.auth.models import AnonymousUser, Group
+    from django.core.checks import run_checks
     from django.utils.functional import SimpleLazyObject
 
     from django_meterly import guard
@@ -20,6 +21,9 @@ def tell(name: str) -> None:
 
     model = apps.get_model("owners", name)
     for_owner = Customer.objects.for_owner
+
+    ids = [message.id for message in run_checks(tags=["meterly"])]
+    assert ids == ([] if name == "ProxyUser" else ["meterly.W012"])
 
     first, second = new(name, 1), new(name, 2)
     wallets = [fund(first), fund(second, 50)]
