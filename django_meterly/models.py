@@ -155,9 +155,9 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
 
     def _register(self, owner_id: Any, external_id: str) -> Customer:
         names = _names(external_id)
+        name = next(names)
+        known = self._known("external_id", name)
         while True:
-            name = next(names)
-            known = self._known("external_id", name)
             try:
                 with transaction.atomic(using=self.db):
                     if known is None:
@@ -173,14 +173,18 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
                     raise
                 if winner.owner_id == owner_id:
                     return winner
-            else:
-                if known.owner_id is not None:
-                    logger.warning(
-                        "%s returns the external id %r for two owners. The second one "
-                        "gets another.",
-                        meterly_settings.EXTERNAL_ID,
-                        name,
-                    )
+                if known is None:
+                    known = winner
+                    continue
+            if known.owner_id is not None:
+                logger.warning(
+                    "%s returns the external id %r for two owners. The second one gets "
+                    "another.",
+                    meterly_settings.EXTERNAL_ID,
+                    name,
+                )
+            name = next(names)
+            known = self._known("external_id", name)
 
     def _add(self, external_id: str) -> Customer:
         try:

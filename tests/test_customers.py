@@ -494,6 +494,27 @@ def test_f66_first_uses_of_one_external_id_make_two_customers(
     }
 
 
+def test_f66_a_customer_that_is_registered_meanwhile_is_adopted() -> None:
+    user = User.objects.create(pk=7, username="alice")
+    meanwhile: list[Customer] = []
+
+    def register() -> None:
+        meanwhile.append(Customer.objects.resolve("user_7"))
+        connection.close()
+
+    def insert(execute: Any, sql: str, *args: Any) -> Any:
+        if sql.startswith("INSERT") and not meanwhile:
+            thread = threading.Thread(target=register)
+            thread.start()
+            thread.join()
+        return execute(sql, *args)
+
+    with connection.execute_wrapper(insert):
+        customer = for_owner(user)
+    assert meanwhile == [customer] == list(Customer.objects.filter(owner=user))
+    assert customer.had_owner
+
+
 def test_two_first_uses_of_an_external_id_make_one_customer(at_once: Any) -> None:
     found = at_once(*[lambda: Customer.objects.resolve("team_7")] * 4)
     assert len(set(found)) == Customer.objects.count() == 1

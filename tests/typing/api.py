@@ -8,7 +8,6 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, assert_type
 
-from django.contrib.auth.models import User
 from django.views import View
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
@@ -39,6 +38,7 @@ from django_meterly.types import (
 )
 
 if TYPE_CHECKING:
+    from django.contrib.auth.models import User
     from requests import PreparedRequest
 
 
