@@ -28,7 +28,7 @@ from .models import MAX_REASON_LENGTH, Customer, Grant, Reservation
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from django.db.models import QuerySet
+    from django.db.models import Model, QuerySet
     from django.http import HttpRequest, HttpResponse
     from django.urls import URLPattern
     from django.utils.functional import _StrPromise
@@ -51,6 +51,18 @@ MAX_CUSTOMERS = 100
 MAX_SHOWN = 20
 
 
+def _name_of(somebody: Model | None) -> str:
+    """Return how the project's own model calls *somebody*; ``-`` for nobody."""
+    if somebody is None:
+        return "-"
+    try:
+        return str(somebody)
+    except Exception:
+        # One row must not take the whole list with it.
+        logger.exception("%s %s has no name", somebody._meta.label, somebody.pk)
+        return f"{somebody._meta.verbose_name} {somebody.pk}"
+
+
 @admin.register(Customer)
 class CustomerAdmin(CustomerModelAdmin):
     """Customers and their balances, which the ledger is asked for.
@@ -60,7 +72,7 @@ class CustomerAdmin(CustomerModelAdmin):
 
     actions = ["grant_credits"]
     form = CustomerForm
-    list_display = ["external_id", "owner", "customer_id", "created_at"]
+    list_display = ["external_id", "owner_name", "customer_id", "created_at"]
     list_select_related = ["owner"]
     raw_id_fields = ["owner"]
     search_fields = ["external_id", "customer_id"]
@@ -69,13 +81,24 @@ class CustomerAdmin(CustomerModelAdmin):
     def get_fields(
         self, request: HttpRequest, obj: Customer | None = None
     ) -> tuple[str, ...]:
-        known = ("owner", "external_id")
-        return known if obj is None else (*known, "customer_id", "created_at")
+        if obj is None:
+            return ("owner", "external_id")
+        owner = "owner_name" if obj.had_owner else "owner"
+        return (owner, "external_id", "customer_id", "created_at")
 
     def get_readonly_fields(
         self, request: HttpRequest, obj: Customer | None = None
     ) -> tuple[str, ...]:
-        return () if obj is None else ("external_id", "customer_id", "created_at")
+        if obj is None:
+            return ()
+        # Credits stay with their owner: nobody takes over a customer with a history
+        # of somebody else.
+        owner = ("owner_name",) if obj.had_owner else ()
+        return (*owner, "external_id", "customer_id", "created_at")
+
+    @admin.display(description=gettext_lazy("owner"), ordering="owner")
+    def owner_name(self, customer: Customer) -> str:
+        return _name_of(customer.owner)
 
     def has_delete_permission(
         self, request: HttpRequest, obj: Customer | None = None
@@ -122,6 +145,16 @@ class CustomerAdmin(CustomerModelAdmin):
                     logger.warning("No balances of customer %s: %s", obj, exc)
                     context["balances_error"] = str(exc)
         return super().render_change_form(request, context, add, change, form_url, obj)
+
+    def save_model(
+        self, request: HttpRequest, obj: Customer, form: Any, change: bool
+    ) -> None:
+        if not change:
+            super().save_model(request, obj, form, change)
+        elif "owner" in form.changed_data:
+            # The other columns are as of when the page was loaded.
+            unowned = Customer.objects.filter(pk=obj.pk, had_owner=False)
+            unowned.update(owner=obj.owner_id)
 
     @admin.action(
         description=gettext_lazy("Grant credits"), permissions=["grant_credits"]
@@ -325,15 +358,16 @@ class GrantAdmin(ReadOnlyAdmin):
         "amount",
         "unit_name",
         "state",
-        "actor",
+        "granted_by",
         "reason",
         "reference",
     ]
     list_filter = ["state", ("unit", UnitFilter), "created_at"]
     list_select_related = ["customer", "actor"]
+    readonly_fields = ["granted_by"]
     search_fields = ["reference", "reason", "customer__external_id"]
     fieldsets = [
-        (None, {"fields": ["customer", "amount", "unit_name", "reason", "actor"]}),
+        (None, {"fields": ["customer", "amount", "unit_name", "reason", "granted_by"]}),
         (
             gettext_lazy("At the ledger"),
             {
@@ -345,6 +379,10 @@ class GrantAdmin(ReadOnlyAdmin):
             },
         ),
     ]
+
+    @admin.display(description=gettext_lazy("granted by"), ordering="actor")
+    def granted_by(self, grant: Grant) -> str:
+        return _name_of(grant.actor)
 
 
 class StuckFilter(admin.SimpleListFilter):

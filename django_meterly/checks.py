@@ -26,6 +26,7 @@ from .db import missing_tables
 from .execution import class_of, handlers, is_guarded
 from .middleware import MeterlyMiddleware, key_for, named_patterns
 from .options import GuardOptions
+from .resolvers import request_user
 from .transports.base import MAX_TTL_SECONDS, shown
 
 if TYPE_CHECKING:
@@ -223,6 +224,35 @@ def check_customer_model(
                 "the customers with a migration of your own."
             ),
             id="meterly.E008",
+        )
+    ]
+
+
+@register("meterly")
+def check_resolver(**kwargs: Any) -> list[CheckMessage]:
+    """Warn about customers who are no users, and a resolver that returns users."""
+    from django.contrib.auth import get_user_model
+
+    from .models import Customer
+
+    name = "CUSTOMER_RESOLVER"
+    try:
+        if meterly_settings.CUSTOMER_RESOLVER is not request_user:
+            return []
+        user, owner = get_user_model(), Customer.owner_model()
+    except ImproperlyConfigured:
+        return []  # check_settings and Django report it.
+    if issubclass(user, owner):
+        return []
+    return [
+        CheckWarning(
+            f"Customers belong to {owner._meta.label}, but METERLY[{name!r}] is the "
+            f"default, which returns a {user._meta.label}: guarded views will fail.",
+            hint=(
+                "Set it to the dotted path of a function (request) that returns the "
+                f"{owner._meta.object_name} that pays, or None."
+            ),
+            id="meterly.W012",
         )
     ]
 

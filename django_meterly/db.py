@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import sys
+import time
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.core.checks import CheckMessage
 from django.core.checks import Warning as CheckWarning
-from django.db import DatabaseError, connections, models, router
+from django.db import (
+    DatabaseError,
+    IntegrityError,
+    connections,
+    models,
+    router,
+    transaction,
+)
 from django.db.models.functions import Now
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.db.models import QuerySet
+
+logger = logging.getLogger(__name__)
+
+#: How long a sweeper waits for a row that somebody has locked.
+LOCK_SECONDS = 5
 
 
 class ExactCharField(models.CharField):  # type: ignore[type-arg]
@@ -98,3 +114,137 @@ def missing_tables(label: str, databases: Collection[str]) -> list[CheckMessage]
                 )
             )
     return found
+
+
+def passes(exc: BaseException) -> bool:
+    """Return whether *exc* ended a transaction that may be tried again."""
+    if not isinstance(exc, DatabaseError):
+        return False
+    sqlstate, number = error_codes(exc)
+    if sqlstate in {"40001", "40P01"}:  # serialization failure, deadlock
+        return True
+    # The low byte is SQLite's primary code: 5 busy, 6 locked.
+    if getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF in {5, 6}:
+        return True
+    # MySQL: lock wait time-out, deadlock; MariaDB: row changed since the snapshot.
+    return number in {1205, 1213, 1020}
+
+
+def refuses_rows(using: str, exc: Exception) -> bool:
+    """Return whether *exc* may be about some rows, and not about all of *using*.
+
+    It is about all of them if the connection is lost, or if SQLite is locked.
+    """
+    connection = connections[using]
+    if connection.vendor == "sqlite" and passes(exc):
+        return False
+    return connection.connection is not None and connection.is_usable()
+
+
+def was_locked(exc: BaseException) -> bool:
+    """Return whether *exc* says that a row was locked for too long."""
+    if not isinstance(exc, DatabaseError):
+        return False
+    sqlstate, number = error_codes(exc)
+    return bool(sqlstate == "55P03" or number == 1205)
+
+
+def bound_waits(using: str) -> None:
+    """Let no statement of the open transaction wait for a lock for ever.
+
+    Other databases have such a limit; PostgreSQL's default is none.
+    """
+    connection = connections[using]
+    if connection.vendor == "postgresql":
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT set_config('lock_timeout', %s, true)",
+                [f"{LOCK_SECONDS * 1000:.0f}ms"],
+            )
+
+
+def unlocked(rows: QuerySet[Any]) -> QuerySet[Any]:
+    """Return *rows* without those that somebody has locked, where that can be told.
+
+    The others are locked, too, until the transaction ends.
+    """
+    if connections[rows.db].features.has_select_for_update_skip_locked:
+        return rows.select_for_update(skip_locked=True)
+    return rows
+
+
+def change_in_batches(
+    rows: QuerySet[Any],
+    change: Callable[[QuerySet[Any]], int],
+    *,
+    size: int = 1000,
+    until: float = float("inf"),
+    otherwise: Callable[[QuerySet[Any]], int] | None = None,
+) -> int:
+    """Apply *change* to *rows*, *size* at a time; return the sum of what it returns.
+
+    *change* takes rows out of the queryset, and returns how many. What others have
+    locked is skipped. If *change* fails, it is applied to each row by itself: a row for
+    which it fails is logged and left, or taken out of the queryset by *otherwise*.
+    Begins no batch at, or after, the moment *until* (``time.monotonic()``). Raises what
+    the database raises if it cannot be used at all.
+    """
+    connection = connections[rows.db]
+    left: list[Any] = []
+    chosen: list[Any] = []
+
+    def attempt(some: QuerySet[Any]) -> int:
+        chosen.clear()
+        # Two that lock many rows each can deadlock, unless each leaves the other's
+        # alone. SQLite locks nothing, and writes best if it has not read before.
+        locks = connection.features.has_select_for_update_skip_locked
+        inside = locks or connection.in_atomic_block
+        with transaction.atomic(using=rows.db) if inside else nullcontext():
+            if inside:
+                bound_waits(rows.db)
+            chosen.extend(unlocked(some).values_list("pk", flat=True)[:size])
+            return change(rows.filter(pk__in=chosen))
+
+    def leave(pk: Any, exc: Exception | None) -> None:
+        # Without its str(): the exception may be of the project, or hold its objects.
+        reason = "the database keeps it" if exc is None else type(exc).__name__
+        # A protected row is no surprise; a receiver that fails is one.
+        trace = None if isinstance(exc, IntegrityError) else exc
+        name = rows.model._meta.object_name
+        logger.warning("%s %s is left as it is: %s", name, pk, reason, exc_info=trace)
+        try:
+            if otherwise is not None:
+                with transaction.atomic(using=rows.db):
+                    if otherwise(rows.filter(pk=pk)):
+                        return
+        except DatabaseError:
+            logger.exception("%s %s can only be left for now", name, pk)
+        left.append(pk)
+
+    changed = 0
+    while True:
+        try:
+            count = attempt(rows.exclude(pk__in=left))
+            batch = list(chosen)
+            changed += count
+            if count < len(batch):
+                # A trigger may refuse a row without a word.
+                for pk in rows.filter(pk__in=batch).values_list("pk", flat=True):
+                    leave(pk, None)
+        except Exception as exc:
+            if not refuses_rows(rows.db, exc):
+                raise
+            batch = list(chosen)
+            if not batch:
+                raise
+            for pk in batch:
+                if time.monotonic() >= until:
+                    break
+                try:
+                    changed += attempt(rows.filter(pk=pk))
+                except Exception as refused:
+                    if not refuses_rows(rows.db, refused):
+                        raise
+                    leave(pk, refused)
+        if len(batch) < size or time.monotonic() >= until:
+            return changed

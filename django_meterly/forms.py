@@ -35,7 +35,10 @@ KNOWN_UNITS = 50
 
 
 class CustomerForm(CustomerModelForm):
-    """Adds a customer: an owner, an external id, or both."""
+    """Adds a customer with an owner, an external id, or both.
+
+    Also gives an owner to a customer that never had one.
+    """
 
     class Meta:
         model = Customer
@@ -55,21 +58,11 @@ class CustomerForm(CustomerModelForm):
         external_id = self.cleaned_data["external_id"]
         # Cleaned before this one, and absent if there was an error in it.
         owner = self.cleaned_data.get("owner")
-        if not external_id and owner is None:
-            if "owner" in self.errors:
-                return ""
-            raise ValidationError(_("Choose an owner, or type an external id."))
-        if owner is not None:
-            derived = meterly_settings.EXTERNAL_ID(owner)
-            if external_id and external_id != derived:
-                # Guards would not find it: they look for the owner's own id.
-                raise ValidationError(
-                    _("This owner's external id is %(id)s. Leave the field empty."),
-                    params={"id": derived},
-                )
-            external_id = derived
         try:
-            return check_text(external_id, "external_id")
+            if external_id:
+                return check_text(external_id, "external_id")
+            if owner is not None:
+                return Customer.objects.free_external_id(owner)
         except ValueError as exc:
             raise ValidationError(
                 _(
@@ -77,6 +70,9 @@ class CustomerForm(CustomerModelForm):
                     "space at either end."
                 )
             ) from exc
+        if "owner" in self.errors:
+            return ""
+        raise ValidationError(_("Choose an owner, or type an external id."))
 
 
 class GrantCreditsForm(forms.Form):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from asgiref.sync import sync_to_async
 from django.db import DatabaseError, IntegrityError, router, transaction
 
 from . import signals, units
+from .db import refuses_rows
 from .errors import (
     OUTAGE,
     MeterlyApiError,
@@ -17,7 +19,13 @@ from .errors import (
     MeterlyReferenceConflictError,
     MeterlyUnknownOutcomeError,
 )
-from .journal import announce, collect, in_transaction
+from .journal import (
+    OUTAGE_AFTER,
+    announce,
+    collect,
+    in_transaction,
+    refused_by_database,
+)
 from .models import MAX_REASON_LENGTH, Customer, Grant
 from .transports.base import check_amount, check_description, check_text
 
@@ -125,6 +133,7 @@ def settle(client: MeterlyClient, row: Grant) -> bool:
 
     Returns whether the ledger could be asked.
     """
+    handled = sys.exception()
     try:
         answer = client.grant_credits(
             row.customer.external_id,
@@ -135,9 +144,10 @@ def settle(client: MeterlyClient, row: Grant) -> bool:
             idempotency_key=row.wire_key,
         )
     except OUTAGE as exc:
-        _record(row, State.PENDING, str(exc))
-        logger.info("Grant %s is still pending: %s", row.pk, exc)
-        return False
+        refusal = refused_by_database(exc, handled)
+        _record(row, State.PENDING, str(refusal or exc))
+        logger.info("Grant %s is still pending: %s", row.pk, refusal or exc)
+        return refusal is not None
     except MeterlyApiError as exc:
         _record(row, State.REFUSED, str(exc))
         logger.warning("Grant %s was refused: %s", row.pk, exc)
@@ -178,17 +188,27 @@ def _record(row: Grant, state: str, error: str) -> None:
 def settle_due(client: MeterlyClient) -> int:
     """Ask the ledger again for pending grants; return how many were asked for.
 
-    Stops when the ledger is out of reach: the others can wait for the next run.
+    Stops when the ledger is out of reach for several grants in a row: the others can
+    wait for the next run. A grant that cannot be settled is logged, and left.
     """
+    using = router.db_for_write(Grant)
     pending = (
-        Grant.objects.filter(state=State.PENDING)
+        Grant.objects.using(using)
+        .filter(state=State.PENDING)
         .select_related("customer")
         # A grant the ledger cannot answer must not stand in the others' way.
         .order_by("?")[:BATCH]
     )
-    asked = 0
+    asked = unreached = 0
     for row in pending:
         asked += 1
-        if not settle(client, row):
+        try:
+            unreached = 0 if settle(client, row) else unreached + 1
+        except Exception as exc:
+            # Whatever is wrong with one grant, it must not stop the others.
+            if not refuses_rows(using, exc):
+                raise
+            logger.exception("Grant %s could not be settled", row.pk)
+        if unreached == OUTAGE_AFTER:
             break
     return asked

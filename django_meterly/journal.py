@@ -46,7 +46,7 @@ import random
 import sys
 import time
 import uuid
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,7 +66,15 @@ from django.db.models.functions import Coalesce
 
 from . import signals, units
 from .conf import meterly_settings
-from .db import DatabaseNow, from_now
+from .db import (
+    DatabaseNow,
+    bound_waits,
+    change_in_batches,
+    from_now,
+    refuses_rows,
+    unlocked,
+    was_locked,
+)
 from .errors import (
     MAX_MESSAGE_LENGTH,
     OUTAGE,
@@ -109,6 +117,8 @@ SETTLE_TIMEOUT = 2.0
 BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
 #: How long a row is kept that was denied: a day. There may be many.
 DENIED_RETENTION = 86400.0
+#: When a row that could not be deleted is tried again.
+KEPT = 86400.0
 #: How often a debt is tried again.
 UNBILLED_INTERVAL = 6 * 3600.0
 #: Rows the sweeper takes at a time, and of how many it chooses them.
@@ -824,7 +834,7 @@ def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> i
     Only those whose lease ended *older_than* seconds ago, and for *seconds* at
     most; the rest is left to the next call.
     """
-    return _in_batches(
+    return change_in_batches(
         Reservation.objects.using(alias()).lapsed(older_than),
         lambda rows: rows.update(
             # Due since then. Before lease_until: MySQL assigns from left to right.
@@ -839,7 +849,8 @@ def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> i
             stuck_at=None,
             refusals=0,
         ),
-        seconds,
+        size=BATCH,
+        until=_until(seconds),
     )
 
 
@@ -945,6 +956,9 @@ class Outcome(Enum):
     REFUSED = "refused"
     #: The ledger could not be asked.
     UNREACHED = "unreached"
+    #: The database refuses to change the row, or somebody has locked it, or its
+    #: account: it is as it was.
+    LEFT = "left"
 
 
 def settle(
@@ -969,7 +983,7 @@ def settle(
         else:
             _settle_commit(client, row)
     except OUTAGE as exc:
-        if refusal := _refused_by_database(exc, handled):
+        if refusal := refused_by_database(exc, handled):
             return _postpone(row, refusal, Outcome.REFUSED)
         return _postpone(row, exc, Outcome.UNREACHED)
     except MeterlyApiError as exc:
@@ -1240,7 +1254,7 @@ def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reserv
                     continue
                 outcome = settle(client, row, timeout=SETTLE_TIMEOUT)
         except DatabaseError as exc:
-            refusal = _refused_by_database(exc, handled)
+            refusal = refused_by_database(exc, handled)
             if refusal is None:
                 raise MeterlyUnavailableError(f"The database failed: {exc}") from exc
             outcome = _postpone(row, refusal, Outcome.REFUSED)
@@ -1342,29 +1356,39 @@ def settle_due(
     done = Round()
     until = _until(seconds)
     unreached = 0
+    left: list[uuid.UUID] = []
     while True:
         rows = Reservation.objects.using(using)
         due = list(
             rows.due(older_than)
+            .exclude(pk__in=left)
             .order_by("next_attempt_at")
             .values_list("pk", flat=True)[:WINDOW]
         )
         # At random: sweepers side by side are not to go for the same rows, and a
         # row that ends its settler is not to be everybody's first.
         chosen = random.sample(due, min(BATCH, len(due)))
-        batch = list(rows.select_related("customer").filter(pk__in=chosen))
+        # Nobody waits for a row that somebody else has locked, for however long.
+        with transaction.atomic(using=using):
+            free = unlocked(rows.filter(pk__in=chosen)).values_list("pk", flat=True)
+            batch_pks = set(free)
+        left += set(chosen) - batch_pks
+        batch = list(rows.select_related("customer").filter(pk__in=batch_pks))
         random.shuffle(batch)
         for row in batch:
             if done.taken == limit or time.monotonic() >= until:
                 return done
             outcome = _sweep_row(client, using, row)
+            if outcome in (None, Outcome.LEFT):
+                left.append(row.pk)
             if outcome is None:
                 continue
             done.taken += 1
             done.settled += row.state in State.final()
             if on_row is not None:
                 on_row(done.taken)
-            unreached = unreached + 1 if outcome is Outcome.UNREACHED else 0
+            if outcome is not Outcome.LEFT:
+                unreached = unreached + 1 if outcome is Outcome.UNREACHED else 0
             if unreached == OUTAGE_AFTER:
                 # What was not tried stays due, and is as it was when the ledger is
                 # back: one row after the other, for each sweeper.
@@ -1382,20 +1406,34 @@ def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome |
         # Taken inside: with a ledger in the same database all of it is one
         # transaction, which begins with a write.
         with client.transport.unit_of_work(using):
+            if connections[using].in_atomic_block:
+                bound_waits(using)
             return _settle_taken(client, row) if _take(using, row) else None
     except Exception as exc:
         # Whatever is wrong with one row, it must not stop the others.
         logger.exception("Reservation %s could not be settled", row.pk)
-        row.refresh_from_db(using=using)
-        # The rollback may have given the row back.
-        taken = _take(using, row)
-        refusal = _refused_by_database(exc, handled)
-        if isinstance(exc, DatabaseError) and refusal is None:
-            return Outcome.UNREACHED if taken else None
-        return _postpone(row, refusal or exc, Outcome.REFUSED)
+        if was_locked(exc):
+            return Outcome.LEFT
+        refusal = refused_by_database(exc, handled)
+        try:
+            with transaction.atomic(using=using):
+                bound_waits(using)
+                row.refresh_from_db(using=using)
+                # The rollback may have given the row back.
+                taken = _take(using, row)
+                if isinstance(exc, DatabaseError) and refusal is None:
+                    return Outcome.UNREACHED if taken else None
+                return _postpone(row, refusal or exc, Outcome.REFUSED)
+        except Reservation.DoesNotExist:
+            return None
+        except DatabaseError as again:
+            if not refuses_rows(using, again):
+                raise
+            logger.exception("Reservation %s cannot be changed", row.pk)
+            return Outcome.LEFT
 
 
-def _refused_by_database(
+def refused_by_database(
     exc: BaseException | None, handled: BaseException | None
 ) -> Exception | None:
     """Return what *exc* comes from if a database in reach refuses what a row asks.
@@ -1452,11 +1490,12 @@ def sweep(client: MeterlyClient, *, limit: int | None = None) -> tuple[int, int]
 
 def retry_stuck(rows: ReservationQuerySet) -> int:
     """Let the stuck ones of *rows* be tried again, from now; return how many."""
-    return (
-        rows.using(alias())
-        .stuck()
-        .unsettled()
-        .update(stuck_at=None, refusals=0, next_attempt_at=DatabaseNow())
+    return change_in_batches(
+        rows.using(alias()).stuck().unsettled().order_by().select_related(None),
+        lambda some: some.update(
+            stuck_at=None, refusals=0, next_attempt_at=DatabaseNow()
+        ),
+        size=BATCH,
     )
 
 
@@ -1464,12 +1503,15 @@ def prune(*, seconds: float | None = None) -> int:
     """Delete what was settled ``JOURNAL_RETENTION`` ago; return how many rows.
 
     What was denied is deleted after a day. For *seconds* at most. Nothing that is
-    open, due, owed or stuck is deleted.
+    open, due, owed or stuck is deleted. A row that cannot be deleted, for example
+    because the project protects it by a foreign key, is tried again after a day.
     """
-    return _in_batches(
+    return change_in_batches(
         prunable(),
         lambda rows: rows.delete()[1].get(Reservation._meta.label, 0),
-        seconds,
+        size=BATCH,
+        until=_until(seconds),
+        otherwise=lambda rows: rows.update(next_attempt_at=from_now(KEPT)),
     )
 
 
@@ -1482,8 +1524,10 @@ def prunable() -> ReservationQuerySet:
     rows = Reservation.objects.using(alias())
     charged = Q(state__in=State.charged())
     denied = rows.filter(state=State.DENIED, next_attempt_at__lte=DatabaseNow())
+    # One that could not be deleted has a next attempt.
+    tried = Q(next_attempt_at__gt=DatabaseNow())
     return denied | rows.settled(meterly_settings.JOURNAL_RETENTION).exclude(
-        charged & (Q(attempt__gt=1) | Q(lapsed=True))
+        tried | charged & (Q(attempt__gt=1) | Q(lapsed=True))
     )
 
 
@@ -1531,29 +1575,6 @@ def backlog(older_than: float = 0.0) -> Backlog:
         unbilled=rows.filter(state=State.UNBILLED).count(),
         stuck=rows.stuck().count(),
     )
-
-
-def _in_batches(
-    rows: ReservationQuerySet,
-    change: Callable[[ReservationQuerySet], int],
-    seconds: float | None,
-) -> int:
-    """Apply *change* to *rows*, some at a time; return the sum of what it returns.
-
-    *change* has to leave none of them in the queryset.
-    """
-    skip = connections[rows.db].features.has_select_for_update_skip_locked
-    until = _until(seconds)
-    changed = 0
-    while True:
-        # Two sweepers that lock many rows each can deadlock, unless each leaves
-        # the other's alone.
-        with transaction.atomic(using=rows.db) if skip else nullcontext():
-            some = rows.select_for_update(skip_locked=True) if skip else rows
-            pks = list(some.values_list("pk", flat=True)[:BATCH])
-            changed += change(rows.filter(pk__in=pks))
-        if len(pks) < BATCH or time.monotonic() >= until:
-            return changed
 
 
 def _until(seconds: float | None) -> float:

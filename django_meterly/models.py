@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import uuid
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
+from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -21,9 +24,11 @@ from .errors import (
     MeterlyError,
     MeterlyUnknownOutcomeError,
 )
-from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text
+from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from .client import MeterlyClient
     from .errors import MeterlyInsufficientCreditsError
 
@@ -42,64 +47,194 @@ MAX_REASON_LENGTH = 500
 ID_LENGTH = 64
 
 
+def external_id_of(owner: models.Model) -> str:
+    """Return what ``EXTERNAL_ID`` returns for *owner*.
+
+    Raises ``ValueError`` if that cannot be an external id.
+    """
+    external_id = meterly_settings.EXTERNAL_ID(owner)
+    return check_text(external_id, "What METERLY['EXTERNAL_ID'] returns")
+
+
+def _names(external_id: str) -> Iterator[str]:
+    """Yield *external_id*, and then what its owner is called if that is taken."""
+    yield external_id
+    for number in count(2):
+        suffix = f"~{number}"
+        yield external_id[: MAX_TEXT_LENGTH - len(suffix)] + suffix
+
+
+def _described(value: Any) -> str:
+    # Never by the __str__ of a project's model: it may raise, or query.
+    return value._meta.label if isinstance(value, models.Model) else shown(value)
+
+
+@cache
+def _select_sql(using: str, name: str) -> str:
+    """Return the SELECT of the customer whose field *name* has one value.
+
+    It names its columns: a later version may add one while this process runs.
+    """
+    quote = connections[using].ops.quote_name
+    fields = {f.name: quote(str(f.column)) for f in Customer._meta.concrete_fields}
+    columns = ", ".join(fields.values())
+    table = quote(Customer._meta.db_table)
+    return f"SELECT {columns} FROM {table} WHERE {fields[name]} = %s"  # noqa: S608
+
+
 class CustomerQuerySet(models.QuerySet["Customer"]):
     def for_owner(self, owner: models.Model) -> Customer:
-        """Return the customer of *owner*, made on first use.
+        """Return the customer of *owner*, an instance of ``CUSTOMER_MODEL``.
 
-        Two first uses at once make one row. Raises ``ValueError`` when
+        It is looked up by its owner. On first use it is registered under the external
+        id that ``EXTERNAL_ID`` returns. If that id belongs to another owner, living or
+        deleted, the new customer gets the next free one: ``user_5~2``, ``user_5~3``.
+        A customer that was registered by its external id, and never had an owner, gets
+        this one.
+
+        Two first uses at once make one row. Raises ``TypeError`` for an object of
+        another model, and ``ValueError`` if *owner* is not saved, or if
         ``EXTERNAL_ID`` returns something that cannot be an external id.
         """
-        external_id = meterly_settings.EXTERNAL_ID(owner)
-        check_text(external_id, "external_id")
-        customer = self._known(external_id)
-        if customer is None:
-            customer, _ = self.get_or_create(
-                external_id=external_id, defaults={"owner": cast(Any, owner)}
-            )
-        if customer.owner_id is None:
-            # Known by its external id before its owner was.
-            customer.owner = cast(Any, owner)
-            customer.save(update_fields=["owner"])
-        return customer
+        key = Customer.owner_key(owner)
+        return self._known("owner", key) or self._register(key, external_id_of(owner))
 
-    def _known(self, external_id: str) -> Customer | None:
-        # By hand: every guard asks this, and Django takes longer to write the query
-        # anew than the database takes to answer it.
-        self._for_write = True
-        table = connections[self.db].ops.quote_name(Customer._meta.db_table)
-        sql = f"SELECT * FROM {table} WHERE external_id = %s"  # noqa: S608
-        return next(iter(self.raw(sql, [external_id])), None)
+    async def afor_owner(self, owner: models.Model) -> Customer:
+        """Return the customer of *owner*: the async twin of ``for_owner``."""
+        return await sync_to_async(self.for_owner)(owner)
+
+    def free_external_id(self, owner: models.Model) -> str:
+        """Return the external id under which *owner* would be registered now."""
+        derived = external_id_of(owner)
+
+        def is_free(name: str) -> bool:
+            known = self._known("external_id", name)
+            return known is None or (name == derived and not known.had_owner)
+
+        return next(filter(is_free, _names(derived)))
 
     def resolve(self, value: Any) -> Customer:
         """Return the customer that *value* stands for.
 
-        *value* is a ``Customer``, an instance of ``CUSTOMER_MODEL`` or an
-        external id. Raises ``TypeError`` for anything else.
+        *value* is a ``Customer``, an instance of ``CUSTOMER_MODEL`` (see
+        ``for_owner``) or an external id. An external id is the customer of that name,
+        whoever owns it: also one whose owner was deleted. If there is none, it is made
+        without an owner. Raises ``TypeError`` for anything else, and ``ValueError`` for
+        a string that cannot be an external id.
         """
         if isinstance(value, Customer):
             return value
         if isinstance(value, str):
             check_text(value, "external_id")
-            return self._known(value) or self.get_or_create(external_id=value)[0]
-        owner_model = Customer._meta.get_field("owner").related_model
-        if isinstance(value, owner_model):
+            return self._known("external_id", value) or self._add(value)
+        if isinstance(value, Customer.owner_model()):
             return self.for_owner(value)
         raise TypeError(
             "A customer is a Customer, an instance of "
-            f"{meterly_settings.CUSTOMER_MODEL} or an external id, not {value!r}."
+            f"{meterly_settings.CUSTOMER_MODEL} or an external id, not "
+            f"{_described(value)}. For views, METERLY['CUSTOMER_RESOLVER'] returns who "
+            "pays."
         )
+
+    async def aresolve(self, value: Any) -> Customer:
+        """Return the customer that *value* stands for: ``resolve``'s async twin."""
+        return await sync_to_async(self.resolve)(value)
+
+    def update(self, **fields: Any) -> int:
+        """Update the customers; with an owner, note that they have had one."""
+        if any(fields.get(name) is not None for name in ("owner", "owner_id")):
+            fields["had_owner"] = True
+        return super().update(**fields)
+
+    update.alters_data = True  # type: ignore[attr-defined]
+
+    def bulk_create(self, objs: Iterable[Customer], *args: Any, **kwargs: Any) -> Any:
+        """Insert *objs*; note of those with an owner that they have had one."""
+        customers = list(objs)
+        for customer in customers:
+            customer.note_owner()
+        return super().bulk_create(customers, *args, **kwargs)
+
+    bulk_create.alters_data = True  # type: ignore[attr-defined]
+
+    def _known(self, name: str, value: Any) -> Customer | None:
+        # By hand: every guard asks this, and Django takes longer to write the query
+        # anew than the database takes to answer it.
+        self._for_write = True
+        field: Any = Customer._meta.get_field(name)
+        parameter = field.get_db_prep_value(value, connections[self.db])
+        return next(iter(self.raw(_select_sql(self.db, name), [parameter])), None)
+
+    def _register(self, owner_id: Any, external_id: str) -> Customer:
+        names = _names(external_id)
+        name = next(names)
+        known = self._known("external_id", name)
+        while True:
+            try:
+                with transaction.atomic(using=self.db):
+                    if known is None:
+                        return self.create(owner_id=owner_id, external_id=name)
+                    if name == external_id and not known.had_owner:
+                        unowned = self.filter(pk=known.pk, had_owner=False)
+                        if unowned.update(owner=owner_id):
+                            return self.get(pk=known.pk)
+            except IntegrityError:
+                # Somebody was faster: for the same owner, or with this external id.
+                winner = self._winner(owner_id=owner_id, external_id=name)
+                if winner is None:
+                    raise
+                if winner.owner_id == owner_id:
+                    return winner
+                if known is None:
+                    known = winner
+                    continue
+            if known.owner_id is not None:
+                logger.warning(
+                    "%s returns the external id %r for two owners. The second one gets "
+                    "another.",
+                    meterly_settings.EXTERNAL_ID,
+                    name,
+                )
+            name = next(names)
+            known = self._known("external_id", name)
+
+    def _add(self, external_id: str) -> Customer:
+        try:
+            with transaction.atomic(using=self.db):
+                return self.create(external_id=external_id)
+        except IntegrityError:
+            if winner := self._winner(external_id=external_id):
+                return winner
+            raise
+
+    def _winner(self, **lookups: Any) -> Customer | None:
+        """Return the customer that matches the first of *lookups* that one matches."""
+        # Locked, if there is none: in a transaction, MySQL may read what was true when
+        # that began. Not at once: locks on what is not there block others' inserts.
+        for customers in (self.all(), self.select_for_update()):
+            with transaction.atomic(using=self.db):
+                for lookup in lookups.items():
+                    if found := customers.filter(lookup).first():
+                        return found
+        return None
 
 
 class Customer(models.Model):
     """Who pays with credits: your external id, and the ledger's id for it."""
 
-    owner = models.ForeignKey(
+    owner = models.OneToOneField(
         meterly_settings.owner_model(),
         verbose_name=_("owner"),
         on_delete=models.SET_NULL,
         null=True,
         blank=True,
         related_name="+",
+    )
+    had_owner = models.BooleanField(
+        _("has had an owner"),
+        default=False,
+        editable=False,
+        help_text=_("Then nobody else becomes the owner when this one is deleted."),
     )
     external_id = ExactCharField(
         _("external id"), max_length=MAX_TEXT_LENGTH, unique=True
@@ -127,9 +262,62 @@ class Customer(models.Model):
         verbose_name = _("customer")
         verbose_name_plural = _("customers")
         permissions = [("grant_credits", _("Can grant credits"))]
+        constraints = [
+            models.CheckConstraint(
+                # Whoever sets the owner by SQL of their own cannot forget it.
+                condition=models.Q(owner=None) | models.Q(had_owner=True),
+                name="meterly_customer_had_owner",
+            )
+        ]
 
     def __str__(self) -> str:
         return str(self.external_id)
+
+    def save(self, *args: Any, update_fields: Any = None, **kwargs: Any) -> None:
+        if self.note_owner() and {"owner", "owner_id"} & set(update_fields or ()):
+            update_fields = {*update_fields, "had_owner"}
+        super().save(*args, update_fields=update_fields, **kwargs)
+
+    def clean(self) -> None:
+        super().clean()
+        self.note_owner()
+
+    @staticmethod
+    def owner_model() -> type[models.Model]:
+        """Return the model of ``CUSTOMER_MODEL``; a proxy's own if it is a proxy."""
+        model: Any = Customer._meta.get_field("owner").related_model
+        return model._meta.concrete_model  # type: ignore[no-any-return]
+
+    @staticmethod
+    def owner_key(owner: Any) -> Any:
+        """Return what ``Customer.owner_id`` is for *owner*.
+
+        Raises ``TypeError`` unless it is an instance of ``CUSTOMER_MODEL``, and
+        ``ValueError`` unless it is saved.
+        """
+        model = Customer.owner_model()
+        if not isinstance(owner, model):
+            raise TypeError(
+                f"The owner of a customer is an instance of {model._meta.label} "
+                f"(METERLY['CUSTOMER_MODEL']), not {_described(owner)}. Pass the "
+                f"{model._meta.object_name} that pays."
+            )
+        # Not its pk: a child of the model may have another one.
+        key = getattr(owner, Customer._meta.get_field("owner").target_field.attname)
+        if key is None or owner._state.adding:
+            raise ValueError(
+                f"This {model._meta.label} is not in the database: save it before it "
+                "becomes a customer."
+            )
+        return key
+
+    def note_owner(self) -> bool:
+        """Note that this customer has had an owner, if it has one; return whether."""
+        # Not what is deferred: that was noted when it was saved.
+        if self.__dict__.get("owner_id") is None:
+            return False
+        self.had_owner = True
+        return True
 
     @property
     def wire_scope(self) -> str:

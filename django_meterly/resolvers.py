@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from .conf import meterly_settings
+from .transports.base import check_text
 
 if TYPE_CHECKING:
     from django.db.models import Model
@@ -24,7 +26,16 @@ def request_user(request: HttpRequest) -> Any:
 def external_id(owner: Model) -> str:
     """Return ``user_<pk>``: the model's name and the primary key (``EXTERNAL_ID``).
 
-    The name is ``CUSTOMER_MODEL``'s: a proxy's instance is the same customer.
+    The name and the key are ``CUSTOMER_MODEL``'s, also for an instance of a proxy or
+    of a child. A key that is too long for an external id, or has other than printable
+    ASCII characters, is replaced by a digest: ``owner_3cd1...``.
     """
+    from .models import Customer
+
     _, _, model = meterly_settings.CUSTOMER_MODEL.rpartition(".")
-    return f"{model.lower()}_{owner.pk}"
+    target = Customer._meta.get_field("owner").target_field
+    name = f"{model.lower()}_{getattr(owner, target.attname)}"
+    try:
+        return check_text(name, "external_id")
+    except ValueError:
+        return f"owner_{hashlib.sha256(name.encode()).hexdigest()}"

@@ -19,7 +19,7 @@ from django.utils.translation import gettext_lazy
 
 from django_meterly import get_client, grants
 from django_meterly.errors import MeterlyReferenceConflictError
-from django_meterly.forms import GrantCreditsForm
+from django_meterly.forms import CustomerForm, GrantCreditsForm
 from django_meterly.models import Customer, Grant, Reservation
 from tests.books import balance, fund_by_grant, verify
 
@@ -723,16 +723,104 @@ def test_added_customer_gets_the_owners_external_id(everything: Client) -> None:
     customer = Customer.objects.get()
     assert (customer.owner, customer.external_id) == (alice, f"user_{alice.pk}")
     assert Customer.objects.for_owner(alice) == customer
-    # A second one would be the same customer.
-    response = added(everything, owner=alice.pk)
-    assert response.status_code == 200
-    assert "already exists" in response.content.decode()
+    # There is no second one.
+    for external_id in ("", "team_7"):
+        response = added(everything, owner=alice.pk, external_id=external_id)
+        assert response.status_code == 200
+        assert "Customer with this Owner already exists" in response.content.decode()
+    assert Customer.objects.get() == customer
 
 
-def test_added_customer_may_have_an_external_id_of_its_own(everything: Client) -> None:
-    assert added(everything, external_id="team_7").status_code == 302
+@pytest.mark.parametrize("owned", [False, True])
+def test_added_customer_may_have_an_external_id_of_its_own(
+    everything: Client, owned: bool
+) -> None:
+    alice = User.objects.create_user("alice")
+    values = {"owner": alice.pk} if owned else {}
+    assert added(everything, external_id="team_7", **values).status_code == 302
     customer = Customer.objects.get()
-    assert (customer.owner, customer.external_id) == (None, "team_7")
+    assert customer.external_id == "team_7"
+    assert (customer.owner, customer.had_owner) == (alice if owned else None, owned)
+    if owned:
+        assert Customer.objects.for_owner(alice) == customer
+
+
+def test_added_customer_gets_no_wallet_of_a_deleted_owner(everything: Client) -> None:
+    old = Customer.objects.for_owner(User.objects.create(pk=700, username="alice"))
+    User.objects.get(pk=700).delete()
+    heir = User.objects.create(pk=700, username="bob")
+    assert added(everything, owner=heir.pk).status_code == 302
+    customer = Customer.objects.get(owner=heir)
+    assert (customer.external_id, old.external_id) == ("user_700~2", "user_700")
+    assert Customer.objects.for_owner(heir) == customer
+
+
+def test_customer_registered_beforehand_is_not_added_but_given_its_owner(
+    everything: Client,
+) -> None:
+    alice, bob = User.objects.create_user("alice"), User.objects.create_user("bob")
+    customer = Customer.objects.resolve(f"user_{alice.pk}")
+    response = added(everything, owner=alice.pk)
+    assert "already exists" in response.content.decode()
+    url = f"{CUSTOMERS}{customer.pk}/change/"
+    # An owner who has a customer already is no choice.
+    Customer.objects.for_owner(bob)
+    response = everything.post(url, {"owner": bob.pk})
+    assert "already exists" in response.content.decode()
+    assert everything.post(url, {"owner": alice.pk}).status_code == 302
+    customer.refresh_from_db()
+    assert (customer.owner, customer.had_owner) == (alice, True)
+
+
+@pytest.mark.parametrize("owned", [True, False], ids=["owned", "retired"])
+def test_the_owner_of_a_customer_is_not_changed_to_somebody_else(
+    everything: Client, owned: bool
+) -> None:
+    alice, bob = User.objects.create_user("alice"), User.objects.create_user("bob")
+    customer = Customer.objects.for_owner(alice)
+    if not owned:
+        alice.delete()
+    url = f"{CUSTOMERS}{customer.pk}/change/"
+    for owner in (bob.pk, ""):
+        assert everything.post(url, {"owner": owner}).status_code == 302
+        now = Customer.objects.get()
+        assert (now.owner, now.had_owner) == (alice if owned else None, True)
+    assert 'name="owner"' not in everything.get(url).content.decode()
+
+
+def test_a_customers_page_saves_nothing_that_it_does_not_show(
+    everything: Client, customer: Customer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = CustomerForm.is_valid
+
+    def is_valid(form: CustomerForm) -> bool:
+        # After the page has loaded the row.
+        Customer.objects.update(owes=True, customer_id="cus_new")
+        return validate(form)
+
+    monkeypatch.setattr(CustomerForm, "is_valid", is_valid)
+    url = f"{CUSTOMERS}{customer.pk}/change/"
+    assert everything.post(url, {"owner": ""}).status_code == 302
+    customer.refresh_from_db()
+    assert (customer.owes, customer.customer_id) == (True, "cus_new")
+
+
+def nameless(user: User) -> str:
+    raise RuntimeError("this user has no name")
+
+
+def test_f71_an_owner_without_a_name_breaks_no_page(
+    everything: Client, customer: Customer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fund_by_grant("team_7")
+    Grant.objects.update(actor=customer.owner)
+    monkeypatch.setattr(User, "__str__", nameless)
+    pages = [CUSTOMERS, GRANTS, f"{CUSTOMERS}{customer.pk}/change/"]
+    pages += [f"{GRANTS}{grant.pk}/change/" for grant in Grant.objects.all()]
+    for path in pages:
+        response = everything.get(path)
+        assert response.status_code == 200
+        assert f"user {customer.owner_id}" in response.content.decode()
 
 
 @pytest.mark.parametrize(
@@ -764,7 +852,7 @@ def test_external_id_stays_and_customers_are_not_deleted(
         customer.external_id,
         customer.customer_id,
     )
-    assert now.owner is None
+    assert now.owner == customer.owner
     assert everything.post(f"{url}delete/", {"post": "yes"}).status_code == 403
     assert "delete_selected" not in everything.get(CUSTOMERS).content.decode()
 
@@ -811,7 +899,8 @@ def test_every_field_is_shown(
     for field in model._meta.fields:
         if field.name == "id" and model is Grant:
             continue
-        assert f"field-{field.name}" in shown, field.name
+        name = {"actor": "granted_by"}.get(field.name, field.name)
+        assert f"field-{name}" in shown, name
 
 
 def meaning_of(everything: Client, row: Reservation) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,18 +17,20 @@ from django.db import (
     transaction,
 )
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 from django.utils.connection import ConnectionDoesNotExist
 
 from django_meterly import (
     MeterlyInsufficientCreditsError,
     MeterlyUnavailableError,
+    db,
     get_client,
     guard,
     journal,
     signals,
 )
 from django_meterly.db import from_now
-from django_meterly.ledger import postgresql
+from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Account, Hold
 from django_meterly.models import Customer, Reservation
 from tests.books import balance, fund, let_lapse, movements, states, verify
@@ -446,3 +449,89 @@ def test_f29_a_connection_that_died_meanwhile_is_no_outage_of_the_ledger(
         signals.ledger_unreachable.disconnect(hear)
     assert states() == ["committed" if end == "succeed" else "released"]
     assert heard == []
+
+
+# What somebody else has locked for long
+
+
+@pytest.fixture
+def locked() -> Iterator[Any]:
+    """What locks rows in a transaction of somebody else's, until the test ends."""
+    holds, over = threading.Event(), threading.Event()
+    threads = []
+
+    def lock(rows: Any) -> None:
+        def hold() -> None:
+            with transaction.atomic():
+                assert list(rows.select_for_update())
+                holds.set()
+                over.wait(PATIENCE)
+            connection.close()
+
+        threads.append(in_a_thread(hold))
+        assert holds.wait(PATIENCE)
+
+    yield lock
+    over.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("remotely", [False, True], ids=["joined", "remote"])
+@pytest.mark.parametrize("step", ["lapse", "settle", "prune"])
+def test_f71_a_locked_row_leaves_the_others(
+    customer: Customer,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    locked: Any,
+    step: str,
+    remotely: bool,
+) -> None:
+    if remotely:
+        request.getfixturevalue("remote")
+    # One at a time: a round ends although what is left is more than that.
+    monkeypatch.setattr(journal, "BATCH", 1)
+    for _ in range(4):
+        guard(customer, 1).reserve()
+    let_lapse()
+    if step != "lapse":
+        journal.record_lapsed()
+        let_lapse()
+    if step == "prune":
+        journal.settle_due(get_client())
+        past = timezone.now() - dt.timedelta(days=100)
+        Reservation.objects.update(created_at=past, settled_at=past)
+    pks = list(Reservation.objects.values_list("pk", flat=True)[:2])
+    locked(Reservation.objects.filter(pk__in=pks))
+    if step == "lapse":
+        assert journal.record_lapsed() == 2
+    elif step == "settle":
+        assert journal.settle_due(get_client()).settled == 2
+    else:
+        assert journal.prune() == 2
+
+
+@pytest.mark.parametrize("step", ["settle", "expire"])
+@pytest.mark.parametrize("model", [Account, Hold])
+def test_f71_a_locked_account_leaves_the_others(
+    customer: Customer,
+    monkeypatch: pytest.MonkeyPatch,
+    locked: Any,
+    step: str,
+    model: Any,
+) -> None:
+    monkeypatch.setattr(db, "LOCK_SECONDS", 0.2)
+    others = [fund(f"team_{number}") for number in range(3)]
+    for payer in (customer, *others):
+        guard(payer, 1).reserve()
+    let_lapse()
+    journal.record_lapsed()
+    let_lapse()
+    Hold.objects.update(expires_at=from_now(-1))
+    mine = {"account__" * (model is Hold) + "customer__public_id": customer.customer_id}
+    locked(model.objects.filter(**mine))
+    if step == "settle":
+        done = journal.settle_due(get_client())
+        assert (done.settled, done.outage) == (3, False)
+    else:
+        assert operations.expire_due() == 3

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from django.db import DatabaseError, IntegrityError, connections, router, transaction
 from django.db.models import F
 
-from ..db import DatabaseNow, error_codes, from_now
+from ..db import (
+    DatabaseNow,
+    bound_waits,
+    change_in_batches,
+    from_now,
+    passes,
+    refuses_rows,
+    unlocked,
+    was_locked,
+)
 from ..errors import (
     MeterlyCustomerExistsError,
     MeterlyIdempotencyMismatchError,
@@ -157,7 +166,7 @@ def _retried(operation: Callable[P, R]) -> Callable[P, R]:
             except DatabaseError as exc:
                 connection = connections[write_alias()]
                 if (
-                    not _passes(exc)
+                    not passes(exc)
                     or time.monotonic() > until
                     or connection.in_atomic_block
                     or not connection.get_autocommit()
@@ -168,18 +177,6 @@ def _retried(operation: Callable[P, R]) -> Callable[P, R]:
             time.sleep(random.uniform(0, pause))  # noqa: S311
 
     return wrapper
-
-
-def _passes(exc: DatabaseError) -> bool:
-    """Return whether *exc* ended a transaction that may be tried again."""
-    sqlstate, number = error_codes(exc)
-    if sqlstate in {"40001", "40P01"}:  # serialization failure, deadlock
-        return True
-    # The low byte is SQLite's primary code: 5 busy, 6 locked.
-    if getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF in {5, 6}:
-        return True
-    # MySQL: lock wait time-out, deadlock; MariaDB: row changed since the snapshot.
-    return number in {1205, 1213, 1020}
 
 
 # Workspaces and customers
@@ -887,25 +884,48 @@ def expire_due(batch_size: int = 1000) -> int:
     """Expire every hold that is past its time, and return how many that were.
 
     Several sweeps at once, and commits that race them, are harmless. Holds are
-    read *batch_size* at a time. An account whose row refuses the movement is
-    logged and left; the others go on.
+    read *batch_size* at a time. A hold that cannot be expired is logged and left; the
+    others go on.
     """
-    holds = Hold.objects.using(write_alias()).due().order_by("expires_at")
+    using = write_alias()
+    holds = Hold.objects.using(using).due().order_by("expires_at")
     expired = 0
     broken: list[int] = []
-    while batch := list(holds.exclude(account__in=broken)[:batch_size]):
+    while True:
+        with transaction.atomic(using=using):
+            batch = list(unlocked(holds.exclude(pk__in=broken))[:batch_size])
         before = expired, len(broken)
         batch.sort(key=attrgetter("account_id", "pk"))
         for account_id, group in groupby(batch, attrgetter("account_id")):
-            try:
-                expired += _expire(account_id, list(group))
-            except IntegrityError:
-                logger.exception("Holds of account %s do not expire.", account_id)
-                broken.append(account_id)
+            expired += _expire_or_leave(account_id, list(group), broken)
         if (expired, len(broken)) == before:
-            # Somebody else is at it, or the caller's snapshot is an old one.
-            break
-    return expired
+            # Nothing is due, somebody else is at it, or the caller's snapshot is old.
+            return expired
+
+
+def _expire_or_leave(account_id: int, holds: list[Hold], left: list[int]) -> int:
+    """Expire *holds*; add to *left* what cannot be expired. Return how many were."""
+    try:
+        return _expire_soon(account_id, holds)
+    except DatabaseError as exc:
+        if not refuses_rows(write_alias(), exc):
+            raise
+        if len(holds) > 1 and not was_locked(exc):
+            # One of them is refused, or the account's row is.
+            return sum(_expire_or_leave(account_id, [hold], left) for hold in holds)
+        pks = [hold.pk for hold in holds]
+        logger.exception("The holds %s of account %s do not expire.", pks, account_id)
+        left += pks
+        return 0
+
+
+@_retried
+def _expire_soon(account_id: int, holds: list[Hold]) -> int:
+    """Do as ``_expire``, but do not wait for ever for a row that is locked."""
+    using = write_alias()
+    with transaction.atomic(using=using):
+        bound_waits(using)
+        return _expire(account_id, holds)
 
 
 def _expire_due(**lookup: Any) -> int:
@@ -964,7 +984,9 @@ def prune_records() -> int:
     old = Record.objects.using(write_alias()).filter(
         created_at__lt=from_now(-ledger_settings.RECORD_RETENTION)
     )
-    return old.delete()[0]
+    return change_in_batches(
+        old, lambda rows: rows.delete()[1].get(Record._meta.label, 0)
+    )
 
 
 def _invalid(field: str, message: str) -> MeterlyInvalidRequestError:

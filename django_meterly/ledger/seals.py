@@ -132,7 +132,8 @@ def _seal(using: str) -> Seal | None:
     seal.hash = digest.seal(seal)
     try:
         with transaction.atomic(using=using, durable=True):
-            seal.save(using=using)
+            # Not save(), whose signals may be answered by a receiver that raises.
+            Seal.objects.using(using).bulk_create([seal])
     except IntegrityError:
         if not Seal.objects.using(using).filter(number=number).exists():
             raise

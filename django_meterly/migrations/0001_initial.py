@@ -63,12 +63,24 @@ class Migration(migrations.Migration):
                     ),
                 ),
                 (
+                    "had_owner",
+                    models.BooleanField(
+                        default=False,
+                        editable=False,
+                        help_text=(
+                            "Then nobody else becomes the owner when this one is "
+                            "deleted."
+                        ),
+                        verbose_name="has had an owner",
+                    ),
+                ),
+                (
                     "created_at",
                     models.DateTimeField(auto_now_add=True, verbose_name="created at"),
                 ),
                 (
                     "owner",
-                    models.ForeignKey(
+                    models.OneToOneField(
                         blank=True,
                         null=True,
                         on_delete=django.db.models.deletion.SET_NULL,
@@ -82,6 +94,12 @@ class Migration(migrations.Migration):
                 "verbose_name": "customer",
                 "verbose_name_plural": "customers",
                 "permissions": [("grant_credits", "Can grant credits")],
+                "constraints": [
+                    models.CheckConstraint(
+                        condition=models.Q(owner=None) | models.Q(had_owner=True),
+                        name="meterly_customer_had_owner",
+                    )
+                ],
             },
         ),
         migrations.CreateModel(

@@ -23,7 +23,7 @@ from django_meterly import (
     guard,
 )
 from django_meterly.mixins import MeterlyGuardMixin
-from django_meterly.models import Grant
+from django_meterly.models import Customer, Grant
 from django_meterly.tasks import meterly_task
 from django_meterly.transports import Call, HttpTransport, Transport
 from django_meterly.transports.signing import BearerSigner, HmacSigner
@@ -39,9 +39,8 @@ from django_meterly.types import (
 )
 
 if TYPE_CHECKING:
+    from django.contrib.auth.models import User
     from requests import PreparedRequest
-
-    from django_meterly.models import Customer
 
 
 def making_one() -> None:
@@ -57,6 +56,14 @@ def making_one() -> None:
     with MeterlyClient("mk_test_x") as meterly:
         assert_type(meterly, MeterlyClient)
     assert_type(meterly.within(2.0, attempts=1), MeterlyClient)
+
+
+async def customers(user: User) -> None:
+    assert_type(Customer.objects.for_owner(user), Customer)
+    assert_type(Customer.objects.resolve("user_5"), Customer)
+    assert_type(await Customer.objects.afor_owner(user), Customer)
+    assert_type(await Customer.objects.aresolve(user), Customer)
+    Customer.objects.for_owner("user_5")  # type: ignore[arg-type]
 
 
 @meterly_task("tokens", lambda job: job.size, customer=lambda job: job.owner)
