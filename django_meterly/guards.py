@@ -25,8 +25,15 @@ from .errors import (
 )
 from .handoffs import UNCHARGED, Message
 from .heart import Heart
-from .models import MAX_CALLER_KEY_LENGTH, Customer
-from .transports.base import check_amount, check_key, check_text, check_ttl, check_unit
+from .models import Customer
+from .transports.base import (
+    MAX_CALLER_KEY_LENGTH,
+    check_amount,
+    check_key,
+    check_text,
+    check_ttl,
+    check_unit,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,14 +14,17 @@ from django.utils.translation import gettext_lazy as _
 from .conf import meterly_settings
 from .db import ExactCharField, from_now
 from .errors import MeterlyCustomerExistsError, MeterlyUnknownOutcomeError
-from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text
+from .transports.base import (
+    MAX_CALLER_KEY_LENGTH,
+    MAX_KEY_LENGTH,
+    MAX_TEXT_LENGTH,
+    check_text,
+)
 
 if TYPE_CHECKING:
     from .client import MeterlyClient
     from .errors import MeterlyInsufficientCreditsError
 
-#: A caller's key at most; the rest of the wire's 255 is for what is derived from it.
-MAX_CALLER_KEY_LENGTH = 200
 UNIT_LENGTH = 64
 MAX_REASON_LENGTH = 500
 ID_LENGTH = 64
