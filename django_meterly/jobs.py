@@ -72,10 +72,14 @@ class Job:
         else:
             # Not as if it were not there: the customer would hold credits twice.
             handed_off = handoffs.read(self._header, self.name, self.request_id)
-            if handed_off == handoffs.UNCHARGED:
+            if handed_off in (handoffs.UNCHARGED, handoffs.FREE):
                 # Nobody is charged for what handed it off: not for this, either.
-                self.guard = guards.guard(
-                    None, 1, options.unit or handoffs.UNCHARGED, enforcement="off"
+                self.guard = guards.prepare(
+                    None,
+                    0 if handed_off == handoffs.FREE else 1,
+                    options.unit or handoffs.UNCHARGED,
+                    overage=options.overage,
+                    enforcement="off",
                 )
                 self.guard.reserve()
                 return
@@ -104,7 +108,7 @@ class Job:
     def _guard(
         self, options: GuardOptions, args: Any, kwargs: Any
     ) -> tuple[Customer | None, Guard]:
-        payer = options.customer(*args, **kwargs) if options.customer else None
+        payer = options.ask("customer", *args, **kwargs)
         enforcement = options.enforcement or meterly_settings.ENFORCEMENT
         if payer is None and enforcement == "enforce":
             raise MeterlyUsageError(
@@ -112,15 +116,12 @@ class Job:
                 "function of its arguments, or let a view hand it off."
             )
 
-        def value(option: Any) -> Any:
-            return option(*args, **kwargs) if callable(option) else option
-
         customer = None if payer is None else Customer.objects.resolve(payer)
-        guard = guards.guard(
+        guard = guards.prepare(
             customer,
-            value(options.amount),
+            options.ask("amount", *args, **kwargs),
             options.unit,
-            reference=value(options.reference)
+            reference=options.ask("reference", *args, **kwargs)
             or (self.key or f"{self.name}:{uuid.uuid4()}").removeprefix("task:"),
             idempotency_key=self.key,
             ttl_seconds=options.ttl_seconds,
@@ -146,7 +147,7 @@ class Job:
                 f"{self.name} was handed off with the reservation {reservation_id}, "
                 "which is not in the journal."
             )
-        guard = guards.guard(
+        guard = guards.prepare(
             row.customer,
             row.amount,
             row.unit,
