@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from inspect import isclass
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
+from asgiref.sync import iscoroutinefunction
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.core.checks import Warning as CheckWarning
@@ -17,7 +18,8 @@ from django.utils.module_loading import import_string
 from . import methods
 from .conf import CHOICES, DEFAULTS, check_choice, meterly_settings, suggestion
 from .execution import class_of, handlers, is_guarded
-from .middleware import MeterlyMiddleware, key_for, named_patterns
+from .middleware import MIDDLEWARE, is_installed, key_for, named_patterns
+from .mixins import MeterlyGuardMixin
 from .options import GuardOptions
 from .transports.base import (
     MAX_TTL_SECONDS,
@@ -266,26 +268,15 @@ def check_guarded_views(**kwargs: Any) -> list[CheckMessage]:
             GuardOptions.of(options, f"METERLY['GUARDED_VIEWS'][{name!r}]")
         except (TypeError, ValueError, ImportError) as exc:
             found.append(Error(str(exc), id="meterly.E009"))
-    if views and not any(
-        isclass(each) and issubclass(each, MeterlyMiddleware) for each in _middleware()
-    ):
+    if views and not is_installed():
         found.append(
             Error(
                 "METERLY['GUARDED_VIEWS'] guards nothing without MeterlyMiddleware.",
-                hint="Add 'django_meterly.middleware.MeterlyMiddleware' to MIDDLEWARE.",
+                hint=f"Add {MIDDLEWARE!r} to MIDDLEWARE.",
                 id="meterly.E010",
             )
         )
     return found
-
-
-def _middleware() -> Iterator[Any]:
-    for path in settings.MIDDLEWARE:
-        try:
-            yield import_string(path)
-        except ImportError:
-            # Django says so, and more loudly.
-            continue
 
 
 @register("meterly", Tags.urls)
@@ -301,7 +292,7 @@ def check_urls(**kwargs: Any) -> list[CheckMessage]:
     names = []
     for name, pattern in named_patterns(get_resolver()):
         names.append(name)
-        found += _check_guards(name, pattern.callback, key_for(name) == name)
+        found += _check_guards(name, pattern.callback, key_for(name))
     used = {key_for(name) for name in names}
     # A namespace whose every view is named by itself is there all the same.
     spaces = {f"{name.rpartition(':')[0]}:" for name in names if ":" in name}
@@ -330,7 +321,7 @@ def _outer(spaces: set[str]) -> set[str]:
     }
 
 
-def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
+def _check_guards(name: str, view: Any, key: str | None) -> Iterator[CheckMessage]:
     where = name or getattr(view, "__qualname__", repr(view))
     if getattr(getattr(class_of(view), "dispatch", None), "meterly_guarded", False):
         yield Error(
@@ -348,16 +339,38 @@ def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
         if database["ATOMIC_REQUESTS"]
         and alias not in getattr(view, "_non_atomic_requests", ())
     ]
-    if early and is_guarded(view):
+    if early and is_guarded(view) and iscoroutinefunction(view):
+        yield Error(
+            f"The guarded view {where!r} is async, which Django refuses under "
+            f"ATOMIC_REQUESTS (on the database {early[0]!r}).",
+            hint=(
+                "Put @transaction.non_atomic_requests above its guard, or around "
+                "as_view(). The guard needs no transaction around it. Or make the view "
+                "sync."
+            ),
+            id="meterly.E012",
+        )
+    elif early and is_guarded(view):
         yield Error(
             f"The view {where!r} has a guard on a handler, which ATOMIC_REQUESTS (on "
             f"the database {early[0]!r}) makes it refuse.",
             hint="Put MeterlyGuardMixin first among the bases of its class.",
             id="meterly.E012",
         )
+    if key is None and (problem := _guards_nothing(view)):
+        yield CheckWarning(
+            f"The view {where!r} costs nothing: its class {problem}",
+            hint=(
+                "Let the class inherit from MeterlyGuardMixin first, and set "
+                'guard_options = {"unit": "image_credits", "amount": 25}, or put '
+                '@meterly_guard("image_credits", 25) on the handlers that cost '
+                "something."
+            ),
+            id="meterly.W010",
+        )
     answered = _methods(view)
     options = getattr(view, "meterly_options", None)
-    if named and not is_guarded(view):
+    if key == name and not is_guarded(view):
         try:
             options = GuardOptions.of(meterly_settings.GUARDED_VIEWS[name], name)
         except (TypeError, ValueError, ImportError):
@@ -428,6 +441,24 @@ def _holds() -> Iterator[tuple[str, int]]:
     for name, options in guards:
         if options.ttl_seconds is not None:
             yield f"{name}: its ttl_seconds", options.ttl_seconds
+
+
+def _guards_nothing(view: Any) -> str:
+    """Return what is missing in the class of a *view* that looks guarded, and is not.
+
+    A view set may have its guard on an action that another URL answers.
+    """
+    cls = class_of(view)
+    if cls is None or is_guarded(view):
+        return ""
+    if not issubclass(cls, MeterlyGuardMixin):
+        if isinstance(getattr(cls, "guard_options", None), dict):
+            return "has guard_options, but not MeterlyGuardMixin."
+        return ""
+    members = (getattr_static(cls, name) for name in dir(cls))
+    if any(getattr(member, "meterly_guarded", False) for member in members):
+        return ""
+    return "has MeterlyGuardMixin, but no guard_options and no guarded handler."
 
 
 def _methods(view: Any) -> set[str] | None:
