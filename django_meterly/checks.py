@@ -371,10 +371,16 @@ def _check_guards(name: str, view: Any, key: str | None) -> Iterator[CheckMessag
     answered = _methods(view)
     options = getattr(view, "meterly_options", None)
     if key == name and not is_guarded(view):
+        setting = f"METERLY['GUARDED_VIEWS'][{name!r}]"
+        given = meterly_settings.GUARDED_VIEWS[name]
         try:
-            options = GuardOptions.of(meterly_settings.GUARDED_VIEWS[name], name)
+            options = GuardOptions.of(given, setting)
         except (TypeError, ValueError, ImportError):
-            return
+            return  # check_guarded_views says so.
+        try:
+            GuardOptions.of(given, setting, handlers(view) or {"post": view})
+        except TypeError as exc:
+            yield Error(str(exc), id="meterly.E009")
     guards = [(where, options, answered)] if options and answered else []
     for method, handler in handlers(view).items():
         options = getattr(handler, "meterly_options", None)

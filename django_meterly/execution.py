@@ -727,8 +727,9 @@ _NO_RESPONSE = (
     "@decorate_view(meterly_guard(...)) below @api.post(...)."
 )
 _ABOVE_NINJA = (
-    "meterly_guard above @api.post(...) guards nothing, because django-ninja calls {0} "
-    "without it. Put @decorate_view(meterly_guard(...)) below @api.post(...)."
+    "meterly_guard guards nothing on {0}, which is an operation of django-ninja "
+    "already: ninja calls it without the guard. Put "
+    "@decorate_view(meterly_guard(...)) below @api.post(...)."
 )
 _NOT_ON_DISPATCH = (
     "meterly_guard cannot guard dispatch(): it runs before it is known who asks, and "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.views.generic.edit import FormMixin
 
-from .execution import guard_class, install_guards, is_rest
+from .execution import guard_class, handlers, install_guards, is_rest
 from .guards import Guard
 from .options import GuardOptions, near_miss
 
@@ -63,7 +63,8 @@ class MeterlyGuardMixin:
         mapping = initkwargs.get("guard_options", cls.guard_options)
         if mapping is None:
             return guard_class(view, None)
-        options = GuardOptions.of(mapping, f"{cls.__qualname__}.guard_options")
+        where = f"{cls.__qualname__}.guard_options"
+        options = GuardOptions.of(mapping, where, handlers(view))
         guarded: Any = guard_class(view, lambda request: options)
         guarded.meterly_options = options
         return guarded

@@ -112,12 +112,19 @@ class GuardOptions:
     enforcement: str | None = None
 
     @classmethod
-    def of(cls, mapping: Mapping[str, Any], where: str) -> GuardOptions:
+    def of(
+        cls,
+        mapping: Mapping[str, Any],
+        where: str,
+        views: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> GuardOptions:
         """Return the options that *mapping* names, as ``meterly_guard`` names them.
 
         Functions may be dotted paths, for settings cannot import what they are the
-        settings of; ``reference`` is a text or a function. *where* the mapping stands
-        begins the messages of the ``TypeError``, ``ValueError`` or ``ImportError``.
+        settings of; ``reference`` is a text or a function. They have to fit those of
+        the *views*, by their HTTP methods, that cost something. *where* the mapping
+        stands begins the messages of the ``TypeError``, ``ValueError`` or
+        ``ImportError``.
         """
         if not hasattr(mapping, "items"):
             raise TypeError(
@@ -142,6 +149,9 @@ class GuardOptions:
                     values[name] = import_string(path)
             options = cls(**values)
             options.fit()
+            for method, view in (views or {}).items():
+                if options.costs(method.upper()):
+                    options.fit(view)
         except ImportError as exc:
             raise ImportError(f"{where}: {exc}") from exc
         except (TypeError, ValueError) as exc:

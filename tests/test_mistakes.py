@@ -15,11 +15,13 @@ from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncRequestFactory, RequestFactory
+from django.urls import path
 from django.views import View
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
 from django_meterly import guard, meterly_guard
+from django_meterly.checks import check_urls
 from django_meterly.errors import MeterlyUsageError
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.options import GuardOptions
@@ -338,6 +340,41 @@ def test_a_function_is_compared_with_its_view(guarded: Any, option: str) -> None
     assert f"Write {option}=lambda request, pk: ..." in text
     for right in (lambda request, pk: 3, lambda r, *a, **k: 3, lambda r, **k: 3):
         meterly_guard("x", **{option: right})(guarded)  # type: ignore[arg-type]
+
+
+def test_a_function_is_compared_with_the_handlers_that_cost() -> None:
+    def poster(price: Any, handler: Any = Handler.post, **more: Any) -> Any:
+        options = {"unit": "x", "amount": price, **more}
+        body = {"guard_options": options, "post": handler, "get": view}
+        return type("Poster", (MeterlyGuardMixin, View), body).as_view()  # type: ignore[attr-defined]
+
+    text = told(TypeError, "mixin", lambda: poster(lambda request: 3))
+    assert text.startswith("Poster.guard_options: amount is called with (request, pk)")
+    # GET has no pk, and is free.
+    poster(lambda request, pk: 3)
+    poster(lambda request, **path: 3, methods=["GET"])
+    with pytest.raises(TypeError, match=r"called with \(request\)"):
+        poster(lambda request, pk: 3, lambda self, request: None)
+
+
+@pytest.mark.parametrize("guarded", [by_pk, Handler.as_view()])
+def test_a_function_in_the_settings_is_compared_with_its_view(
+    settings: Any, guarded: Any
+) -> None:
+    urlpatterns = [path("<int:pk>/", guarded, name="poster")]
+    settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
+
+    def found(price: Any) -> list[Any]:
+        options = {"unit": "x", "amount": price}
+        settings.METERLY = {**settings.METERLY, "GUARDED_VIEWS": {"poster": options}}
+        return check_urls()
+
+    (message,) = found(lambda request: 3)
+    assert message.id == "meterly.E009"
+    assert message.msg.startswith(
+        "METERLY['GUARDED_VIEWS']['poster']: amount is called with (request, pk)"
+    )
+    assert found(lambda request, pk: 3) == []
 
 
 def told_plainly(call: Callable[[], Any]) -> str:

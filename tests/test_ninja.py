@@ -282,9 +282,26 @@ def test_f61_a_guard_above_the_operation_is_refused(function: Any, way: str) -> 
         "router": ninja.Router().post,
         "operation": lambda url: other.api_operation(["POST"], url),
     }[way]("/x")(made)
-    with pytest.raises(TypeError, match="guards nothing, because django-ninja") as info:
+    with pytest.raises(TypeError, match=r"guards nothing on a?run, which") as info:
         credits_25(made)
     assert "@decorate_view(meterly_guard(...)) below @api.post(...)" in str(info.value)
+
+
+@pytest.mark.parametrize("mode", ["view", "operation"])
+def test_a_guard_of_all_operations_is_right_or_refused(
+    payer: Client, customer: Customer, settings: Any, mode: str
+) -> None:
+    other = ninja.NinjaAPI(urls_namespace=f"all-{mode}")
+    other.add_decorator(credits_25, mode=mode)
+    other.post("/x")(operation(poster))
+    if mode == "operation":
+        with pytest.raises(TypeError, match="guards nothing on run"):
+            _ = other.urls
+        return
+    urlpatterns = [path("all/", other.urls)]
+    settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
+    assert payer.post("/all/x").status_code == 200
+    assert balance(customer) == (75, 0)
 
 
 def named(settings: Any) -> None:
