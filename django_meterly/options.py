@@ -79,8 +79,8 @@ def check_price(unit: Any, amount: Any) -> None:
     """
     if callable(unit):
         raise TypeError(
-            f"unit must be a text, not the function {_name(unit)}. A decorator for a "
-            "guard needs its parentheses."
+            f"unit must be a text, not the function {_name(unit)}. The decorator needs "
+            "parentheses."
         )
     if isinstance(amount, str) and isinstance(unit, int):
         raise TypeError(
@@ -165,7 +165,10 @@ class GuardOptions:
         for name in ("customer", "idempotency_key", "success"):
             function = getattr(self, name)
             if function is not None and not callable(function):
-                raise TypeError(f"{name} must be a function, not {shown(function)}.")
+                given = "response" if name == "success" else "arguments"
+                raise TypeError(
+                    f"{name} must be a function of the {given}, not {shown(function)}."
+                )
         if self.reference is not None and not callable(self.reference):
             check_text(self.reference, "reference")
         if self.success is not None:

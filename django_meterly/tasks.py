@@ -169,8 +169,8 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
     for name in options:
         if name in views:
             raise TypeError(f"{name} is an option of a view's guard, not of a task's.")
-        if not hasattr(Task, name) and (hint := suggestion(name, ours)):
-            raise TypeError(f"There is no option {name!r}.{hint}")
+        if not hasattr(Task, name) and suggestion(name, ours):
+            raise TypeError(f"There is no option {name!r}.")
 
 
 def _job_of(task: Any) -> Job | None:
