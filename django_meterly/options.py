@@ -54,10 +54,13 @@ def shows(example: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
                 if type(exc) not in (TypeError, ValueError):
                     # One of ours, which says all there is to say.
                     raise
+                # From Python 3.13 on, it may have a suggestion of its own.
                 hint = "".join(
                     suggestion(name, known)
                     for name in kwargs
-                    if name not in known and f"{name!r}" in str(exc)
+                    if name not in known
+                    and f"{name!r}" in str(exc)
+                    and "Did you mean" not in str(exc)
                 )
                 refused = type(exc)(f"{_sentence(exc)}{hint} For example: {example}")
             raise refused
@@ -69,7 +72,7 @@ def shows(example: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 def _sentence(exc: Exception) -> str:
     text = str(exc)
-    return text if text.endswith(".") else f"{text}."
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def check_price(unit: Any, amount: Any) -> None:

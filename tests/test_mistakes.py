@@ -24,7 +24,7 @@ from django_meterly import guard, meterly_guard
 from django_meterly.checks import check_urls
 from django_meterly.errors import MeterlyUsageError
 from django_meterly.mixins import MeterlyGuardMixin
-from django_meterly.options import GuardOptions
+from django_meterly.options import GuardOptions, shows
 from django_meterly.tasks import meterly_task
 from tests.books import balance, fund, states
 
@@ -675,3 +675,16 @@ def test_no_unit_at_all_is_told(settings: Any) -> None:
     settings.METERLY = {**settings.METERLY, "DEFAULT_UNIT": None}
     with pytest.raises(ImproperlyConfigured, match='guard\\(user, 25, "image_cr'):
         guard("user_1", 25)
+
+
+def test_what_python_itself_suggests_is_not_said_twice() -> None:
+    said = "an unexpected keyword argument 'ammount'. Did you mean 'amount'?"
+
+    @shows("right(3)")
+    def right(amount: int = 3, **options: Any) -> None:
+        # As Python does from 3.13 on.
+        raise TypeError(said)
+
+    with pytest.raises(TypeError) as caught:
+        right(ammount=3)
+    assert str(caught.value) == f"{said} For example: right(3)"
