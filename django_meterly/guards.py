@@ -218,12 +218,6 @@ class Guard:
     def __await__(self) -> NoReturn:
         raise TypeError(f"A guard is not awaited. Write {_ASYNC_WITH}")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(
-            "guard() guards a block of code, and cannot decorate a function. For a "
-            'view, write @meterly_guard("image_credits", 25).'
-        )
-
     # What the edges call, in this order: reserve, then one of the others.
 
     def reserve(self) -> None:

@@ -14,6 +14,7 @@ from celery import current_app
 from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse
+from django.template import Context, Template
 from django.test import AsyncRequestFactory, RequestFactory
 from django.urls import path
 from django.views import View
@@ -653,9 +654,10 @@ class TestBlocks:
             asyncio.run(work())
         assert states() == []
 
-    def test_a_guard_as_a_decorator(self) -> None:
-        with pytest.raises(TypeError, match='@meterly_guard\\("image_credits", 25\\)'):
-            self.guard()(view)
+    def test_a_template_shows_a_guard_and_does_not_call_it(self) -> None:
+        template = Template("{{ meterly.amount }} {{ meterly.available }}")
+        with self.guard() as held:
+            assert template.render(Context({"meterly": held})) == "25 75"
 
     def test_a_views_guard_as_a_block(self) -> None:
         block: Any = meterly_guard("image_credits", 25)
