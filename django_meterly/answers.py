@@ -272,6 +272,7 @@ def _reservation(
         balance=_balance_in(
             body, asked.get("customerId") or customer_id, asked.get("unit") or unit
         ),
+        replayed=body.get("replayed") is True,
     )
 
 

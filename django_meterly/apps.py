@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from django.apps import AppConfig
+from django.core.signals import got_request_exception
 from django.utils.translation import gettext_lazy as _
 
 
@@ -12,6 +13,8 @@ class MeterlyConfig(AppConfig):
 
     def ready(self) -> None:
         from . import checks  # noqa: F401
+        from .middleware import explain_unanswered
         from .models import replace_missing_owner_model
 
         replace_missing_owner_model()
+        got_request_exception.connect(explain_unanswered)

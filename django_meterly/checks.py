@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from inspect import isclass
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
+from asgiref.sync import iscoroutinefunction
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Info, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, OperationalError, connections, router
 from django.urls import get_resolver
-from django.utils.module_loading import import_string
 
 from . import methods, units
 from .conf import (
@@ -24,7 +24,8 @@ from .conf import (
 )
 from .db import missing_tables
 from .execution import class_of, handlers, is_guarded
-from .middleware import MeterlyMiddleware, key_for, named_patterns
+from .middleware import MIDDLEWARE, is_installed, key_for, named_patterns
+from .mixins import MeterlyGuardMixin
 from .options import GuardOptions
 from .resolvers import request_user
 from .transports.base import MAX_TTL_SECONDS, shown
@@ -291,26 +292,15 @@ def check_guarded_views(**kwargs: Any) -> list[CheckMessage]:
             GuardOptions.of(options, f"METERLY['GUARDED_VIEWS'][{name!r}]")
         except (TypeError, ValueError, ImportError) as exc:
             found.append(Error(str(exc), id="meterly.E009"))
-    if views and not any(
-        isclass(each) and issubclass(each, MeterlyMiddleware) for each in _middleware()
-    ):
+    if views and not is_installed():
         found.append(
             Error(
                 "METERLY['GUARDED_VIEWS'] guards nothing without MeterlyMiddleware.",
-                hint="Add 'django_meterly.middleware.MeterlyMiddleware' to MIDDLEWARE.",
+                hint=f"Add {MIDDLEWARE!r} to MIDDLEWARE.",
                 id="meterly.E010",
             )
         )
     return found
-
-
-def _middleware() -> Iterator[Any]:
-    for path in settings.MIDDLEWARE:
-        try:
-            yield import_string(path)
-        except ImportError:
-            # Django says so, and more loudly.
-            continue
 
 
 @register("meterly", Tags.urls)
@@ -326,7 +316,7 @@ def check_urls(**kwargs: Any) -> list[CheckMessage]:
     names = []
     for name, pattern in named_patterns(get_resolver()):
         names.append(name)
-        found += _check_guards(name, pattern.callback, key_for(name) == name)
+        found += _check_guards(name, pattern.callback, key_for(name))
     used = {key_for(name) for name in names}
     # A namespace whose every view is named by itself is there all the same.
     spaces = {f"{name.rpartition(':')[0]}:" for name in names if ":" in name}
@@ -355,7 +345,7 @@ def _outer(spaces: set[str]) -> set[str]:
     }
 
 
-def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
+def _check_guards(name: str, view: Any, key: str | None) -> Iterator[CheckMessage]:
     where = name or getattr(view, "__qualname__", repr(view))
     if getattr(getattr(class_of(view), "dispatch", None), "meterly_guarded", False):
         yield Error(
@@ -373,20 +363,48 @@ def _check_guards(name: str, view: Any, named: bool) -> Iterator[CheckMessage]:
         if database["ATOMIC_REQUESTS"]
         and alias not in getattr(view, "_non_atomic_requests", ())
     ]
-    if early and is_guarded(view):
+    if early and is_guarded(view) and iscoroutinefunction(view):
+        yield Error(
+            f"The guarded view {where!r} is async, which Django refuses under "
+            f"ATOMIC_REQUESTS (on the database {early[0]!r}).",
+            hint=(
+                "Put @transaction.non_atomic_requests above its guard, or around "
+                "as_view(). The guard needs no transaction around it. Or make the view "
+                "sync."
+            ),
+            id="meterly.E012",
+        )
+    elif early and is_guarded(view):
         yield Error(
             f"The view {where!r} has a guard on a handler, which ATOMIC_REQUESTS (on "
             f"the database {early[0]!r}) makes it refuse.",
             hint="Put MeterlyGuardMixin first among the bases of its class.",
             id="meterly.E012",
         )
+    if key is None and (problem := _guards_nothing(view)):
+        yield CheckWarning(
+            f"The view {where!r} costs nothing: its class {problem}",
+            hint=(
+                "Let the class inherit from MeterlyGuardMixin first, and set "
+                'guard_options = {"unit": "image_credits", "amount": 25}, or put '
+                '@meterly_guard("image_credits", 25) on the handlers that cost '
+                "something."
+            ),
+            id="meterly.W010",
+        )
     answered = _methods(view)
     options = getattr(view, "meterly_options", None)
-    if named and not is_guarded(view):
+    if key == name and not is_guarded(view):
+        setting = f"METERLY['GUARDED_VIEWS'][{name!r}]"
+        given = meterly_settings.GUARDED_VIEWS[name]
         try:
-            options = GuardOptions.of(meterly_settings.GUARDED_VIEWS[name], name)
+            options = GuardOptions.of(given, setting)
         except (TypeError, ValueError, ImportError):
-            return
+            return  # check_guarded_views says so.
+        try:
+            GuardOptions.of(given, setting, handlers(view) or {"post": view})
+        except TypeError as exc:
+            yield Error(str(exc), id="meterly.E009")
     guards = [(where, options, answered)] if options and answered else []
     for method, handler in handlers(view).items():
         options = getattr(handler, "meterly_options", None)
@@ -487,6 +505,24 @@ def _guards() -> list[tuple[str, GuardOptions]]:
             for task in guarded_tasks()
         ]
     return guards
+
+
+def _guards_nothing(view: Any) -> str:
+    """Return what is missing in the class of a *view* that looks guarded, and is not.
+
+    A view set may have its guard on an action that another URL answers.
+    """
+    cls = class_of(view)
+    if cls is None or is_guarded(view):
+        return ""
+    if not issubclass(cls, MeterlyGuardMixin):
+        if isinstance(getattr(cls, "guard_options", None), dict):
+            return "has guard_options, but not MeterlyGuardMixin."
+        return ""
+    members = (getattr_static(cls, name) for name in dir(cls))
+    if any(getattr(member, "meterly_guarded", False) for member in members):
+        return ""
+    return "has MeterlyGuardMixin, but no guard_options and no guarded handler."
 
 
 def _methods(view: Any) -> set[str] | None:

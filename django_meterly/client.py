@@ -32,24 +32,17 @@ from . import answers, signals
 from .errors import (
     OUTAGE,
     MeterlyAuthenticationError,
+    MeterlyDuplicateError,
     MeterlyError,
     MeterlyForbiddenError,
     MeterlyIdempotencyInProgressError,
     MeterlyInvalidRequestError,
     MeterlyRateLimitedError,
     MeterlyUnknownOutcomeError,
+    MeterlyUsageError,
 )
-from .transports.base import (
-    MAX_KEY_LENGTH,
-    Call,
-    check_amount,
-    check_description,
-    check_identifier,
-    check_key,
-    check_text,
-    check_ttl,
-    check_unit,
-)
+from .transports import base
+from .transports.base import MAX_CALLER_KEY_LENGTH, Call
 from .transports.signing import Secret
 
 if TYPE_CHECKING:
@@ -76,6 +69,32 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
+
+#: How often ``guard`` tries a key of which nothing has come.
+MOST_ATTEMPTS = 100
+
+
+def _refusing(check: Callable[P, T]) -> Callable[P, T]:
+    """Return *check*, which refuses a value by the error that a ledger would answer."""
+
+    @wraps(check)
+    def refuse(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return check(*args, **kwargs)
+        except ValueError as exc:
+            error = MeterlyInvalidRequestError(str(exc))
+        raise error
+
+    return refuse
+
+
+check_amount = _refusing(base.check_amount)
+check_description = _refusing(base.check_description)
+check_identifier = _refusing(base.check_identifier)
+check_key = _refusing(base.check_key)
+check_text = _refusing(base.check_text)
+check_ttl = _refusing(base.check_ttl)
+check_unit = _refusing(base.check_unit)
 
 
 def _twin(
@@ -105,10 +124,11 @@ class MeterlyClient:
     Every method that changes something takes an *idempotency_key*: the same key
     with the same arguments never moves credits twice. Without one, a random key
     is used for that one call. Amounts are positive integers; anything else is a
-    ``ValueError`` before anything is sent. Every method raises
-    ``MeterlyApiError`` when the ledger says no, ``MeterlyNotSentError`` when it
-    was never reached, and ``MeterlyUnknownOutcomeError`` when it cannot be known
-    whether the call was applied.
+    ``MeterlyInvalidRequestError``, which is a ``ValueError`` too, before anything is
+    sent. Every method raises ``MeterlyApiError`` when the ledger says no,
+    ``MeterlyNotSentError`` when it was never reached, and
+    ``MeterlyUnknownOutcomeError`` when it cannot be known whether the call was
+    applied.
 
     The methods and their arguments are those of the published SDK guide.
     """
@@ -201,7 +221,8 @@ class MeterlyClient:
         """Register a customer under *your* stable id, with a default unit.
 
         Raises ``MeterlyCustomerExistsError`` (with the existing ``customer_id``)
-        when the external id is taken with another unit.
+        when the external id is taken. The same call again, with the same
+        *idempotency_key*, returns the customer that it created.
         """
         return self._post(
             "create_customer",
@@ -298,7 +319,10 @@ class MeterlyClient:
         *,
         idempotency_key: str | None = None,
     ) -> MovementResult:
-        """Add credits, once per *reference* (a random one when not given)."""
+        """Add credits, once per *reference*.
+
+        Without one, it is the *idempotency_key*.
+        """
         return self._move(
             "add_credits", customer_id, amount, unit, reference, idempotency_key
         )
@@ -338,21 +362,21 @@ class MeterlyClient:
     ) -> ReservationResult:
         """Hold credits for *ttl_seconds* (1 to 86400; the ledger's default else).
 
-        Replaying a key returns the same reservation with its present *status*,
-        so look at it before relying on the hold. Raises
-        ``MeterlyInsufficientCreditsError`` when too few are available.
+        Without a *reference*, it is the *idempotency_key*. Replaying a key returns
+        the same reservation with its present *status*, so look at it before relying
+        on the hold. Raises ``MeterlyInsufficientCreditsError`` when too few are
+        available.
         """
         arguments: dict[str, Any] = {
             "customerId": _customer(customer_id),
             "amount": check_amount(amount),
-            "reference": _reference(reference),
         }
         if unit is not None:
             arguments["unit"] = check_unit(unit)
         if ttl_seconds is not None:
             arguments["ttlSeconds"] = check_ttl(ttl_seconds)
-        return self._post(
-            "reserve_credits", answers.reserved, arguments, idempotency_key
+        return self._post_named(
+            "reserve_credits", answers.reserved, arguments, reference, idempotency_key
         )
 
     areserve_credits = _twin(reserve_credits)
@@ -519,6 +543,13 @@ class MeterlyClient:
         ``MeterlyUnknownOutcomeError`` with the work's ``result`` and the
         ``idempotency_key`` of the commit.
 
+        An *idempotency_key* (up to 200 visible ASCII characters) runs the work once.
+        After a success, ``MeterlyDuplicateError`` is raised; while its hold is live,
+        the same with ``in_progress``. After a failure, or when its hold has expired,
+        the same call is a new attempt, with the key ``<key>~2`` and so on on the wire.
+        ``MeterlyIdempotencyMismatchError`` is raised if the key came with other
+        arguments.
+
         There is no journal behind this guard: a process that dies between the
         two calls leaves the hold to its time to live, and the work uncharged.
         ``django_meterly.guard`` keeps one.
@@ -590,11 +621,26 @@ class MeterlyClient:
         arguments: dict[str, Any] = {
             "customerId": _customer(customer_id),
             "amount": check_amount(amount),
-            "reference": _reference(reference),
         }
         if unit is not None:
             arguments["unit"] = check_unit(unit)
-        return self._post(operation, answers.movement, arguments, idempotency_key)
+        return self._post_named(
+            operation, answers.movement, arguments, reference, idempotency_key
+        )
+
+    def _post_named(
+        self,
+        operation: str,
+        reader: Reader[T],
+        arguments: dict[str, Any],
+        reference: str | None,
+        idempotency_key: str | None,
+    ) -> T:
+        key = _key(idempotency_key)
+        # A random one would make a repeated call another request.
+        reference = key if reference is None else reference
+        arguments["reference"] = check_text(reference, "reference")
+        return self._send(operation, reader, arguments, key)
 
     def _post(
         self,
@@ -603,10 +649,7 @@ class MeterlyClient:
         arguments: dict[str, Any],
         idempotency_key: str | None,
     ) -> T:
-        key = (
-            str(uuid.uuid4()) if idempotency_key is None else check_key(idempotency_key)
-        )
-        return self._send(operation, reader, arguments, key)
+        return self._send(operation, reader, arguments, _key(idempotency_key))
 
     def _send(
         self,
@@ -657,33 +700,60 @@ class _Held(Generic[T]):
         idempotency_key: str | None,
         ttl_seconds: int | None,
     ) -> None:
-        key = str(uuid.uuid4())
-        if idempotency_key is not None:
-            # Room for the keys that are derived from it: found too long only
-            # then, it would end in a ValueError after the work.
-            key = check_key(idempotency_key, length=MAX_KEY_LENGTH - len(":release"))
+        self._own_key = idempotency_key is None
+        # Other keys are derived from it. If one of them was found to be too long, that
+        # would be after the work.
+        self._key = _key(idempotency_key, MAX_CALLER_KEY_LENGTH)
         self._client = client
-        self._key = key
         self._reservation_id = ""
+        #: The key of the attempt on the wire.
+        self._attempt = ""
         self._reserve = partial(
             client.reserve_credits,
             customer_id,
             amount,
             unit=unit,
-            reference=reference,
-            idempotency_key=key,
+            # Not the attempt's: each attempt is for the same piece of work.
+            reference=self._key if reference is None else reference,
             ttl_seconds=ttl_seconds,
         )
 
     def __enter__(self) -> ReservationResult:
-        reservation = self._reserve()
-        if not reservation.is_held:
-            raise MeterlyUnknownOutcomeError(
-                f"The reservation of idempotency key {self._key!r} is "
-                f"{reservation.status} already. Use a new key for new work."
+        if self._attempt:
+            raise MeterlyUsageError(
+                "A guard guards one piece of work. Call guard() again for the next."
             )
-        self._reservation_id = reservation.reservation_id
-        return reservation
+        for number in range(1, MOST_ATTEMPTS + 1):
+            self._attempt = self._key if number == 1 else f"{self._key}~{number}"
+            reservation = self._reserve(idempotency_key=self._attempt)
+            if reservation.is_held:
+                if reservation.replayed and not self._own_key:
+                    # Whose it is cannot be known, also if the transport has asked
+                    # twice because the first answer was lost.
+                    raise self._duplicate(reservation)
+                self._reservation_id = reservation.reservation_id
+                return reservation
+            if reservation.status == "committed":
+                raise self._duplicate(reservation)
+        raise MeterlyUsageError(
+            f"The idempotency key {self._key!r} was tried {MOST_ATTEMPTS} times, and "
+            "nothing has come of it. Use a new key."
+        )
+
+    def _duplicate(self, reservation: ReservationResult) -> MeterlyDuplicateError:
+        in_progress = reservation.is_held
+        return MeterlyDuplicateError(
+            f"The idempotency key {self._key!r} "
+            + (
+                f"is in use right now, until {reservation.expires_at} at most"
+                if in_progress
+                else "was used already"
+            )
+            + f" (reservation {reservation.status}).",
+            state=reservation.status or "",
+            reference=reservation.reference or "",
+            in_progress=in_progress,
+        )
 
     def __exit__(
         self,
@@ -739,13 +809,13 @@ class _Held(Generic[T]):
         # released now ends with its time to live.
         try:
             self._client.release_reservation(
-                self._reservation_id, idempotency_key=f"{self._key}:release"
+                self._reservation_id, idempotency_key=f"{self._attempt}:release"
             )
         except MeterlyError:
             pass
 
     def _commit(self) -> None:
-        key = f"{self._key}:commit"
+        key = f"{self._attempt}:commit"
         try:
             self._client.commit_reservation(self._reservation_id, idempotency_key=key)
         except OUTAGE as exc:
@@ -790,8 +860,8 @@ def _reservation(value: object) -> str:
     return check_identifier(value, "reservation_id")
 
 
-def _reference(value: str | None) -> str:
-    return str(uuid.uuid4()) if value is None else check_text(value, "reference")
+def _key(value: str | None, length: int = base.MAX_KEY_LENGTH) -> str:
+    return str(uuid.uuid4()) if value is None else check_key(value, length=length)
 
 
 class _Configured:

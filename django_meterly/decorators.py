@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .execution import guard_view
-from .options import GuardOptions
+from .options import GuardOptions, shows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     View = Callable[..., Any]
 
 
+@shows('@meterly_guard("image_credits", 25)')
 def meterly_guard(
     unit: str | None = None,
     amount: int | Callable[..., Any] = 1,
@@ -80,9 +81,37 @@ def meterly_guard(
         enforcement=enforcement,
     )
 
-    def decorator(view: View) -> View:
+    options.fit()
+    return _Decorator(options)
+
+
+class _Decorator:
+    """What ``meterly_guard()`` returns: it makes a guarded view of a view."""
+
+    def __init__(self, options: GuardOptions) -> None:
+        self.options = options
+
+    def __call__(self, view: View) -> View:
+        options = self.options
         guarded: Any = guard_view(view, lambda request: options)
+        options.fit(view)
         guarded.meterly_options = options
         return guarded  # type: ignore[no-any-return]
 
-    return decorator
+    # So that a block under it is told what guards a block.
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError(_A_VIEW.format("with"))
+
+    async def __aenter__(self) -> NoReturn:
+        raise TypeError(_A_VIEW.format("async with"))
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+
+_A_VIEW = (
+    "meterly_guard() guards a view. For a block of code, write {} "
+    'guard(user, 25, "image_credits"): ...'
+)

@@ -4,7 +4,7 @@
 
     MeterlyError
     ├── MeterlyApiError                        the ledger answered, and said no
-    │   ├── MeterlyInvalidRequestError           400 invalid_request
+    │   ├── MeterlyInvalidRequestError           400 invalid_request (a ValueError, too)
     │   ├── MeterlyAuthenticationError           401 unauthenticated
     │   ├── MeterlyInsufficientCreditsError      402 insufficient_credits
     │   │   └── MeterlyDebtError                 402 debt (only the guard says so)
@@ -223,8 +223,11 @@ class MeterlyNotSentError(MeterlyError):
     """
 
 
-class MeterlyInvalidRequestError(MeterlyApiError):
-    """The ledger cannot read this request."""
+class MeterlyInvalidRequestError(MeterlyApiError, ValueError):
+    """The ledger cannot read this request, or the client has refused to send it.
+
+    What the client refuses has no *request_id*.
+    """
 
     status, code = 400, "invalid_request"
 

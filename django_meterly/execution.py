@@ -726,6 +726,11 @@ _NO_RESPONSE = (
     "guard what that decorator makes. With django-ninja, for example, put "
     "@decorate_view(meterly_guard(...)) below @api.post(...)."
 )
+_ABOVE_NINJA = (
+    "meterly_guard guards nothing on {0}, which is an operation of django-ninja "
+    "already: ninja calls it without the guard. Put "
+    "@decorate_view(meterly_guard(...)) below @api.post(...)."
+)
 _NOT_ON_DISPATCH = (
     "meterly_guard cannot guard dispatch(): it runs before it is known who asks, and "
     "answers what is free, too. Set guard_options on the class and let it inherit from "
@@ -749,12 +754,17 @@ def _refuse(view: View) -> None:
         )
     if not callable(view):
         raise TypeError(f"meterly_guard guards a view function, not {view!r}.")
+    ninja = sys.modules.get("ninja.operation")
+    operation = getattr(view, "_ninja_operation", None)
+    if ninja is not None and isinstance(operation, ninja.Operation):
+        # django-ninja calls what it was given, and not what is made of that.
+        raise TypeError(_ABOVE_NINJA.format(view.__name__))
 
 
 def _names(view: Any) -> tuple[str, str]:
     """Return the name of the work, without its module and with it."""
-    # as_view() names all views alike.
-    named = class_of(view) or _unpartial(view)
+    # as_view() names all views alike, and so does django-ninja, by Operation.run().
+    named = class_of(view) or _operation(view) or _unpartial(view)
     name = getattr(named, "__qualname__", type(named).__qualname__)
     if isclass(named) and not name.endswith(named.__name__):
         # @api_view names its class after the function, by __name__ only.
@@ -765,6 +775,16 @@ def _names(view: Any) -> tuple[str, str]:
         for text in (name.rpartition("<locals>.")[2], f"{named.__module__}.{name}")
     )
     return short, full
+
+
+def _operation(view: Any) -> Any:
+    """Return the function whose ``run()``, by an ``Operation`` of ninja, *view* is."""
+    ninja = sys.modules.get("ninja.operation")
+    for layer in methods.layers(view):
+        operation = getattr(layer, "__self__", None)
+        if ninja is not None and isinstance(operation, ninja.Operation):
+            return operation.view_func
+    return None
 
 
 def class_of(view: Any) -> Any:

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from asgiref.sync import sync_to_async
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
 from django.db import DatabaseError, Error, connections, transaction
+from django.utils.asyncio import async_unsafe
 from django.utils.functional import cached_property
 
 from . import journal, signals, units
@@ -23,10 +24,18 @@ from .errors import (
     MeterlyUnavailableError,
     MeterlyUsageError,
 )
-from .handoffs import UNCHARGED, Message
+from .handoffs import FREE, UNCHARGED, Message
 from .heart import Heart
-from .models import MAX_CALLER_KEY_LENGTH, Customer
-from .transports.base import check_amount, check_key, check_text, check_ttl
+from .models import Customer
+from .options import check_price, shows
+from .transports.base import (
+    MAX_CALLER_KEY_LENGTH,
+    check_amount,
+    check_key,
+    check_text,
+    check_ttl,
+    shown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,12 +127,19 @@ class Guard:
         above, ``OVERAGE`` decides: ``"charge"`` charges it all, ``"cap"`` charges
         the hold. The last call counts. For example, after ``charge(80)`` a hold of
         100 credits costs 80. Raises ``ValueError`` for anything that is not a whole
-        number of credits, and ``MeterlyUsageError`` once the work has ended.
+        number of credits, and ``MeterlyUsageError`` before the work has begun, once it
+        has ended, and for more than 0 where the amount was 0 (unless ``OVERAGE`` is
+        ``"cap"``).
         """
         charge = check_amount(amount, minimum=0)
-        self._refuse_if_decided("charge")
-        self._refuse_if_handed_off("charge")
+        self._refuse_unless_at_work("charge", "80")
         overage = self.overage or meterly_settings.OVERAGE
+        if charge and not self.amount and overage != "cap":
+            raise MeterlyUsageError(
+                f"charge({charge}) is too much: amount was 0, so no credits are held "
+                "and nothing can be charged. Let amount return 1 or more, and say "
+                "charge(0) for work that turns out to be free."
+            )
         if charge > self.amount and overage == "cap":
             logger.warning(
                 "%s used %d %s, but is charged the %d it reserved (overage is 'cap').",
@@ -138,10 +154,9 @@ class Guard:
     def release(self) -> None:
         """Let the work be free, even if it succeeds.
 
-        Raises ``MeterlyUsageError`` once the work has ended.
+        Raises ``MeterlyUsageError`` before the work has begun and once it has ended.
         """
-        self._refuse_if_decided("release")
-        self._refuse_if_handed_off("release")
+        self._refuse_unless_at_work("release")
         self._charge = None
 
     def hand_off(self, task: Any, /, *args: Any, **kwargs: Any) -> str:
@@ -155,15 +170,18 @@ class Guard:
         ``MeterlyUnavailableError`` is raised where the work ends.
 
         Raises ``TypeError`` for a task that is not guarded, or for arguments it
-        does not take, and ``MeterlyUsageError`` once the work has ended or was
-        handed off.
+        does not take, and ``MeterlyUsageError`` before the work has begun, and once it
+        has ended or was handed off.
         """
-        self._refuse_if_decided("hand_off")
-        self._refuse_if_handed_off("hand_off")
+        self._refuse_unless_at_work("hand_off", "task, ...")
         self._message = Message(task, args, kwargs)
         return self._message.task_id
 
     def __enter__(self) -> Guard:
+        try:
+            _refuse_in_event_loop()
+        except SynchronousOnlyOperation as exc:
+            raise MeterlyUsageError(str(exc)) from None
         self.reserve()
         return self
 
@@ -196,6 +214,9 @@ class Guard:
             await to_the_end(self.__exit__, exc_type, exc, traceback)
         # A coroutine that is being closed cannot await: the lease releases.
 
+    def __await__(self) -> NoReturn:
+        raise TypeError(f"A guard is not awaited. Write {_ASYNC_WITH}")
+
     # What the edges call, in this order: reserve, then one of the others.
 
     def reserve(self) -> None:
@@ -219,7 +240,10 @@ class Guard:
             if self._payer is None and self.enforcement == "shadow":
                 raise MeterlyError("Nobody is known to pay for this.")
             customer = Customer.objects.resolve(self._payer)
-            self._reserve(customer)
+            if self.amount:
+                self._reserve(customer)
+            else:
+                self._begin_free(customer)
         except MeterlyUsageError:
             raise
         except MeterlyError as exc:
@@ -233,6 +257,17 @@ class Guard:
             ):
                 self._announce(signals.credits_denied, customer, exc)
             raise
+
+    def _begin_free(self, customer: Customer) -> None:
+        """Begin work that costs nothing: nothing is held, and nothing written.
+
+        Its key is not used up by it, but a key that was used up is a duplicate.
+        """
+        if self.idempotency_key is not None and (
+            duplicate := journal.in_the_way(customer, self.idempotency_key)
+        ):
+            raise duplicate
+        self._uncharged = True
 
     def _announce(
         self, signal: Signal, customer: Customer | None, error: MeterlyError
@@ -438,14 +473,18 @@ class Guard:
             raise MeterlyUsageError("This guard has not reserved anything yet.")
         return self.reservation
 
-    def _refuse_if_decided(self, verb: str) -> None:
+    def _refuse_unless_at_work(self, verb: str, arguments: str = "") -> None:
+        if self.reservation is None and not self._uncharged:
+            raise MeterlyUsageError(
+                f"{verb}() came too early: no credits are held yet. Call it in the "
+                "block: with guard(...) as reservation: "
+                f"reservation.{verb}({arguments})"
+            )
         if self._decided or self._concluded:
             raise MeterlyUsageError(
                 f"{verb}() came too late: the work has ended, and what it costs is "
                 "decided. Call it while the work is running."
             )
-
-    def _refuse_if_handed_off(self, verb: str) -> None:
         if self._message is not None:
             raise MeterlyUsageError(
                 f"{verb}() came too late: the work was handed off; the task decides."
@@ -476,7 +515,7 @@ class Guard:
 
     def _send(self, message: Message) -> None:
         if self._uncharged:
-            message.send(UNCHARGED)
+            message.send(UNCHARGED if self.amount else FREE)
             return
         row = self._row
         if not self._is_offered:
@@ -572,6 +611,7 @@ async def to_the_end(function: Callable[..., T], /, *args: Any) -> T:
     return task.result()
 
 
+@shows('with guard(user, 25, "image_credits"): ...')
 def guard(
     customer: Any,
     amount: int,
@@ -608,14 +648,52 @@ def guard(
     raises ``MeterlyInsufficientCreditsError``, ``MeterlyUnavailableError`` when
     the ledger cannot be asked, ``MeterlyDuplicateError`` when the key was used,
     ``MeterlyIdempotencyMismatchError`` when it was for another unit or amount,
-    and ``MeterlyUsageError`` inside an open transaction. With *durable* false
+    and ``MeterlyUsageError`` inside an open transaction and, for a plain ``with``, in
+    a running event loop. With *durable* false
     the reservation lives and dies with that transaction instead. Arguments out
     of bounds are a ``ValueError`` before anything is written or sent.
+    """
+    if isinstance(customer, int) and not isinstance(amount, int):
+        raise TypeError(
+            f"customer is {shown(customer)} and amount is {shown(amount)}, the wrong "
+            "way round."
+        )
+    check_price(unit, amount)
+    return prepare(
+        customer,
+        amount,
+        unit,
+        reference=reference,
+        idempotency_key=idempotency_key,
+        ttl_seconds=ttl_seconds,
+        durable=durable,
+        overage=overage,
+        on_unavailable=on_unavailable,
+        enforcement=enforcement,
+    )
+
+
+def prepare(
+    customer: Any,
+    amount: int,
+    unit: str | None,
+    *,
+    reference: str | None = None,
+    idempotency_key: str | None = None,
+    ttl_seconds: int | None = None,
+    durable: bool = True,
+    overage: str | None = None,
+    on_unavailable: str | None = None,
+    enforcement: str | None = None,
+) -> Guard:
+    """Return the guard that ``guard()`` describes; for the edges.
+
+    An *amount* of 0 holds nothing: the work is free.
     """
     unit = units.check_declared(unit) if unit else units.default()
     if unit is None:
         raise ImproperlyConfigured(
-            'Name a unit: guard(customer, amount, "image_credits"), or set '
+            'Name a unit: guard(user, 25, "image_credits"), or set '
             "METERLY['DEFAULT_UNIT']."
         )
     for name, policy in (
@@ -635,7 +713,7 @@ def guard(
                 raise invalid from None
     return Guard(
         customer,
-        check_amount(amount),
+        check_amount(amount, minimum=0),
         unit,
         reference=check_text(reference or f"guard:{uuid.uuid4()}", "reference"),
         idempotency_key=idempotency_key,
@@ -648,6 +726,13 @@ def guard(
         enforcement=enforcement,
         invalid=invalid,
     )
+
+
+_ASYNC_WITH = "async with guard(...) as reservation: ..."
+_refuse_in_event_loop: Callable[[], None] = async_unsafe(
+    "A plain with would block the event loop that is running. In async code, write "
+    + _ASYNC_WITH
+)(lambda: None)
 
 
 def _reads_committed(using: str) -> bool:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 HEADER = "meterly_reservation"
 #: What the header names instead of an id, for work that nobody is charged for.
 UNCHARGED = "uncharged"
+#: And for work whose amount was 0.
+FREE = "free"
 SALT = "django_meterly.handoffs"
 
 
@@ -33,7 +35,7 @@ def sign(reservation_id: str, name: str, task_id: str) -> str:
 
 
 def read(header: Any, name: str, task_id: str | None) -> str:
-    """Return the reservation's id, or ``UNCHARGED``, that *header* hands off.
+    """Return the reservation's id, ``UNCHARGED`` or ``FREE``, as *header* hands off.
 
     Logs and raises ``MeterlyUsageError`` for a header that was not signed for the task
     *name*[*task_id*] with ``SECRET_KEY`` or one of ``SECRET_KEY_FALLBACKS``.

@@ -13,8 +13,8 @@ from . import guards, handoffs, journal
 from .client import get_client
 from .conf import meterly_settings
 from .errors import MeterlyIdempotencyMismatchError, MeterlyUsageError
-from .models import MAX_CALLER_KEY_LENGTH, Customer, Reservation
-from .transports.base import MAX_TTL_SECONDS, check_key
+from .models import Customer, Reservation
+from .transports.base import MAX_CALLER_KEY_LENGTH, MAX_TTL_SECONDS, check_key
 
 if TYPE_CHECKING:
     from .guards import Guard
@@ -72,15 +72,16 @@ class Job:
         else:
             # Not as if it were not there: the customer would hold credits twice.
             handed_off = handoffs.read(self._header, self.name, self.request_id)
-            if handed_off == handoffs.UNCHARGED:
+            if handed_off in (handoffs.UNCHARGED, handoffs.FREE):
                 # Nobody is charged for what handed it off: not for this, either.
                 self.guard = guards.Guard(
                     None,
-                    1,
+                    0 if handed_off == handoffs.FREE else 1,
                     options.unit or handoffs.UNCHARGED,
                     reference=f"{self.name}:{uuid.uuid4()}",
                     idempotency_key=None,
                     ttl_seconds=meterly_settings.RESERVATION_TTL,
+                    overage=options.overage,
                     enforcement="off",
                 )
                 self.guard.reserve()
@@ -110,7 +111,7 @@ class Job:
     def _guard(
         self, options: GuardOptions, args: Any, kwargs: Any
     ) -> tuple[Customer | None, Guard]:
-        payer = options.customer(*args, **kwargs) if options.customer else None
+        payer = options.ask("customer", *args, **kwargs)
         enforcement = options.enforcement or meterly_settings.ENFORCEMENT
         if payer is None and enforcement == "enforce":
             raise MeterlyUsageError(
@@ -118,15 +119,12 @@ class Job:
                 "function of its arguments, or let a view hand it off."
             )
 
-        def value(option: Any) -> Any:
-            return option(*args, **kwargs) if callable(option) else option
-
         customer = None if payer is None else Customer.objects.resolve(payer)
-        guard = guards.guard(
+        guard = guards.prepare(
             customer,
-            value(options.amount),
+            options.ask("amount", *args, **kwargs),
             options.unit,
-            reference=value(options.reference)
+            reference=options.ask("reference", *args, **kwargs)
             or (self.key or f"{self.name}:{uuid.uuid4()}").removeprefix("task:"),
             idempotency_key=self.key,
             ttl_seconds=options.ttl_seconds,
@@ -152,7 +150,7 @@ class Job:
                 f"{self.name} was handed off with the reservation {reservation_id}, "
                 "which is not in the journal."
             )
-        # Not by guard(): the row goes on, also if its unit is not in UNITS any more.
+        # Not by prepare(): the row goes on, also if its unit is not in UNITS any more.
         guard = guards.Guard(
             row.customer,
             row.amount,

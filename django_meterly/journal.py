@@ -171,7 +171,9 @@ _IN_TRANSACTION = (
     "the transaction. Put meterly_guard around as_view(), above every decorator that "
     "opens a transaction, and have the decorators above it use functools.wraps. If it "
     "guards a handler of a class-based view, put MeterlyGuardMixin first among the "
-    "bases of the class: it keeps ATOMIC_REQUESTS from opening the transaction early."
+    "bases of the class: it keeps ATOMIC_REQUESTS from opening the transaction early. "
+    "Under ATOMIC_REQUESTS, guard operations of django-ninja by METERLY"
+    "['GUARDED_VIEWS'], and not in the code."
 )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from inspect import isclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.conf import settings
 from django.urls import URLPattern, get_resolver
+from django.utils.module_loading import import_string
 
 from . import responses
 from .conf import meterly_settings
@@ -83,6 +86,32 @@ class MeterlyMiddleware:
             self._seen.add((urlconf, names))
 
 
+def is_installed() -> bool:
+    """Return whether ``MIDDLEWARE`` names this middleware, or a subclass of it."""
+    return any(
+        isclass(each) and issubclass(each, MeterlyMiddleware) for each in _installed()
+    )
+
+
+def _installed() -> Iterator[Any]:
+    for path in settings.MIDDLEWARE:
+        try:
+            yield import_string(path)
+        except ImportError:
+            # Django says so, and more loudly.
+            continue
+
+
+def explain_unanswered(sender: Any, **kwargs: Any) -> None:
+    """Add a note to what ``guard()`` has raised in a view and nobody has answered.
+
+    For the signal ``got_request_exception``: the answer is going to be a 500.
+    """
+    exc = sys.exception()
+    if isinstance(exc, responses.RENDERED) and not is_installed():
+        exc.add_note(_UNANSWERED)
+
+
 def guard_urlconf(urlconf: Any) -> None:
     """Guard the patterns of *urlconf* that ``GUARDED_VIEWS`` names, once."""
     with _guarding:
@@ -150,6 +179,12 @@ def options_for(request: HttpRequest) -> GuardOptions | None:
     )
 
 
+#: As ``MIDDLEWARE`` names it.
+MIDDLEWARE = f"{MeterlyMiddleware.__module__}.{MeterlyMiddleware.__qualname__}"
+_UNANSWERED = (
+    "guard() has raised this in a view, and nothing answers it but a 500. Add "
+    f"{MIDDLEWARE!r} to MIDDLEWARE to have it answered as @meterly_guard does."
+)
 _UNGUARDED = (
     "This view is not guarded: put @meterly_guard on it, or name it in "
     "METERLY['GUARDED_VIEWS']."

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from django.views.generic.edit import FormMixin
 
-from .execution import guard_class, install_guards, is_rest
+from .execution import guard_class, handlers, install_guards, is_rest
 from .guards import Guard
-from .options import GuardOptions
+from .options import GuardOptions, near_miss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +33,9 @@ class MeterlyGuardMixin:
     are released. Under ``ATOMIC_REQUESTS`` the guard opens the transaction, around the
     handler; requests that no guarded handler answers have it around all, as ever.
 
-    ``as_view()`` raises ``TypeError`` and ``ValueError`` for options out of bounds.
+    ``as_view()`` raises ``TypeError`` and ``ValueError`` for options out of bounds, and
+    ``TypeError`` for an attribute that was to be ``guard_options``: ``guards_options``,
+    for example.
     """
 
     guard_options: Mapping[str, Any] | None = None
@@ -51,11 +53,18 @@ class MeterlyGuardMixin:
 
     @classmethod
     def as_view(cls, *args: Any, **initkwargs: Any) -> Any:
+        if name := near_miss(cls):
+            raise TypeError(
+                f"{cls.__qualname__}.{name} guards nothing. Did you mean "
+                "guard_options? For example: "
+                'guard_options = {"unit": "image_credits", "amount": 25}'
+            )
         view = super().as_view(*args, **initkwargs)  # type: ignore[misc]
         mapping = initkwargs.get("guard_options", cls.guard_options)
         if mapping is None:
             return guard_class(view, None)
-        options = GuardOptions.of(mapping, f"{cls.__qualname__}.guard_options")
+        where = f"{cls.__qualname__}.guard_options"
+        options = GuardOptions.of(mapping, where, handlers(view))
         guarded: Any = guard_class(view, lambda request: options)
         guarded.meterly_options = options
         return guarded

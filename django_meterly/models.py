@@ -24,7 +24,13 @@ from .errors import (
     MeterlyError,
     MeterlyUnknownOutcomeError,
 )
-from .transports.base import MAX_KEY_LENGTH, MAX_TEXT_LENGTH, check_text, shown
+from .transports.base import (
+    MAX_CALLER_KEY_LENGTH,
+    MAX_KEY_LENGTH,
+    MAX_TEXT_LENGTH,
+    check_text,
+    shown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -40,8 +46,6 @@ if not apps.is_installed("django_meterly"):
         "run migrate."
     )
 
-#: A caller's key at most; the rest of the wire's 255 is for what is derived from it.
-MAX_CALLER_KEY_LENGTH = 200
 UNIT_LENGTH = 64
 MAX_REASON_LENGTH = 500
 ID_LENGTH = 64

@@ -23,8 +23,8 @@ from .errors import (
     MeterlyInvalidKeyError,
     MeterlyUnavailableError,
 )
-from .models import MAX_CALLER_KEY_LENGTH
 from .resolvers import request_user
+from .transports.base import MAX_CALLER_KEY_LENGTH
 
 if TYPE_CHECKING:
     from django.http import HttpRequest

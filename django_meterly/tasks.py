@@ -9,10 +9,11 @@ import datetime as dt
 import inspect
 import logging
 from contextvars import ContextVar
+from dataclasses import fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from celery import current_app, shared_task
+from celery import Task, current_app, shared_task
 from celery.exceptions import Ignore, Retry
 from celery.signals import task_revoked
 from django.apps import apps
@@ -22,13 +23,14 @@ from django.core.checks import Warning as CheckWarning
 from django.core.checks.security.base import SECRET_KEY_INSECURE_PREFIX
 from django.core.exceptions import ImproperlyConfigured
 
-from .conf import meterly_settings
+from .conf import meterly_settings, suggestion
 from .errors import (
     MeterlyDuplicateError,
     MeterlyInsufficientCreditsError,
     MeterlyUnavailableError,
     MeterlyUsageError,
 )
+from .options import GuardOptions, shows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,10 +49,13 @@ MOST_WAITING = 20
 #: Seconds between two runs, by default.
 RELEASE_EVERY, SETTLE_EVERY = 60.0, 15.0
 
+_EXAMPLE = '@meterly_task("gpu_seconds", 100, customer=lambda job_id: ...)'
+
 #: The guarded job at work in this thread, the innermost if they are nested.
 _current: ContextVar[Job | None] = ContextVar("meterly_job", default=None)
 
 
+@shows(_EXAMPLE)
 def meterly_task(
     unit: str | None = None,
     amount: int | Callable[..., Any] = 1,
@@ -82,7 +87,8 @@ def meterly_task(
     without *customer* can only be handed off (``request.meterly.hand_off``), and then
     runs under the reservation of the view. *ttl_seconds* is how long credits are held
     when nobody is heard of; while the task runs, its heartbeat extends the hold.
-    Everything else goes to ``shared_task``.
+    Everything else goes to ``shared_task``, except names that only a guard of a view
+    has, and those that are nearly an option of this one: they are a ``TypeError``.
 
     While the task runs, its ``meterly`` is the ``Guard``: ``self.meterly`` with *bind*,
     else ``celery.current_task.meterly``.
@@ -96,9 +102,6 @@ def meterly_task(
     Raises ``ValueError`` and ``TypeError`` for options out of bounds when the task is
     defined. The task raises what ``guard()`` raises.
     """
-    # Not above: a settings module may import this one.
-    from .options import GuardOptions
-
     checked = GuardOptions(
         unit=unit,
         amount=amount,
@@ -115,8 +118,11 @@ def meterly_task(
     ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, not {value!r}.")
+    _refuse_unknown(options)
 
     def decorate(function: Callable[..., Any]) -> Any:
+        checked.fit_task(function, bind=bind)
+
         @wraps(function)
         def run(task: Any, *args: Any, **kwargs: Any) -> Any:
             job = _job_of(task)
@@ -154,6 +160,20 @@ def meterly_task(
         return shared_task(**{"bind": True, **attributes, **options})(run)
 
     return decorate
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Raise ``TypeError`` for an option that is neither Celery's nor ours, but nearly.
+
+    Celery makes attributes of the task of whatever it is told.
+    """
+    views = [field.name for field in fields(GuardOptions)]
+    ours = [*views, "on_retry", "on_duplicate", "throws"]
+    for name in options:
+        if name in views:
+            raise TypeError(f"{name} is an option of a view's guard, not of a task's.")
+        if not hasattr(Task, name) and suggestion(name, ours):
+            raise TypeError(f"There is no option {name!r}.")
 
 
 def _job_of(task: Any) -> Job | None:

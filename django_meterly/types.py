@@ -7,7 +7,7 @@ not show it. This project's own ledger leaves none out.
 from __future__ import annotations
 
 import datetime as dt  # noqa: TC003 (dataclasses keep their types)
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = [
     "Balance",
@@ -108,7 +108,8 @@ class ReservationResult:
     """Credits held for work in progress.
 
     *status* is ``reserved``, ``committed``, ``released`` or ``expired``, as of
-    this answer; *balance* is the account right after the movement.
+    this answer; *balance* is the account right after the movement. *replayed* says
+    that an earlier call with the same idempotency key has done it.
     """
 
     reservation_id: str
@@ -119,6 +120,7 @@ class ReservationResult:
     reference: str | None
     expires_at: dt.datetime | None
     balance: Balance | None
+    replayed: bool = field(default=False, compare=False)
 
     @property
     def is_held(self) -> bool:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -9,15 +11,22 @@ from celery import Celery, current_app
 from django.contrib.auth.models import Group
 from django.core.checks import run_checks
 from django.core.management import call_command
-from django.db import OperationalError, connection
+from django.db import OperationalError, connection, transaction
+from django.http import HttpResponse
 from django.test import override_settings
-from django.urls import clear_url_caches, path
+from django.urls import clear_url_caches, include, path
 from django.utils import timezone
+from django.views import View
+from django.views.decorators.csrf import csrf_exempt
+from django.views.generic import FormView
+from rest_framework.views import APIView
 
 from django_meterly import checks, meterly_guard
+from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Customer, Reservation
 from django_meterly.tasks import beat_schedule
 from tests import guarded_urls, jobs
+from tests.books import balance, fund
 
 HTTP = {"TRANSPORT": "django_meterly.transports.HttpTransport"}
 
@@ -329,6 +338,170 @@ def test_f25_a_handler_without_the_mixin_is_found_under_atomic_requests(
     assert ids() == []
     request.getfixturevalue("atomic_requests")
     assert "meterly.E012" in ids()
+
+
+async def apost(self: Any, request: Any) -> HttpResponse:
+    return HttpResponse()
+
+
+class AsyncMixin(MeterlyGuardMixin, View):
+    guard_options = COSTS
+    post = apost
+
+
+class AsyncHandler(MeterlyGuardMixin, View):
+    post = guarded_urls.guarded(apost)
+
+
+class AsyncClass(View):
+    post = apost
+
+
+ASYNC = {
+    "function": guarded_urls.guarded(guarded_urls.aview),
+    "around as_view()": guarded_urls.guarded(AsyncClass.as_view()),
+    "guard_options": AsyncMixin.as_view(),
+    "on a handler": AsyncHandler.as_view(),
+}
+
+
+@pytest.mark.parametrize("kind", ASYNC)
+def test_an_async_view_under_atomic_requests_has_its_own_remedy(
+    settings: Any, atomic_requests: None, kind: str
+) -> None:
+    def found(view: Any) -> list[Any]:
+        urlpatterns = [path("view/", view, name="async")]
+        settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
+        return [each for each in checks.check_urls() if each.id != "meterly.W001"]
+
+    (message,) = found(ASYNC[kind])
+    assert message.id == "meterly.E012"
+    assert message.msg == (
+        "The guarded view 'async' is async, which Django refuses under "
+        "ATOMIC_REQUESTS (on the database 'default')."
+    )
+    assert "@transaction.non_atomic_requests above its guard" in message.hint
+    assert "MeterlyGuardMixin" not in message.hint
+    # The remedy is one: see test_f08 for what it is charged.
+    assert found(transaction.non_atomic_requests(_wrapped(ASYNC[kind]))) == []
+
+
+def _wrapped(view: Any) -> Any:
+    """Return a view of its own, for a decorator that marks what it is given."""
+
+    @wraps(view)
+    async def wrapper(request: Any) -> Any:
+        return await view(request)
+
+    wrapper._non_atomic_requests = set()  # type: ignore[attr-defined]
+    return wrapper
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("kind", ASYNC)
+@pytest.mark.usefixtures("joined", "atomic_requests")
+def test_the_remedy_of_an_async_view_works(
+    settings: Any, client: Any, user: Any, kind: str
+) -> None:
+    view = transaction.non_atomic_requests(_wrapped(ASYNC[kind]))
+    urlpatterns = [path("view/", view), path("bare/", ASYNC[kind])]
+    settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
+    customer = fund(user)
+    client.force_login(user)
+    with pytest.raises(RuntimeError, match="ATOMIC_REQUESTS with async views"):
+        client.post("/bare/")
+    assert client.post("/view/").status_code == 200
+    assert balance(customer) == (75, 0)
+
+
+class Bare(MeterlyGuardMixin, guarded_urls.Writes):
+    pass
+
+
+class BareForm(MeterlyGuardMixin, FormView):
+    pass
+
+
+class BareApi(MeterlyGuardMixin, APIView):
+    pass
+
+
+class BareSet(MeterlyGuardMixin, guarded_urls.Posters):
+    pass
+
+
+class Cleared(guarded_urls.ReadsByMixin):
+    guard_options = None  # type: ignore[assignment]
+
+
+class WithoutMixin(guarded_urls.Writes):
+    guard_options = COSTS
+
+
+class GuardedSet(MeterlyGuardMixin, guarded_urls.Posters):
+    create = guarded_urls.guarded(guarded_urls.Posters.create)
+
+
+UNGUARDED = [
+    (Bare.as_view(), "has MeterlyGuardMixin, but no guard_options"),
+    (BareForm.as_view(), "has MeterlyGuardMixin, but no guard_options"),
+    (BareApi.as_view(), "has MeterlyGuardMixin, but no guard_options"),
+    (BareSet.as_view({"post": "create"}), "has MeterlyGuardMixin, but no guard_opt"),
+    (Cleared.as_view(), "has MeterlyGuardMixin, but no guard_options"),
+    (WithoutMixin.as_view(), "has guard_options, but not MeterlyGuardMixin."),
+    (csrf_exempt(Bare.as_view()), "has MeterlyGuardMixin, but no guard_options"),
+]
+GUARDED = [
+    guarded_urls.view,
+    guarded_urls.Writes.as_view(),
+    guarded_urls.HandlerByMixin.as_view(),
+    AsyncMixin.as_view(),
+    Bare.as_view(guard_options=COSTS),
+    # Its guard is on an action that answers at another URL.
+    GuardedSet.as_view({"get": "list"}),
+    guarded_urls.guarded(Bare.as_view()),
+    guarded_urls.guarded(WithoutMixin.as_view()),
+]
+
+
+def test_a_class_that_only_looks_guarded_is_warned_of(settings: Any) -> None:
+    urlpatterns = [
+        *(
+            path(f"bad/{n}/", each[0], name=f"bad-{n}")
+            for n, each in enumerate(UNGUARDED)
+        ),
+        *(path(f"good/{n}/", view) for n, view in enumerate(GUARDED)),
+    ]
+    settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
+    messages = checks.check_urls()
+    assert {message.id for message in messages} == {"meterly.W010"}
+    for number, (message, (_, says)) in enumerate(
+        zip(messages, UNGUARDED, strict=True)
+    ):
+        assert f"'bad-{number}' costs nothing: its class {says}" in message.msg
+        assert "guard_options = {" in message.hint
+
+
+def test_a_class_that_the_settings_guard_is_not_warned_of(guard_views: Any) -> None:
+    def found(name: str) -> list[str]:
+        return [str(each.id) for each in guard_views({name: COSTS})]
+
+    urls = guarded_urls
+    bare = [path("bare/", include(([path("x/", Bare.as_view(), name="x")], "bare")))]
+    with other_patterns(urls, [*bare, *urls.urlpatterns]):
+        assert found("bare:x") == found("bare:") == []
+        assert found("plain") == ["meterly.W010", "meterly.W003"]
+
+
+@contextmanager
+def other_patterns(urls: Any, patterns: Any) -> Any:
+    before, urls.urlpatterns = urls.urlpatterns, patterns
+    clear_url_caches()
+    try:
+        yield
+    finally:
+        urls.urlpatterns = before
+        clear_url_caches()
 
 
 @pytest.mark.parametrize(

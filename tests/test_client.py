@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 from django_meterly.client import MeterlyClient
 from django_meterly.errors import (
     MeterlyApiError,
+    MeterlyDuplicateError,
     MeterlyError,
     MeterlyInsufficientCreditsError,
     MeterlyInvalidRequestError,
@@ -23,6 +25,7 @@ from django_meterly.errors import (
     MeterlyReservationExpiredError,
     MeterlyServerError,
     MeterlyUnknownOutcomeError,
+    MeterlyUsageError,
 )
 from django_meterly.transports import Call, Transport
 from django_meterly.types import EntryPage
@@ -112,16 +115,16 @@ BAD_IDS = ["", "a/b", "..", "a b", "a\n", "é", "x" * 65, 5, None]
 def test_f11_bad_amount_is_refused_before_anything_is_sent(
     meterly, transport, method, amount
 ):
-    with pytest.raises(ValueError, match="amount must be"):
+    with pytest.raises(MeterlyInvalidRequestError, match="amount must be"):
         _enter(getattr(meterly, method)("cus_1", amount))
-    with pytest.raises(ValueError, match="amount must be"):
+    with pytest.raises(MeterlyInvalidRequestError, match="amount must be"):
         meterly.grant_credits("user_1", amount, "tokens", "r")
     assert transport.calls == []
 
 
 @pytest.mark.parametrize("amount", [a for a in BAD_AMOUNTS if a is not None], ids=repr)
 def test_f11_bad_commit_amount_is_refused(meterly, transport, amount):
-    with pytest.raises(ValueError, match="amount must be"):
+    with pytest.raises(MeterlyInvalidRequestError, match="amount must be"):
         meterly.commit_reservation("res_1", amount=amount)
     assert transport.calls == []
 
@@ -144,7 +147,9 @@ def test_f11_bad_reference_or_external_id_is_refused(meterly, transport, text):
         lambda: meterly.create_customer(text, "tokens"),
         lambda: meterly.find_customer(text),
     ):
-        with pytest.raises(ValueError, match=r"(reference|external\w*_id) must be"):
+        with pytest.raises(
+            MeterlyInvalidRequestError, match=r"(reference|external\w*_id) must be"
+        ):
             call()
     assert transport.calls == []
 
@@ -159,7 +164,7 @@ def test_f11_bad_idempotency_key_is_refused(meterly, transport, key):
         lambda: meterly.extend_reservation("res_1", 60, idempotency_key=key),
         lambda: meterly.release_reservation("res_1", idempotency_key=key),
     ):
-        with pytest.raises(ValueError, match="idempotency_key must be"):
+        with pytest.raises(MeterlyInvalidRequestError, match="idempotency_key must be"):
             call()
     assert transport.calls == []
 
@@ -172,7 +177,7 @@ def test_f11_bad_unit_is_refused(meterly, transport, unit):
         lambda: meterly.list_entries("cus_1", unit),
         lambda: meterly.reserve_credits("cus_1", 1, unit=unit),
     ):
-        with pytest.raises(ValueError, match="unit must be"):
+        with pytest.raises(MeterlyInvalidRequestError, match="unit must be"):
             call()
     assert transport.calls == []
 
@@ -187,16 +192,16 @@ def test_id_that_would_change_the_path_is_refused(meterly, transport, value):
         lambda: meterly.get_reservation(value),
         lambda: meterly.commit_reservation(value),
     ):
-        with pytest.raises(ValueError, match="_id must be"):
+        with pytest.raises(MeterlyInvalidRequestError, match="_id must be"):
             call()
     assert transport.calls == []
 
 
 @pytest.mark.parametrize("ttl", [0, -1, 86401, 1.5, True, "60"], ids=repr)
 def test_bad_ttl_is_refused(meterly, transport, ttl):
-    with pytest.raises(ValueError, match="ttl_seconds must be"):
+    with pytest.raises(MeterlyInvalidRequestError, match="ttl_seconds must be"):
         meterly.reserve_credits("cus_1", 1, ttl_seconds=ttl)
-    with pytest.raises(ValueError, match="ttl_seconds must be"):
+    with pytest.raises(MeterlyInvalidRequestError, match="ttl_seconds must be"):
         meterly.extend_reservation("res_1", ttl)
     assert transport.calls == []
 
@@ -411,17 +416,17 @@ def test_guard_reserves_runs_then_commits(meterly, transport):
     assert [call.idempotency_key for call in transport.calls] == ["key", "key:commit"]
 
 
-@pytest.mark.parametrize("key", [*BAD_KEYS, "x" * 248], ids=repr)
+@pytest.mark.parametrize("key", [*BAD_KEYS, "x" * 201], ids=repr)
 def test_f11_guard_refuses_a_key_that_leaves_no_room_for_the_derived_ones(
     meterly, transport, key
 ):
-    with pytest.raises(ValueError, match="idempotency_key must be"):
+    with pytest.raises(MeterlyInvalidRequestError, match="idempotency_key must be"):
         meterly.guard("cus_1", 5, idempotency_key=key, callback=lambda: None)
     assert transport.calls == []
 
 
 def test_guard_takes_a_key_of_the_greatest_length(meterly, transport):
-    _enter(meterly.guard("cus_1", 5, idempotency_key="x" * 247))
+    _enter(meterly.guard("cus_1", 5, idempotency_key="x" * 200))
     assert transport.operations == ["reserve_credits", "commit_reservation"]
 
 
@@ -468,13 +473,98 @@ def test_f01_nothing_runs_without_a_hold(meterly, transport, refusal):
     assert (ran, transport.operations) == ([], ["reserve_credits"])
 
 
-@pytest.mark.parametrize("status", ["committed", "released", "expired"])
-def test_nothing_runs_on_a_replayed_hold_that_is_dead(meterly, transport, status):
-    transport.answers["reserve_credits"] = {"status": status}
+@pytest.mark.parametrize("key", [None, "key"])
+def test_nothing_runs_on_a_hold_that_was_committed(meterly, transport, key):
+    transport.answers["reserve_credits"] = {"status": "committed", "replayed": True}
     ran = []
-    with pytest.raises(MeterlyError, match=f"{status} already"):
-        meterly.guard("cus_1", 5, callback=lambda: ran.append(1))
+    with pytest.raises(MeterlyDuplicateError, match="was used already") as caught:
+        meterly.guard("cus_1", 5, None, "job", key, callback=lambda: ran.append(1))
+    assert (caught.value.state, caught.value.in_progress) == ("committed", False)
+    assert caught.value.reference == "job"
     assert (ran, transport.operations) == ([], ["reserve_credits"])
+
+
+@pytest.mark.parametrize("status", ["released", "expired"])
+def test_guard_of_a_dead_hold_makes_a_new_attempt(meterly, transport, status):
+    dead = [{"status": status, "replayed": True}] * 2
+    transport.answers["reserve_credits"] = lambda: dead.pop() if dead else {}
+    assert meterly.guard("cus_1", 5, None, "job", "key", callback=lambda: 7) == 7
+    assert [call.idempotency_key for call in transport.calls] == [
+        "key",
+        "key~2",
+        "key~3",
+        "key~3:commit",
+    ]
+    assert {call.arguments.get("reference") for call in transport.calls} == {
+        "job",
+        None,
+    }
+
+
+def test_guard_that_fails_again_releases_its_own_attempt(meterly, transport):
+    dead = [{"status": "released", "replayed": True}]
+    transport.answers["reserve_credits"] = lambda: dead.pop() if dead else {}
+    with pytest.raises(ZeroDivisionError):
+        meterly.guard("cus_1", 5, idempotency_key="key", callback=lambda: 1 / 0)
+    assert [call.idempotency_key for call in transport.calls] == [
+        "key",
+        "key~2",
+        "key~2:release",
+    ]
+
+
+def test_key_of_which_nothing_ever_comes_is_given_up(meterly, transport):
+    transport.answers["reserve_credits"] = {"status": "released", "replayed": True}
+    with pytest.raises(MeterlyUsageError, match=r"tried 100 times.* Use a new key\."):
+        _enter(meterly.guard("cus_1", 5, idempotency_key="key"))
+    assert transport.operations == ["reserve_credits"] * 100
+
+
+def test_live_hold_of_a_named_key_is_in_progress(meterly, transport):
+    transport.answers["reserve_credits"] = {"replayed": True}
+    with pytest.raises(MeterlyDuplicateError, match="is in use right now") as caught:
+        _enter(meterly.guard("cus_1", 5, idempotency_key="key"))
+    assert (caught.value.state, caught.value.in_progress) == ("reserved", True)
+    # Whoever holds it goes on.
+    assert transport.operations == ["reserve_credits"]
+
+
+def test_live_hold_of_a_random_key_is_its_own(meterly, transport):
+    # The transport has asked twice, for the first answer was lost.
+    transport.answers["reserve_credits"] = {"replayed": True}
+    _enter(meterly.guard("cus_1", 5))
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+def test_guard_is_for_one_piece_of_work(meterly, transport):
+    held = meterly.guard("cus_1", 5)
+    _enter(held)
+    with pytest.raises(MeterlyUsageError, match="one piece of work"):
+        _enter(held)
+    assert transport.operations == ["reserve_credits", "commit_reservation"]
+
+
+def test_without_a_reference_the_same_key_is_the_same_request(meterly, transport):
+    for _ in range(2):
+        meterly.reserve_credits("cus_1", 5, idempotency_key="k")
+        meterly.use_credits("cus_1", 5, idempotency_key="k")
+        meterly.add_credits("cus_1", 5, idempotency_key="k")
+        _enter(meterly.guard("cus_1", 5, idempotency_key="k"))
+    half = len(transport.calls) // 2
+    assert transport.calls[:half] == transport.calls[half:]
+    assert {call.arguments.get("reference", "k") for call in transport.calls} == {"k"}
+
+
+def test_f11_what_the_client_refuses_is_an_error_of_the_api(meterly, transport):
+    with pytest.raises(MeterlyInvalidRequestError) as caught:
+        meterly.use_credits("cus_1", 0)
+    error = caught.value
+    assert isinstance(error, ValueError)
+    assert (error.status, error.code) == (400, "invalid_request")
+    assert error.request_id is None
+    assert str(error).startswith("400 invalid_request: amount must be")
+    assert pickle.loads(pickle.dumps(error)).args == error.args
+    assert transport.calls == []
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from asgiref.sync import async_to_sync, iscoroutinefunction
@@ -16,13 +16,17 @@ from django.urls import include, path, reverse
 from django.views import View
 from rest_framework.authentication import TokenAuthentication
 from rest_framework.authtoken.models import Token
+from rest_framework.decorators import api_view
 from rest_framework.permissions import IsAuthenticated
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from django_meterly import MeterlyUsageError, guard, meterly_guard
+from django_meterly import MeterlyError, MeterlyUsageError, guard, meterly_guard
 from django_meterly.middleware import MeterlyMiddleware, key_for
 from tests.books import balance, states
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -76,6 +80,23 @@ def block(request: Any) -> HttpResponse:
         return HttpResponse("done")
 
 
+def plain_block(request: Any, kind: str) -> HttpResponse:
+    with guard(request.user, unit="image_credits", **BLOCKS[kind][0]):
+        return HttpResponse("done")
+
+
+async def async_block(request: Any, kind: str) -> HttpResponse:
+    user = await request.auser()
+    async with guard(user, unit="image_credits", **BLOCKS[kind][0]):
+        return HttpResponse("done")
+
+
+@api_view(["POST"])
+def api_block(request: Any, kind: str) -> Response:
+    with guard(request._request.user, unit="image_credits", **BLOCKS[kind][0]):
+        return Response("done")
+
+
 def uses(request: Any) -> HttpResponse:
     request.meterly.charge(3)
     return HttpResponse("done")
@@ -102,6 +123,9 @@ urlpatterns = [
     path("partly/", Partly.as_view(), name="partly"),
     path("decorated/", decorated, name="decorated"),
     path("block/", block, name="block"),
+    path("plain-block/<kind>/", plain_block),
+    path("async-block/<kind>/", async_block),
+    path("api-block/<kind>/", api_block),
     path("uses/", uses, name="uses"),
     path("one/", include(reports, namespace="one")),
     path("two/", include(reports, namespace="two")),
@@ -351,6 +375,90 @@ def test_what_guard_raises_is_answered(
     page = payer.post("/block/", {"amount": 80}, headers={"accept": "text/html"})
     assert page.status_code == 402
     assert page["Content-Type"].startswith("text/html")
+
+
+@pytest.fixture
+def without(settings: Any) -> None:
+    """Neither our middleware nor the one that watches."""
+    settings.MIDDLEWARE = settings.MIDDLEWARE[:-2]
+
+
+@pytest.fixture
+def unanswered(
+    without: None, payer: Any, customer: Any
+) -> Callable[[str], BaseException]:
+    """What asks a view whose guard() is refused, and returns the exception."""
+
+    with guard(customer, 1, "image_credits", idempotency_key="used"):
+        pass
+
+    def ask(url: str) -> BaseException:
+        with pytest.raises(MeterlyError) as caught:
+            payer.post(url)
+        return caught.value
+
+    return ask
+
+
+BLOCKS = {
+    "credits": ({"amount": 1000}, "MeterlyInsufficientCreditsError"),
+    "key": ({"amount": 1, "idempotency_key": "a b"}, "MeterlyInvalidKeyError"),
+    "used": ({"amount": 1, "idempotency_key": "used"}, "MeterlyDuplicateError"),
+    "mismatch": (
+        {"amount": 2, "idempotency_key": "used"},
+        "MeterlyIdempotencyMismatchError",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("view", ["plain-block", "async-block", "api-block"])
+def test_what_nothing_answers_names_the_middleware(
+    unanswered: Any, view: str, kind: str
+) -> None:
+    exc = unanswered(f"/{view}/{kind}/")
+    assert type(exc).__name__ == BLOCKS[kind][1]
+    (note,) = exc.__notes__
+    assert note == (
+        "guard() has raised this in a view, and nothing answers it but a 500. Add "
+        f"'{OURS}' to MIDDLEWARE to have it answered as @meterly_guard does."
+    )
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_log_and_the_debug_page_name_the_middleware(
+    payer: Any,
+    settings: Any,
+    without: None,
+    debug: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings.DEBUG = debug
+    payer.raise_request_exception = False
+    page = payer.post("/plain-block/credits/")
+    assert page.status_code == 500
+    assert OURS in caplog.text
+    assert (b"MeterlyMiddleware" in page.content) is debug
+
+
+def test_with_the_middleware_there_is_nothing_to_name(
+    payer: Any, settings: Any
+) -> None:
+    settings.MIDDLEWARE = settings.MIDDLEWARE[:-1]
+    for view in ("plain-block", "async-block", "api-block"):
+        assert payer.post(f"/{view}/credits/").status_code == 402
+
+
+def test_outside_of_a_view_there_is_no_middleware_to_name(customer: Any) -> None:
+    with pytest.raises(MeterlyError) as caught, guard(customer, 1000, "image_credits"):
+        pass
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_another_exception_of_a_view_gets_no_note(payer: Any, without: None) -> None:
+    with pytest.raises(LookupError) as caught:
+        payer.post("/render/", {"boom": "1"})
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_an_unguarded_view_is_told_so(payer: Any, settings: Any) -> None:

@@ -204,7 +204,8 @@ def create_customer(
 ) -> CustomerRecord:
     """Register a customer, once per *external_id*.
 
-    Raises ``MeterlyCustomerExistsError`` when it exists with another unit.
+    Raises ``MeterlyCustomerExistsError`` when it exists, whatever its unit. The same
+    call again, with the same key, returns the customer that it created.
     """
     request = _request(
         workspace_id,
@@ -215,7 +216,10 @@ def create_customer(
     )
     recorded = request.recorded()
     customer, created = _ensure_customer(workspace_id, external_id, credit_unit)
-    if customer.credit_unit != credit_unit:
+    if not created and recorded is None:
+        # The same call may have been faster.
+        recorded = request.recorded()
+    if not created and recorded is None:
         raise MeterlyCustomerExistsError(
             f"Customer {external_id!r} exists with credit unit "
             f"{customer.credit_unit!r}.",

@@ -65,7 +65,7 @@ class LedgerTransport(Transport):
                 f"The idempotency key {call.idempotency_key!r} was used before, by a "
                 "call that has not written this one's row."
             )
-        return answer.body
+        return {**answer.body, "replayed": True} if answer.replayed else answer.body
 
     def aliases(self) -> tuple[str, ...]:
         """Return the ledger's database."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_AMOUNT = 2**63 - 1
 MAX_KEY_LENGTH = 255
+#: Of a key that the caller of a guard names: other keys are derived from it.
+MAX_CALLER_KEY_LENGTH = 200
 MAX_TEXT_LENGTH = 255
 MAX_DESCRIPTION_LENGTH = 1000
 MAX_TTL_SECONDS = 86400
@@ -143,6 +145,9 @@ class Transport:
         ``dict``. Raises ``MeterlyApiError`` when the ledger said no,
         ``MeterlyNotSentError`` when the call provably never reached it, and
         ``MeterlyUnknownOutcomeError`` when it may or may not have been applied.
+
+        If the ledger says that an earlier call had the same key, the body has
+        ``"replayed": True``.
         """
         raise NotImplementedError
 

@@ -251,6 +251,8 @@ class HttpTransport(Transport):
             # Back in the pool when it was read to its end, gone otherwise.
             response.close()
         if response.status // 100 == 2 and data is not None:
+            if response.headers.get("Idempotency-Replayed") == "true":
+                data["replayed"] = True
             return data
         raise self._refusal(operation, response, data)
 

@@ -248,6 +248,7 @@ def is_sane(value: Any) -> bool:
     if is_dataclass(value):
         return all(
             (f.name == "description" and isinstance(getattr(value, f.name), str))
+            or (f.name == "replayed" and type(getattr(value, f.name)) is bool)
             or is_sane(getattr(value, f.name))
             for f in fields(value)
         )

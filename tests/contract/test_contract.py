@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from django.db import connections
 
+from django_meterly.client import MeterlyClient
 from django_meterly.db import from_now
 from django_meterly.errors import (
     MeterlyApiError,
     MeterlyCustomerExistsError,
+    MeterlyDuplicateError,
     MeterlyIdempotencyMismatchError,
     MeterlyInsufficientCreditsError,
     MeterlyInvalidRequestError,
@@ -23,11 +25,13 @@ from django_meterly.errors import (
     MeterlyReservationCommittedError,
     MeterlyReservationExpiredError,
     MeterlyReservationReleasedError,
+    MeterlyUnknownOutcomeError,
 )
 from django_meterly.ledger.models import Hold
 from django_meterly.transports import Call
 from django_meterly.transports.base import MAX_AMOUNT
 from django_meterly.types import Balance
+from tests.faults import FaultyTransport
 
 # Of the transports, one for each test: they take turns.
 pytestmark = [pytest.mark.database, pytest.mark.sample(1)]
@@ -67,13 +71,14 @@ def refused(
 
 
 def test_created_customer_is_found_by_both_ids(meterly):
-    customer = meterly.create_customer("user_9", "tokens")
+    customer = meterly.create_customer("user_9", "tokens", idempotency_key="k")
     assert customer.customer_external_id == "user_9"
     assert customer.credit_unit == "tokens"
     assert abs(customer.created_at - dt.datetime.now(dt.UTC)) < dt.timedelta(minutes=1)
     assert meterly.find_customer("user_9") == customer
     assert meterly.get_balance(customer.customer_id) == tokens(0)
-    assert meterly.create_customer("user_9", "tokens") == customer
+    again = meterly.create_customer("user_9", "tokens", idempotency_key="k")
+    assert again == customer
 
 
 def test_unknown_external_id_finds_none(meterly):
@@ -86,10 +91,9 @@ def test_f40_external_ids_that_differ_in_case_stay_apart(meterly):
     assert lower.customer_id != upper.customer_id
 
 
-def test_customer_with_another_unit_exists_already(meterly, customer):
-    error = refused(
-        MeterlyCustomerExistsError, meterly.create_customer, "user_1", "seconds"
-    )
+@pytest.mark.parametrize("unit", ["tokens", "seconds"])
+def test_customer_exists_already_whatever_its_unit(meterly, customer, unit):
+    error = refused(MeterlyCustomerExistsError, meterly.create_customer, "user_1", unit)
     assert error.customer_id == customer
     assert error.details == {"customerId": customer}
     assert (error.method, error.path) == ("POST", "/v1/customers")
@@ -433,6 +437,170 @@ def test_reference_belongs_to_one_unit(meterly, customer):
     meterly.add_credits(customer, 5, "seconds", "order")
     meterly.add_credits(customer, 6, "tokens", "order")
     assert meterly.get_balance(customer) == tokens(106)
+
+
+# The client's guard, and its key
+
+
+@pytest.fixture
+def guarded(meterly, customer) -> Any:
+    """What runs work under the key "k", and what the work has done so far."""
+    done: list[Any] = []
+
+    def run(work: Any = lambda: None, **arguments: Any) -> None:
+        def callback() -> None:
+            work()
+            done.append(meterly.get_balance(customer).reserved)
+
+        meterly.guard(
+            customer, 10, **{"idempotency_key": "k", "callback": callback, **arguments}
+        )
+
+    run.done = done
+    return run
+
+
+def test_key_of_a_guard_is_charged_once(meterly, customer, guarded):
+    guarded(reference="job")
+    for _ in range(2):
+        with pytest.raises(MeterlyDuplicateError) as caught:
+            guarded(reference="job")
+        assert (caught.value.state, caught.value.in_progress) == ("committed", False)
+        assert caught.value.reference == "job"
+    assert guarded.done == [10]
+    assert meterly.get_balance(customer) == tokens(90)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_key_of_a_guard_may_be_tried_again_after_a_failure(
+    meterly, customer, guarded, failures
+):
+    for _ in range(failures):
+        with pytest.raises(ZeroDivisionError):
+            guarded(lambda: 1 / 0)
+    assert meterly.get_balance(customer) == tokens(100)
+    guarded()
+    with pytest.raises(MeterlyDuplicateError):
+        guarded()
+    assert guarded.done == [10]
+    assert meterly.get_balance(customer) == tokens(90)
+
+
+def test_key_of_a_guard_may_be_tried_again_after_a_top_up(meterly, customer, guarded):
+    meterly.use_credits(customer, 95)
+    with pytest.raises(MeterlyInsufficientCreditsError):
+        guarded()
+    meterly.add_credits(customer, 5)
+    guarded()
+    assert meterly.get_balance(customer) == tokens(0)
+
+
+def test_key_of_a_guard_at_work_is_in_progress(meterly, customer, guarded):
+    def again() -> None:
+        with pytest.raises(MeterlyDuplicateError) as caught:
+            guarded()
+        assert (caught.value.state, caught.value.in_progress) == ("reserved", True)
+
+    guarded(again)
+    assert guarded.done == [10]
+    assert meterly.get_balance(customer) == tokens(90)
+
+
+def test_key_of_a_guard_whose_hold_has_expired_is_tried_again(
+    meterly, customer, guarded
+):
+    # As if its process had died.
+    held = meterly.guard(customer, 10, idempotency_key="k")
+    held.__enter__()
+    with pytest.raises(MeterlyDuplicateError, match="in use"):
+        guarded()
+    let_expire()
+    guarded()
+    assert len(guarded.done) == 1
+    assert meterly.get_balance(customer).balance == 90
+    # That one comes back: the first hold is over, and the second one is charged.
+    refused(MeterlyReservationExpiredError, held.__exit__, None, None, None)
+    assert meterly.get_balance(customer).balance == 90
+
+
+def test_key_of_a_guard_for_something_else_is_a_mismatch(meterly, customer, guarded):
+    guarded()
+    for other in ({"reference": "other"}, {"ttl_seconds": 60}, {"unit": "seconds"}):
+        refused(MeterlyIdempotencyMismatchError, guarded, **other)
+    assert guarded.done == [10]
+
+
+def test_async_guard_has_the_same_rules(meterly, customer):
+    done = []
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    async def work() -> None:
+        done.append(1)
+
+    async def run(callback: Any) -> None:
+        await meterly.aguard(customer, 10, idempotency_key="k", callback=callback)
+
+    async def story() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await run(fail)
+        await run(work)
+        with pytest.raises(MeterlyDuplicateError):
+            await run(work)
+
+    asyncio.run(story())
+    assert done == [1]
+    assert meterly.get_balance(customer) == tokens(90)
+
+
+@pytest.mark.parametrize("operation", ["reserve_credits", "commit_reservation"])
+@pytest.mark.parametrize("fault", ["lost", "unanswered"])
+def test_f02_lost_answer_of_a_guard_neither_holds_nor_charges_twice(
+    transactional_db: None, operation: str, fault: str
+) -> None:
+    FaultyTransport.reset()
+    meterly = MeterlyClient(transport=FaultyTransport())
+    customer = meterly.grant_credits("user_1", 100, "tokens", "g").grant.customer_id
+    done: list[int] = []
+
+    def guarded() -> None:
+        meterly.guard(
+            customer, 10, idempotency_key="k", callback=lambda: done.append(1)
+        )
+
+    FaultyTransport.meet(operation, fault)
+    with pytest.raises(MeterlyUnknownOutcomeError) as unknown:
+        guarded()
+    if operation == "commit_reservation":
+        assert unknown.value.idempotency_key == "k:commit"
+        if fault == "unanswered":
+            with pytest.raises(MeterlyDuplicateError) as caught:
+                guarded()
+            assert not caught.value.in_progress
+            assert meterly.get_balance(customer) == tokens(90)
+        else:
+            with pytest.raises(MeterlyDuplicateError) as caught:
+                guarded()
+            assert caught.value.in_progress
+            # What the message says is to be done.
+            held = meterly.reserve_credits(customer, 10, idempotency_key="k")
+            meterly.commit_reservation(
+                held.reservation_id, idempotency_key=unknown.value.idempotency_key
+            )
+        assert done == [1]
+    elif fault == "unanswered":
+        with pytest.raises(MeterlyDuplicateError) as caught:
+            guarded()
+        assert caught.value.in_progress
+        assert meterly.get_balance(customer) == tokens(100, 10)
+        let_expire()
+        guarded()
+    else:
+        guarded()
+    assert done == [1]
+    assert meterly.get_balance(customer) == tokens(90)
+    FaultyTransport.reset()
 
 
 # Entries

@@ -31,18 +31,15 @@ pytestmark = [
 # Customers
 
 
-def test_the_same_customer_twice_is_one_customer(workspace):
-    first = operations.create_customer(
-        workspace.pk,
-        external_id="user_1",
-        credit_unit="credits",
-        idempotency_key="create-1",
-    )
-    again = operations.create_customer(
-        workspace.pk,
-        external_id="user_1",
-        credit_unit="credits",
-        idempotency_key="create-2",
+def test_the_same_call_twice_is_one_customer(workspace):
+    first, again = (
+        operations.create_customer(
+            workspace.pk,
+            external_id="user_1",
+            credit_unit="credits",
+            idempotency_key="create-1",
+        )
+        for _ in range(2)
     )
 
     assert first.created
@@ -50,12 +47,13 @@ def test_the_same_customer_twice_is_one_customer(workspace):
     assert again.customer_id == first.customer_id
 
 
-def test_a_customer_with_another_unit_exists(workspace, customer):
+@pytest.mark.parametrize("unit", ["credits", "pages"])
+def test_a_customer_exists_whatever_its_unit(workspace, customer, unit):
     with pytest.raises(errors.MeterlyCustomerExistsError) as caught:
         operations.create_customer(
             workspace.pk,
             external_id="user_1",
-            credit_unit="pages",
+            credit_unit=unit,
             idempotency_key="create-3",
         )
     assert caught.value.customer_id == customer

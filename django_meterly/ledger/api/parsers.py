@@ -10,6 +10,7 @@ from django.conf import settings
 from rest_framework.exceptions import ParseError
 from rest_framework.parsers import BaseParser
 
+from ...errors import MeterlyInvalidRequestError
 from ..conf import MAX_BODY_BYTES
 from .exceptions import wrong_field
 
@@ -39,6 +40,9 @@ class StrictJSONParser(BaseParser):
             data = json.loads(stream.read().decode(), object_pairs_hook=_object)
             # "\ud800" is valid JSON, but no text that can be stored or sent back.
             json.dumps(data, ensure_ascii=False).encode()
+        except MeterlyInvalidRequestError:
+            # It names the field.
+            raise
         except (ValueError, RecursionError) as exc:
             raise ParseError(f"The body is not valid JSON: {exc}") from exc
         if not isinstance(data, dict):
