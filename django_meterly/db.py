@@ -5,12 +5,23 @@ from __future__ import annotations
 import datetime as dt
 from typing import TYPE_CHECKING, Any
 
-from django.db import models
+from django.db import (
+    DataError,
+    Error,
+    IntegrityError,
+    NotSupportedError,
+    ProgrammingError,
+    models,
+)
 from django.db.models.functions import Now
 
 if TYPE_CHECKING:
-    from django.db import DatabaseError
     from django.db.backends.base.base import BaseDatabaseWrapper
+
+#: PostgreSQL: the transaction has failed before.
+ABORTED_STATE = "25P02"
+#: A server, or a transaction, that only reads: PostgreSQL's state and MySQL's numbers.
+READ_ONLY_STATE, READ_ONLY = "25006", {1290, 1792, 1836}
 
 
 class ExactCharField(models.CharField):  # type: ignore[type-arg]
@@ -54,9 +65,43 @@ def from_now(seconds: float) -> models.Expression:
     )
 
 
-def error_codes(exc: DatabaseError) -> tuple[Any, Any]:
+def error_codes(exc: BaseException) -> tuple[Any, Any]:
     """Return PostgreSQL's SQLSTATE of *exc* and MySQL's number; ``None`` elsewhere."""
     cause = exc.__cause__
     sqlstate = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
     arguments: tuple[Any, ...] = getattr(cause, "args", ())
     return sqlstate, next(iter(arguments), None)
+
+
+def is_outage(exc: BaseException) -> bool:
+    """Return whether *exc* says that a database cannot serve now.
+
+    For example, it is out of reach, overloaded, full, read-only or shutting down, or it
+    gave one transaction up for another. It is not an outage when the database refuses
+    what it was asked: a constraint, a table that is missing, a value out of range.
+    """
+    return (
+        isinstance(exc, Error)
+        and not isinstance(
+            exc, DataError | IntegrityError | NotSupportedError | ProgrammingError
+        )
+        and error_codes(exc)[0] != ABORTED_STATE
+    )
+
+
+def is_read_only(exc: BaseException) -> bool:
+    """Return whether *exc* says that the server only reads: after a failover, say."""
+    sqlstate, number = error_codes(exc)
+    return sqlstate == READ_ONLY_STATE or number in READ_ONLY
+
+
+def reconnect(connection: BaseDatabaseWrapper) -> None:
+    """Close a dead connection, so that the next query opens one that works.
+
+    A pool that checks no connection (``CONN_HEALTH_CHECKS``) may be full of dead ones.
+    Each of them would be the next.
+    """
+    connection.close()
+    pool = getattr(connection, "pool", None)
+    if pool is not None:
+        pool.check()

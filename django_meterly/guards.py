@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DatabaseError, Error, connections, transaction
+from django.db import Error, connections, transaction
 from django.utils.functional import cached_property
 
 from . import journal, signals
@@ -210,16 +210,21 @@ class Guard:
         if self.enforcement == "off":
             self._uncharged = True
             return
-        if self.durable:
-            journal.refuse_open_transaction(self._client)
         customer: Customer | None = None
         try:
+            if self.durable:
+                with journal.serving():
+                    journal.refuse_open_transaction(self._client)
             if self._invalid is not None:
                 raise self._invalid
             if self._payer is None and self.enforcement == "shadow":
                 raise MeterlyError("Nobody is known to pay for this.")
-            customer = Customer.objects.resolve(self._payer)
-            self._reserve(customer)
+            with journal.serving():
+                # The first statement of most guards: who meets a dead connection.
+                customer = journal.on_live_connection(
+                    journal.alias(), lambda: Customer.objects.resolve(self._payer)
+                )
+                self._reserve(customer)
         except MeterlyUsageError:
             raise
         except MeterlyError as exc:
@@ -338,12 +343,12 @@ class Guard:
     def succeed(self) -> None:
         """Record success in a transaction of its own, then settle.
 
-        Raises ``DatabaseError`` when the database is down, too, for recording it;
+        Raises the database's error when it is down, too, for recording it;
         a remote ledger is told all the same.
         """
         try:
             self._conclude(succeeded=True)
-        except DatabaseError:
+        except Error:
             if (
                 self._charge is not None
                 and self._message is None
@@ -508,7 +513,11 @@ class Guard:
             )
         except Error:
             logger.exception("%s could not be settled at once", self.reference)
-            self._record(succeeded=succeeded)
+            journal.on_live_connection(
+                using,
+                lambda: self._record(succeeded=succeeded),
+                patience=journal.SETTLE_TIMEOUT,
+            )
         except BaseException:
             # A time limit or an interrupt in the middle took the decision along.
             self._record(succeeded=succeeded)

@@ -52,11 +52,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db import (
-    DatabaseError,
     DataError,
+    Error,
     IntegrityError,
-    InterfaceError,
-    OperationalError,
     connections,
     router,
     transaction,
@@ -66,7 +64,14 @@ from django.db.models.functions import Coalesce
 
 from . import signals
 from .conf import meterly_settings
-from .db import DatabaseNow, from_now
+from .db import (
+    DatabaseNow,
+    error_codes,
+    from_now,
+    is_outage,
+    is_read_only,
+    reconnect,
+)
 from .errors import (
     MAX_MESSAGE_LENGTH,
     OUTAGE,
@@ -105,6 +110,8 @@ State = Reservation.State
 #: Seconds a settlement may take inside a request: the row is durable, and the
 #: sweeper follows.
 SETTLE_TIMEOUT = 2.0
+#: Seconds between two tries to record a decision.
+_PAUSE = 0.1
 #: Back-off of a settlement that could not be carried out: 5 s, doubled to 1 h.
 BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
 #: How long a row is kept that was denied: a day. There may be many.
@@ -142,6 +149,18 @@ def in_transaction(using: str) -> bool:
             return False
     except RuntimeError:
         return True
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Raise ``MeterlyUnavailableError`` where a database cannot serve."""
+    try:
+        yield
+    except Error as exc:
+        if not is_outage(exc):
+            raise
+        logger.warning("The database cannot serve: %s", exc)
+        raise MeterlyUnavailableError(f"The database failed: {exc}") from exc
 
 
 def refuse_open_transaction(client: MeterlyClient) -> None:
@@ -366,11 +385,13 @@ def _reserve_in_one_statement(
     insert = _insert(using, row, lease + meterly_settings.LEASE_GRACE)
     try:
         answer, row.state = _ask(client.carrying(insert), row)
-    except (OperationalError, InterfaceError) as exc:
+    except Error as exc:
+        if not is_outage(exc):
+            raise
         connection = connections[using]
         # Leaving an atomic block, Django would have replaced a dead connection.
         if not connection.is_usable():
-            connection.close()
+            reconnect(connection)
         # There may be a hold and its row, which lapse: what follows is another row.
         row.pk = uuid.uuid4()
         row.key = str(row.pk)
@@ -881,26 +902,40 @@ def _move(
     return bool(changed)
 
 
-def on_live_connection(using: str, query: Callable[[], T]) -> T:
+def on_live_connection(
+    using: str, query: Callable[[], T], *, patience: float = 0.0
+) -> T:
     """Run *query*, once more on a new connection if the present one is dead.
 
-    Only outside a transaction: inside one the lost connection took the
-    transaction's other changes with it.
+    If the database cannot serve for another reason, or cannot be reached, *query* is
+    tried again for *patience* seconds. Only outside a transaction: inside one the lost
+    connection took the transaction's other changes with it.
     """
     connection = connections[using]
-    before = connection.connection
-    try:
-        return query()
-    except (OperationalError, InterfaceError):
-        if connection.in_atomic_block:
-            raise
-        # Leaving an atomic block, Django has replaced a dead connection already.
-        replaced = before is not None and connection.connection is not before
-        if not replaced:
-            if connection.connection is not None and connection.is_usable():
+    until = time.monotonic() + patience
+    replaced = False
+    while True:
+        before = None
+        try:
+            connection.ensure_connection()
+            before = connection.connection
+            return query()
+        except Error as exc:
+            if connection.in_atomic_block or not is_outage(exc):
                 raise
-            connection.close()
-        return query()
+            dead = before is not None and (
+                # Leaving an atomic block, Django has closed a dead one already.
+                connection.connection is not before
+                or is_read_only(exc)
+                or not connection.is_usable()
+            )
+            if (replaced or not dead) and time.monotonic() >= until:
+                raise
+        if dead:
+            reconnect(connection)
+        if replaced or not dead:
+            time.sleep(_PAUSE)
+        replaced = replaced or dead
 
 
 # Carrying decisions out
@@ -1164,12 +1199,14 @@ def announce(signal: Signal, sender: Any, *, using: str, **facts: Any) -> None:
 
     Whatever the receivers do, it hurts nobody.
     """
-    if signal.has_listeners(sender):
-        transaction.on_commit(
-            lambda: signal.send_robust(sender=sender, **facts),
-            using=using,
-            robust=True,
-        )
+    if not signal.has_listeners(sender):
+        return
+    send = functools.partial(signal.send_robust, sender=sender, **facts)
+    if connections[using].in_atomic_block:
+        transaction.on_commit(send, using=using, robust=True)
+    else:
+        # Without asking a database that may be out of reach.
+        send()
 
 
 def _announce(signal: Signal, row: Reservation) -> None:
@@ -1238,7 +1275,7 @@ def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reserv
                 ):
                     continue
                 outcome = settle(client, row, timeout=SETTLE_TIMEOUT)
-        except DatabaseError as exc:
+        except Error as exc:
             refusal = _refused_by_database(exc, handled)
             if refusal is None:
                 raise MeterlyUnavailableError(f"The database failed: {exc}") from exc
@@ -1389,7 +1426,7 @@ def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome |
         # The rollback may have given the row back.
         taken = _take(using, row)
         refusal = _refused_by_database(exc, handled)
-        if isinstance(exc, DatabaseError) and refusal is None:
+        if isinstance(exc, Error) and refusal is None:
             return Outcome.UNREACHED if taken else None
         return _postpone(row, refusal or exc, Outcome.REFUSED)
 
@@ -1404,8 +1441,9 @@ def _refused_by_database(
     exception that was *handled* before is the caller's, and says nothing of the row.
     """
     while isinstance(exc, Exception) and exc is not handled:
-        # SQLSTATE of RAISE EXCEPTION; MySQL's number for SIGNAL.
-        raised = getattr(exc, "sqlstate", "") == "P0001" or exc.args[:1] == (1644,)
+        sqlstate, number = error_codes(exc)
+        # RAISE EXCEPTION in PostgreSQL, and SIGNAL in MySQL.
+        raised = sqlstate == "P0001" or number == 1644
         if raised or isinstance(exc, IntegrityError | DataError):
             return exc
         exc = exc.__cause__ or exc.__context__
