@@ -14,6 +14,7 @@ from django.db import (
     models,
 )
 from django.db.models.functions import Now
+from django.utils import timezone
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -46,12 +47,60 @@ class ExactCharField(models.CharField):  # type: ignore[type-arg]
         return parameters
 
 
+class MomentField(models.DateTimeField):  # type: ignore[type-arg]
+    """A ``DateTimeField`` that is kept in UTC, whatever the settings say.
+
+    PostgreSQL keeps moments. The others keep what a clock shows, and Django takes that
+    to be a clock of ``TIME_ZONE`` without ``USE_TZ``, or of the database's own
+    ``TIME_ZONE``. Our columns are compared with ``DatabaseNow``, and a local clock is
+    set back once a year: leases would last an hour longer.
+    """
+
+    def get_db_prep_value(
+        self, value: Any, connection: Any, prepared: bool = False
+    ) -> Any:
+        if not prepared:
+            value = self.get_prep_value(value)
+        if isinstance(value, dt.datetime) and _keeps_readings(connection):
+            # Django is about to write down what a clock in this zone shows.
+            value = in_utc(value).replace(tzinfo=connection.timezone)
+        return super().get_db_prep_value(value, connection, prepared=True)
+
+    def get_db_converters(self, connection: Any) -> list[Any]:
+        converters: list[Any] = super().get_db_converters(connection)
+        return [*converters, _read] if _keeps_readings(connection) else converters
+
+
+def _keeps_readings(connection: Any) -> bool:
+    """Return whether Django and we disagree about what is kept there."""
+    return (
+        not connection.features.supports_timezones and connection.timezone is not dt.UTC
+    )
+
+
+def _read(value: dt.datetime | None, expression: Any, connection: Any) -> Any:
+    if value is None:
+        return None
+    moment = value.replace(tzinfo=dt.UTC)
+    if connection.timezone is not None:
+        return moment
+    return moment.astimezone(timezone.get_default_timezone()).replace(tzinfo=None)
+
+
+def in_utc(value: dt.datetime) -> dt.datetime:
+    """Return *value* in UTC; a naive time is one of ``TIME_ZONE``."""
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=timezone.get_default_timezone())
+    return value.astimezone(dt.UTC)
+
+
 class DatabaseNow(Now):
     """The database's clock, in UTC.
 
-    Django's ``Now`` is the session's local time on MySQL, while Django stores
-    UTC there.
+    Django's ``Now`` is the session's local time on MySQL.
     """
+
+    output_field = MomentField()
 
     def as_mysql(self, compiler: Any, connection: Any, **extra: Any) -> Any:
         return self.as_sql(compiler, connection, template="UTC_TIMESTAMP(6)", **extra)
@@ -61,7 +110,7 @@ def from_now(seconds: float) -> models.Expression:
     """Return the moment *seconds* from now by the database's clock."""
     return models.ExpressionWrapper(
         DatabaseNow() + dt.timedelta(seconds=seconds),
-        output_field=models.DateTimeField(),
+        output_field=MomentField(),
     )
 
 

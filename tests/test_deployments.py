@@ -77,6 +77,7 @@ UNMIGRATED = dict.fromkeys(config.label for config in apps.get_app_configs())
 #: On every database.
 PROJECTS: dict[str, dict[str, Any]] = {
     "ATOMIC_REQUESTS": {"ATOMIC_REQUESTS": True},
+    "local times": {"SETTINGS": {"USE_TZ": False, "TIME_ZONE": "America/New_York"}},
     "no migrations": {
         "SETTINGS": {"MIGRATION_MODULES": UNMIGRATED},
         "COMMANDS": [["migrate", "--run-syncdb"]],
