@@ -138,6 +138,18 @@ def is_outage(exc: BaseException) -> bool:
     )
 
 
+def gave_way(exc: BaseException) -> bool:
+    """Return whether *exc* ended a transaction that may be tried again."""
+    sqlstate, number = error_codes(exc)
+    if sqlstate in {"40001", "40P01"}:  # serialization failure, deadlock
+        return True
+    # The low byte is SQLite's primary code: 5 busy, 6 locked.
+    if getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF in {5, 6}:
+        return True
+    # MySQL: lock wait time-out, deadlock; MariaDB: row changed since the snapshot.
+    return number in {1205, 1213, 1020}
+
+
 def is_read_only(exc: BaseException) -> bool:
     """Return whether *exc* says that the server only reads: after a failover, say."""
     sqlstate, number = error_codes(exc)

@@ -310,15 +310,14 @@ class Guard:
             return
         using = journal.alias()
         transport = self._client.transport
-        settles = (
-            self._message is None and transport.joins(using) and _reads_committed(using)
-        )
+        joins = self._message is None and transport.joins(using)
         if (
-            settles
+            joins
             and transport.carries_statements(using)
             and self._decide_in_one_statement()
         ):
             return
+        settles = joins and journal.reads_committed(using)
         if self._record(succeeded=True) and settles:
             self._settle_now()
 
@@ -657,10 +656,3 @@ def guard(
         enforcement=enforcement,
         invalid=invalid,
     )
-
-
-def _reads_committed(using: str) -> bool:
-    level = connections[using].settings_dict["OPTIONS"].get("isolation_level")
-    # Django's default on PostgreSQL and MySQL; SQLite has one writer at a time.
-    name = getattr(level, "name", level)
-    return name is None or str(name).lower().replace("_", " ") == "read committed"

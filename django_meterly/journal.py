@@ -68,6 +68,7 @@ from .db import (
     DatabaseNow,
     error_codes,
     from_now,
+    gave_way,
     is_outage,
     is_read_only,
     reconnect,
@@ -110,7 +111,7 @@ State = Reservation.State
 #: Seconds a settlement may take inside a request: the row is durable, and the
 #: sweeper follows.
 SETTLE_TIMEOUT = 2.0
-#: Seconds between two tries to record a decision.
+#: Seconds between two tries at most.
 _PAUSE = 0.1
 #: Back-off of a settlement that could not be carried out: 5 s, doubled to 1 h.
 BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
@@ -482,9 +483,23 @@ def _reserve_by_intent(
     does not hold the account's lock meanwhile. Raises ``OUTAGE``; with a ledger that
     joins, that rolls the row back.
     """
-    with _opened(using, row):
-        if client.transport.joins(using):
-            return _ask_and_record(client, limited, row, lease)
+    connection = connections[using]
+    ours = not connection.in_atomic_block and connection.get_autocommit()
+    until = time.monotonic() + SETTLE_TIMEOUT
+    while True:
+        try:
+            with _opened(using, row):
+                if client.transport.joins(using):
+                    return _ask_and_record(client, limited, row, lease)
+            break
+        except (Error, MeterlyUnknownOutcomeError) as exc:
+            # The ledger may have reported it as an outcome that is not known. It was
+            # rolled back.
+            gave = gave_way(exc) or (exc.__cause__ and gave_way(exc.__cause__))
+            if not gave or not ours or time.monotonic() > until:
+                raise
+        # Jitter: those who met once are not to meet again.
+        time.sleep(random.uniform(0, _PAUSE))  # noqa: S311
     try:
         return _ask_and_record(client, limited, row, lease)
     except MeterlyIdempotencyMismatchError:
@@ -810,7 +825,10 @@ def decide_in_one_statement(
         return False
     outcome = State.RELEASED if charge is None else State.COMMITTED
     using = alias()
-    table = connections[using].ops.quote_name(Reservation._meta.db_table)
+    connection = connections[using]
+    table = connection.ops.quote_name(Reservation._meta.db_table)
+    # In the work's own transaction, only where a busy account does not make it fail.
+    allowed = f" AND {_READS_COMMITTED}" if connection.in_atomic_block else ""
     carrying = client.carrying(
         Statement(
             f"UPDATE {table} SET state = %s, charge = %s, lease_until = NULL, "  # noqa: S608
@@ -818,7 +836,7 @@ def decide_in_one_statement(
             "FROM movement WHERE id = %s",
             (outcome.value, charge, row.pk),
             lock=f"SELECT id FROM {table} "  # noqa: S608
-            "WHERE id = %s AND state = %s AND fence = %s FOR NO KEY UPDATE",
+            f"WHERE id = %s AND state = %s AND fence = %s{allowed} FOR NO KEY UPDATE",
             lock_parameters=(row.pk, State.RESERVED.value, fence),
         )
     )
@@ -834,6 +852,32 @@ def decide_in_one_statement(
     row.state, row.charge = outcome, charge
     _announce(_OUTCOMES[outcome], row)
     return True
+
+
+_READS_COMMITTED = (
+    "current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')"
+)
+
+
+def reads_committed(using: str) -> bool:
+    """Return whether the transaction on *using* sees what others commit meanwhile.
+
+    The server knows: the level may be set there, for the database, for the role, or by
+    a statement.
+    """
+    connection: Any = connections[using]
+    if connection.vendor == "postgresql":
+        sql = f"SELECT {_READS_COMMITTED}"
+    elif connection.vendor == "mysql":
+        # MariaDB has this name in every version, and MySQL the other.
+        name = "tx" if connection.mysql_is_mariadb else "transaction"
+        sql = f"SELECT @@{name}_isolation IN ('READ-COMMITTED', 'READ-UNCOMMITTED')"
+    else:
+        # SQLite has one writer at a time.
+        return True
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        return bool(cursor.fetchone()[0])
 
 
 def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
@@ -908,11 +952,12 @@ def on_live_connection(
     """Run *query*, once more on a new connection if the present one is dead.
 
     If the database cannot serve for another reason, or cannot be reached, *query* is
-    tried again for *patience* seconds. Only outside a transaction: inside one the lost
-    connection took the transaction's other changes with it.
+    tried again for *patience* seconds; for two if it had to give way to another. Only
+    outside a transaction: inside one the lost connection took the transaction's other
+    changes with it.
     """
     connection = connections[using]
-    until = time.monotonic() + patience
+    begun = time.monotonic()
     replaced = False
     while True:
         before = None
@@ -929,12 +974,15 @@ def on_live_connection(
                 or is_read_only(exc)
                 or not connection.is_usable()
             )
-            if (replaced or not dead) and time.monotonic() >= until:
+            if gave_way(exc):
+                patience = max(patience, SETTLE_TIMEOUT)
+            if (replaced or not dead) and time.monotonic() - begun >= patience:
                 raise
         if dead:
             reconnect(connection)
         if replaced or not dead:
-            time.sleep(_PAUSE)
+            # Jitter: those who met once are not to meet again.
+            time.sleep(random.uniform(0, _PAUSE))  # noqa: S311
         replaced = replaced or dead
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from django.db import DatabaseError, IntegrityError, connections, router, transaction
 from django.db.models import F
 
-from ..db import DatabaseNow, error_codes, from_now
+from ..db import DatabaseNow, from_now, gave_way
 from ..errors import (
     MeterlyCustomerExistsError,
     MeterlyIdempotencyMismatchError,
@@ -150,7 +150,7 @@ def _retried(operation: Callable[P, R]) -> Callable[P, R]:
             except DatabaseError as exc:
                 connection = connections[write_alias()]
                 if (
-                    not _passes(exc)
+                    not gave_way(exc)
                     or time.monotonic() > until
                     or connection.in_atomic_block
                     or not connection.get_autocommit()
@@ -161,18 +161,6 @@ def _retried(operation: Callable[P, R]) -> Callable[P, R]:
             time.sleep(random.uniform(0, pause))  # noqa: S311
 
     return wrapper
-
-
-def _passes(exc: DatabaseError) -> bool:
-    """Return whether *exc* ended a transaction that may be tried again."""
-    sqlstate, number = error_codes(exc)
-    if sqlstate in {"40001", "40P01"}:  # serialization failure, deadlock
-        return True
-    # The low byte is SQLite's primary code: 5 busy, 6 locked.
-    if getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF in {5, 6}:
-        return True
-    # MySQL: lock wait time-out, deadlock; MariaDB: row changed since the snapshot.
-    return number in {1205, 1213, 1020}
 
 
 # Workspaces and customers
