@@ -11,7 +11,7 @@ from inspect import isawaitable, isclass, iscoroutine
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction
-from django.db import DatabaseError, connections, transaction
+from django.db import Error, connections, transaction
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.views import View as DjangoView
@@ -225,7 +225,9 @@ class _ViewGuard:
                 request.meterly = NoGuard(why.format(*[request.method] * 2))
             return None
         try:
-            guard = options.guard(self.name, call.given, *call.args, **call.kwargs)
+            with journal.serving():
+                # Who pays may be read from the database, too.
+                guard = options.guard(self.name, call.given, *call.args, **call.kwargs)
             if guard is None:
                 return self._refuse_nobody(call)
             guard.name = self.full_name
@@ -587,7 +589,7 @@ class Execution:
             if not recorded:
                 try:
                     self._presume(response)
-                except DatabaseError:
+                except Error:
                     logger.exception("The return of %s is not recorded", self.guard)
             if response.streaming:
                 self._conclude_after_sending(response)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
-from django.db import DatabaseError, IntegrityError, router, transaction
+from django.db import Error, IntegrityError, router, transaction
 
 from . import signals, units
 from .db import refuses_rows
@@ -170,7 +170,7 @@ def _collect(client: MeterlyClient, row: Grant) -> None:
         row.customer.refresh_from_db(fields=["owes"])
         if row.customer.owes:
             collect(client, row.customer, row.unit)
-    except (MeterlyError, DatabaseError):
+    except (MeterlyError, Error):
         logger.exception("The debts of %s are left to the sweeper", row.customer)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
-from django.db import DatabaseError, Error, connections, transaction
+from django.db import Error, connections, transaction
 from django.utils.asyncio import async_unsafe
 from django.utils.functional import cached_property
 
@@ -231,19 +231,24 @@ class Guard:
         if self.enforcement == "off":
             self._uncharged = True
             return
-        if self.durable:
-            journal.refuse_open_transaction(self._client)
         customer: Customer | None = None
         try:
+            if self.durable:
+                with journal.serving():
+                    journal.refuse_open_transaction(self._client)
             if self._invalid is not None:
                 raise self._invalid
             if self._payer is None and self.enforcement == "shadow":
                 raise MeterlyError("Nobody is known to pay for this.")
-            customer = Customer.objects.resolve(self._payer)
-            if self.amount:
-                self._reserve(customer)
-            else:
-                self._begin_free(customer)
+            with journal.serving():
+                # The first statement of most guards: who meets a dead connection.
+                customer = journal.on_live_connection(
+                    journal.alias(), lambda: Customer.objects.resolve(self._payer)
+                )
+                if self.amount:
+                    self._reserve(customer)
+                else:
+                    self._begin_free(customer)
         except MeterlyUsageError:
             raise
         except MeterlyError as exc:
@@ -340,15 +345,14 @@ class Guard:
             return
         using = journal.alias()
         transport = self._client.transport
-        settles = (
-            self._message is None and transport.joins(using) and _reads_committed(using)
-        )
+        joins = self._message is None and transport.joins(using)
         if (
-            settles
+            joins
             and transport.carries_statements(using)
             and self._decide_in_one_statement()
         ):
             return
+        settles = joins and journal.reads_committed(using)
         if self._record(succeeded=True) and settles:
             self._settle_now()
 
@@ -373,12 +377,12 @@ class Guard:
     def succeed(self) -> None:
         """Record success in a transaction of its own, then settle.
 
-        Raises ``DatabaseError`` when the database is down, too, for recording it;
+        Raises the database's error when it is down, too, for recording it;
         a remote ledger is told all the same.
         """
         try:
             self._conclude(succeeded=True)
-        except DatabaseError:
+        except Error:
             if (
                 self._charge is not None
                 and self._message is None
@@ -547,7 +551,11 @@ class Guard:
             )
         except Error:
             logger.exception("%s could not be settled at once", self.reference)
-            self._record(succeeded=succeeded)
+            journal.on_live_connection(
+                using,
+                lambda: self._record(succeeded=succeeded),
+                patience=journal.SETTLE_TIMEOUT,
+            )
         except BaseException:
             # A time limit or an interrupt in the middle took the decision along.
             self._record(succeeded=succeeded)
@@ -733,10 +741,3 @@ _refuse_in_event_loop: Callable[[], None] = async_unsafe(
     "A plain with would block the event loop that is running. In async code, write "
     + _ASYNC_WITH
 )(lambda: None)
-
-
-def _reads_committed(using: str) -> bool:
-    level = connections[using].settings_dict["OPTIONS"].get("isolation_level")
-    # Django's default on PostgreSQL and MySQL; SQLite has one writer at a time.
-    name = getattr(level, "name", level)
-    return name is None or str(name).lower().replace("_", " ") == "read committed"

@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from django.db import DatabaseError, connections
+from django.db import Error, connections
 
 from . import journal
 from .client import get_client
@@ -65,7 +65,7 @@ class Heart(threading.Thread):
     def _beat(self) -> bool:
         try:
             return journal.beat(self._row, fence=self._fence)
-        except DatabaseError:
+        except Error:
             # There are two more beats in a lease.
             logger.warning("A heartbeat of reservation %s failed", self._row.pk)
             return True

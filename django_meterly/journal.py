@@ -52,11 +52,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db import (
-    DatabaseError,
     DataError,
+    Error,
     IntegrityError,
-    InterfaceError,
-    OperationalError,
     connections,
     router,
     transaction,
@@ -70,7 +68,12 @@ from .db import (
     DatabaseNow,
     bound_waits,
     change_in_batches,
+    error_codes,
     from_now,
+    gave_way,
+    is_outage,
+    is_read_only,
+    reconnect,
     refuses_rows,
     unlocked,
     was_locked,
@@ -113,6 +116,8 @@ State = Reservation.State
 #: Seconds a settlement may take inside a request: the row is durable, and the
 #: sweeper follows.
 SETTLE_TIMEOUT = 2.0
+#: Seconds between two tries at most.
+_PAUSE = 0.1
 #: Back-off of a settlement that could not be carried out: 5 s, doubled to 1 h.
 BACKOFF_FIRST, BACKOFF_MOST = 5.0, 3600.0
 #: How long a row is kept that was denied: a day. There may be many.
@@ -152,6 +157,18 @@ def in_transaction(using: str) -> bool:
             return False
     except RuntimeError:
         return True
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Raise ``MeterlyUnavailableError`` where a database cannot serve."""
+    try:
+        yield
+    except Error as exc:
+        if not is_outage(exc):
+            raise
+        logger.warning("The database cannot serve: %s", exc)
+        raise MeterlyUnavailableError(f"The database failed: {exc}") from exc
 
 
 def refuse_open_transaction(client: MeterlyClient) -> None:
@@ -378,11 +395,13 @@ def _reserve_in_one_statement(
     insert = _insert(using, row, lease + meterly_settings.LEASE_GRACE)
     try:
         answer, row.state = _ask(client.carrying(insert), row)
-    except (OperationalError, InterfaceError) as exc:
+    except Error as exc:
+        if not is_outage(exc):
+            raise
         connection = connections[using]
         # Leaving an atomic block, Django would have replaced a dead connection.
         if not connection.is_usable():
-            connection.close()
+            reconnect(connection)
         # There may be a hold and its row, which lapse: what follows is another row.
         row.pk = uuid.uuid4()
         row.key = str(row.pk)
@@ -473,9 +492,23 @@ def _reserve_by_intent(
     does not hold the account's lock meanwhile. Raises ``OUTAGE``; with a ledger that
     joins, that rolls the row back.
     """
-    with _opened(using, row):
-        if client.transport.joins(using):
-            return _ask_and_record(client, limited, row, lease)
+    connection = connections[using]
+    ours = not connection.in_atomic_block and connection.get_autocommit()
+    until = time.monotonic() + SETTLE_TIMEOUT
+    while True:
+        try:
+            with _opened(using, row):
+                if client.transport.joins(using):
+                    return _ask_and_record(client, limited, row, lease)
+            break
+        except (Error, MeterlyUnknownOutcomeError) as exc:
+            # The ledger may have reported it as an outcome that is not known. It was
+            # rolled back.
+            gave = gave_way(exc) or (exc.__cause__ and gave_way(exc.__cause__))
+            if not gave or not ours or time.monotonic() > until:
+                raise
+        # Jitter: those who met once are not to meet again.
+        time.sleep(random.uniform(0, _PAUSE))  # noqa: S311
     try:
         return _ask_and_record(client, limited, row, lease)
     except MeterlyIdempotencyMismatchError:
@@ -802,7 +835,10 @@ def decide_in_one_statement(
         return False
     outcome = State.RELEASED if charge is None else State.COMMITTED
     using = alias()
-    table = connections[using].ops.quote_name(Reservation._meta.db_table)
+    connection = connections[using]
+    table = connection.ops.quote_name(Reservation._meta.db_table)
+    # In the work's own transaction, only where a busy account does not make it fail.
+    allowed = f" AND {_READS_COMMITTED}" if connection.in_atomic_block else ""
     carrying = client.carrying(
         Statement(
             f"UPDATE {table} SET state = %s, charge = %s, lease_until = NULL, "  # noqa: S608
@@ -810,7 +846,7 @@ def decide_in_one_statement(
             "FROM movement WHERE id = %s",
             (outcome.value, charge, row.pk),
             lock=f"SELECT id FROM {table} "  # noqa: S608
-            "WHERE id = %s AND state = %s AND fence = %s FOR NO KEY UPDATE",
+            f"WHERE id = %s AND state = %s AND fence = %s{allowed} FOR NO KEY UPDATE",
             lock_parameters=(row.pk, State.RESERVED.value, fence),
         )
     )
@@ -826,6 +862,32 @@ def decide_in_one_statement(
     row.state, row.charge = outcome, charge
     _announce(_OUTCOMES[outcome], row)
     return True
+
+
+_READS_COMMITTED = (
+    "current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')"
+)
+
+
+def reads_committed(using: str) -> bool:
+    """Return whether the transaction on *using* sees what others commit meanwhile.
+
+    The server knows: the level may be set there, for the database, for the role, or by
+    a statement.
+    """
+    connection: Any = connections[using]
+    if connection.vendor == "postgresql":
+        sql = f"SELECT {_READS_COMMITTED}"
+    elif connection.vendor == "mysql":
+        # MariaDB has this name in every version, and MySQL the other.
+        name = "tx" if connection.mysql_is_mariadb else "transaction"
+        sql = f"SELECT @@{name}_isolation IN ('READ-COMMITTED', 'READ-UNCOMMITTED')"
+    else:
+        # SQLite has one writer at a time.
+        return True
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        return bool(cursor.fetchone()[0])
 
 
 def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
@@ -895,26 +957,44 @@ def _move(
     return bool(changed)
 
 
-def on_live_connection(using: str, query: Callable[[], T]) -> T:
+def on_live_connection(
+    using: str, query: Callable[[], T], *, patience: float = 0.0
+) -> T:
     """Run *query*, once more on a new connection if the present one is dead.
 
-    Only outside a transaction: inside one the lost connection took the
-    transaction's other changes with it.
+    If the database cannot serve for another reason, or cannot be reached, *query* is
+    tried again for *patience* seconds; for two if it had to give way to another. Only
+    outside a transaction: inside one the lost connection took the transaction's other
+    changes with it.
     """
     connection = connections[using]
-    before = connection.connection
-    try:
-        return query()
-    except (OperationalError, InterfaceError):
-        if connection.in_atomic_block:
-            raise
-        # Leaving an atomic block, Django has replaced a dead connection already.
-        replaced = before is not None and connection.connection is not before
-        if not replaced:
-            if connection.connection is not None and connection.is_usable():
+    begun = time.monotonic()
+    replaced = False
+    while True:
+        before = None
+        try:
+            connection.ensure_connection()
+            before = connection.connection
+            return query()
+        except Error as exc:
+            if connection.in_atomic_block or not is_outage(exc):
                 raise
-            connection.close()
-        return query()
+            dead = before is not None and (
+                # Leaving an atomic block, Django has closed a dead one already.
+                connection.connection is not before
+                or is_read_only(exc)
+                or not connection.is_usable()
+            )
+            if gave_way(exc):
+                patience = max(patience, SETTLE_TIMEOUT)
+            if (replaced or not dead) and time.monotonic() - begun >= patience:
+                raise
+        if dead:
+            reconnect(connection)
+        if replaced or not dead:
+            # Jitter: those who met once are not to meet again.
+            time.sleep(random.uniform(0, _PAUSE))  # noqa: S311
+        replaced = replaced or dead
 
 
 # Carrying decisions out
@@ -1181,12 +1261,14 @@ def announce(signal: Signal, sender: Any, *, using: str, **facts: Any) -> None:
 
     Whatever the receivers do, it hurts nobody.
     """
-    if signal.has_listeners(sender):
-        transaction.on_commit(
-            lambda: signal.send_robust(sender=sender, **facts),
-            using=using,
-            robust=True,
-        )
+    if not signal.has_listeners(sender):
+        return
+    send = functools.partial(signal.send_robust, sender=sender, **facts)
+    if connections[using].in_atomic_block:
+        transaction.on_commit(send, using=using, robust=True)
+    else:
+        # Without asking a database that may be out of reach.
+        send()
 
 
 def _announce(signal: Signal, row: Reservation) -> None:
@@ -1255,7 +1337,7 @@ def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reserv
                 ):
                     continue
                 outcome = settle(client, row, timeout=SETTLE_TIMEOUT)
-        except DatabaseError as exc:
+        except Error as exc:
             refusal = refused_by_database(exc, handled)
             if refusal is None:
                 raise MeterlyUnavailableError(f"The database failed: {exc}") from exc
@@ -1423,12 +1505,12 @@ def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome |
                 row.refresh_from_db(using=using)
                 # The rollback may have given the row back.
                 taken = _take(using, row)
-                if isinstance(exc, DatabaseError) and refusal is None:
+                if isinstance(exc, Error) and refusal is None:
                     return Outcome.UNREACHED if taken else None
                 return _postpone(row, refusal or exc, Outcome.REFUSED)
         except Reservation.DoesNotExist:
             return None
-        except DatabaseError as again:
+        except Error as again:
             if not refuses_rows(using, again):
                 raise
             logger.exception("Reservation %s cannot be changed", row.pk)
@@ -1445,8 +1527,9 @@ def refused_by_database(
     exception that was *handled* before is the caller's, and says nothing of the row.
     """
     while isinstance(exc, Exception) and exc is not handled:
-        # SQLSTATE of RAISE EXCEPTION; MySQL's number for SIGNAL.
-        raised = getattr(exc, "sqlstate", "") == "P0001" or exc.args[:1] == (1644,)
+        sqlstate, number = error_codes(exc)
+        # RAISE EXCEPTION in PostgreSQL, and SIGNAL in MySQL.
+        raised = sqlstate == "P0001" or number == 1644
         if raised or isinstance(exc, IntegrityError | DataError):
             return exc
         exc = exc.__cause__ or exc.__context__

@@ -18,7 +18,7 @@ from django.utils.translation import gettext_lazy as _
 
 from . import units
 from .conf import meterly_settings
-from .db import ExactCharField, from_now
+from .db import ExactCharField, MomentField, from_now
 from .errors import (
     MeterlyCustomerExistsError,
     MeterlyError,
@@ -258,7 +258,7 @@ class Customer(models.Model):
         editable=False,
         help_text=_("Whether a reservation of this customer may be a debt."),
     )
-    created_at = models.DateTimeField(_("created at"), auto_now_add=True)
+    created_at = MomentField(_("created at"), auto_now_add=True)
 
     objects = CustomerQuerySet.as_manager()
 
@@ -451,7 +451,7 @@ class Grant(models.Model):
         _("state"), max_length=16, choices=State.choices, default=State.PENDING
     )
     last_error = models.TextField(_("last error"), blank=True)
-    created_at = models.DateTimeField(_("created at"), auto_now_add=True)
+    created_at = MomentField(_("created at"), auto_now_add=True)
 
     class Meta:
         verbose_name = _("grant")
@@ -647,15 +647,15 @@ class Reservation(models.Model):
         default=0,
         help_text=_("Counts who has claimed the work; only the last may decide."),
     )
-    lease_until = models.DateTimeField(_("lease until"), null=True, blank=True)
-    next_attempt_at = models.DateTimeField(_("next attempt at"), null=True, blank=True)
+    lease_until = MomentField(_("lease until"), null=True, blank=True)
+    next_attempt_at = MomentField(_("next attempt at"), null=True, blank=True)
     settle_attempts = models.PositiveIntegerField(_("settle attempts"), default=0)
     refusals = models.PositiveIntegerField(_("refusals"), default=0)
-    stuck_at = models.DateTimeField(_("stuck since"), null=True, blank=True)
+    stuck_at = MomentField(_("stuck since"), null=True, blank=True)
     last_error = models.TextField(_("last error"), blank=True)
-    created_at = models.DateTimeField(_("created at"), auto_now_add=True)
-    decided_at = models.DateTimeField(_("decided at"), null=True, blank=True)
-    settled_at = models.DateTimeField(_("settled at"), null=True, blank=True)
+    created_at = MomentField(_("created at"), auto_now_add=True)
+    decided_at = MomentField(_("decided at"), null=True, blank=True)
+    settled_at = MomentField(_("settled at"), null=True, blank=True)
 
     objects = ReservationQuerySet.as_manager()
 
@@ -744,7 +744,7 @@ class LowBalance(models.Model):
         Customer, verbose_name=_("customer"), on_delete=models.CASCADE
     )
     unit = ExactCharField(_("unit"), max_length=UNIT_LENGTH)
-    announced_at = models.DateTimeField(_("announced at"), null=True)
+    announced_at = MomentField(_("announced at"), null=True)
 
     class Meta:
         verbose_name = _("low balance")

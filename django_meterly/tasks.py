@@ -268,8 +268,11 @@ def _look_again(task: Any) -> None:
 
 
 def _begin(task: Any, job: Job, options: Any, args: Any, kwargs: Any) -> None:
+    from . import journal
+
     try:
-        job.begin(options, args, kwargs)
+        with journal.serving():
+            job.begin(options, args, kwargs)
     except MeterlyDuplicateError as exc:
         # Celery says no more of it than "ignored".
         request = task.request

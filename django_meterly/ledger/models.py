@@ -15,7 +15,7 @@ from django.db.models.functions import Coalesce, Greatest
 from django.db.models.lookups import GreaterThanOrEqual
 from django.utils.translation import gettext_lazy as _
 
-from ..db import DatabaseNow, ExactCharField
+from ..db import DatabaseNow, ExactCharField, MomentField
 from .append_only import AppendOnly, AppendOnlyQuerySet
 from .constraints import ShapeConstraint
 
@@ -117,13 +117,11 @@ class ApiKey(models.Model):
     is_test = models.BooleanField(_("test key"), default=False)
     may_spend = models.BooleanField(_("may spend"), default=True)
     may_grant = models.BooleanField(_("may grant"), default=False)
-    created_at = models.DateTimeField(
-        _("created at"), default=DatabaseNow, editable=False
-    )
-    expires_at = models.DateTimeField(_("expires at"), null=True, blank=True)
-    last_used_at = models.DateTimeField(_("last used at"), null=True, editable=False)
-    refused_at = models.DateTimeField(_("last refused at"), null=True, editable=False)
-    revoked_at = models.DateTimeField(_("revoked at"), null=True, editable=False)
+    created_at = MomentField(_("created at"), default=DatabaseNow, editable=False)
+    expires_at = MomentField(_("expires at"), null=True, blank=True)
+    last_used_at = MomentField(_("last used at"), null=True, editable=False)
+    refused_at = MomentField(_("last refused at"), null=True, editable=False)
+    revoked_at = MomentField(_("revoked at"), null=True, editable=False)
 
     objects = ApiKeyQuerySet.as_manager()
 
@@ -202,9 +200,7 @@ class ApiKeyEvent(AppendOnly, models.Model):
     actor = models.CharField(_("by"), max_length=255, blank=True)
     request_id = models.CharField(_("request id"), max_length=64, blank=True)
     remote_address = models.CharField(_("remote address"), max_length=64, blank=True)
-    created_at = models.DateTimeField(
-        _("created at"), default=DatabaseNow, editable=False
-    )
+    created_at = MomentField(_("created at"), default=DatabaseNow, editable=False)
 
     objects = ApiKeyEventQuerySet.as_manager()
 
@@ -232,9 +228,7 @@ class LedgerCustomer(models.Model):
     )
     external_id = ExactCharField(_("external id"), max_length=255)
     credit_unit = ExactCharField(_("credit unit"), max_length=64)
-    created_at = models.DateTimeField(
-        _("created at"), default=DatabaseNow, editable=False
-    )
+    created_at = MomentField(_("created at"), default=DatabaseNow, editable=False)
 
     class Meta:
         # The SQL functions name the table.
@@ -376,11 +370,9 @@ class Hold(models.Model):
         _("status"), max_length=16, choices=Status.choices, default=Status.RESERVED
     )
     reference = ExactCharField(_("reference"), max_length=255)
-    expires_at = models.DateTimeField(_("expires at"))
-    created_at = models.DateTimeField(
-        _("created at"), default=DatabaseNow, editable=False
-    )
-    closed_at = models.DateTimeField(_("closed at"), null=True, editable=False)
+    expires_at = MomentField(_("expires at"))
+    created_at = MomentField(_("created at"), default=DatabaseNow, editable=False)
+    closed_at = MomentField(_("closed at"), null=True, editable=False)
 
     objects = HoldQuerySet.as_manager()
 
@@ -528,9 +520,7 @@ class Entry(AppendOnly, models.Model):
     unique_reference = ExactCharField(_("unique reference"), max_length=255, null=True)
     idempotency_key = ExactCharField(_("idempotency key"), max_length=255, null=True)
     fingerprint = ExactCharField(_("request fingerprint"), max_length=64, blank=True)
-    created_at = models.DateTimeField(
-        _("created at"), default=DatabaseNow, editable=False
-    )
+    created_at = MomentField(_("created at"), default=DatabaseNow, editable=False)
 
     objects = EntryQuerySet.as_manager()
 
@@ -585,7 +575,7 @@ class Seal(AppendOnly, models.Model):
     # On PostgreSQL: above the id of every transaction that was open then.
     horizon = models.BigIntegerField(_("horizon"), null=True)
     hash = ExactCharField(_("hash"), max_length=64, unique=True)
-    created_at = models.DateTimeField(_("created at"), editable=False)
+    created_at = MomentField(_("created at"), editable=False)
 
     objects = SealQuerySet.as_manager()
 
@@ -613,9 +603,7 @@ class Record(models.Model):
     )
     idempotency_key = ExactCharField(_("idempotency key"), max_length=255)
     fingerprint = ExactCharField(_("request fingerprint"), max_length=64)
-    created_at = models.DateTimeField(
-        _("created at"), default=DatabaseNow, editable=False
-    )
+    created_at = MomentField(_("created at"), default=DatabaseNow, editable=False)
 
     class Meta:
         verbose_name = _("idempotency record")

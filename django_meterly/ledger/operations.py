@@ -26,7 +26,7 @@ from ..db import (
     bound_waits,
     change_in_batches,
     from_now,
-    passes,
+    gave_way,
     refuses_rows,
     unlocked,
     was_locked,
@@ -166,7 +166,7 @@ def _retried(operation: Callable[P, R]) -> Callable[P, R]:
             except DatabaseError as exc:
                 connection = connections[write_alias()]
                 if (
-                    not passes(exc)
+                    not gave_way(exc)
                     or time.monotonic() > until
                     or connection.in_atomic_block
                     or not connection.get_autocommit()

@@ -97,13 +97,25 @@ def _time(text: Any) -> dt.datetime | None:
     return None if text is None else dt.datetime.fromisoformat(text)
 
 
+_CREATE = "CREATE OR REPLACE FUNCTION "
+
+
 def create_functions(connection: BaseDatabaseWrapper) -> None:
-    """Create the functions, or replace them; nothing on other databases."""
+    """Create the functions, or replace them; nothing on other databases.
+
+    In a transaction: until it ends, no other process does so.
+    """
     if connection.vendor == "postgresql":
         path = resources.files(__package__) / "sql" / "postgresql.sql"
+        _, *functions = path.read_text("utf-8").split(_CREATE)
         with connection.cursor() as cursor:
-            # Without parameters: a percent sign is a percent sign.
-            cursor.execute(path.read_text("utf-8"), None)
+            # Containers that start at once each run migrate, and PostgreSQL refuses to
+            # replace a function twice at a time.
+            cursor.execute("SELECT pg_advisory_xact_lock(hashtext('meterly_ledger'))")
+            for function in functions:
+                # One at a time: no text with several statements can be prepared.
+                # Without parameters: a percent sign is a percent sign.
+                cursor.execute(_CREATE + function, None)
         constraints.create_shape_function(connection)
 
 

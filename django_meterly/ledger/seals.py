@@ -34,9 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.db import DatabaseError, IntegrityError, connections, transaction
 from django.db.models import Q
-from django.utils import timezone
 
-from ..db import DatabaseNow
+from ..db import DatabaseNow, in_utc
 from .models import Entry, Seal
 from .operations import write_alias
 
@@ -245,12 +244,7 @@ def _line(row: dict[str, Any]) -> bytes:
 
 def _utc(value: Any) -> str:
     """Return a time in UTC, to the microsecond, as every database has it."""
-    if timezone.is_naive(value):
-        # With USE_TZ=False: local on PostgreSQL, and UTC where it is stored as it is.
-        local = connections[write_alias()].features.supports_timezones
-        value = timezone.make_aware(value, None if local else dt.UTC)
-    text: str = value.astimezone(dt.UTC).isoformat(timespec="microseconds")
-    return text
+    return in_utc(value).isoformat(timespec="microseconds")
 
 
 def rows(

@@ -6,10 +6,10 @@ they cannot differ.
 
 from __future__ import annotations
 
-import datetime as dt
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..db import in_utc
 from ..errors import MeterlyInvalidRequestError
 from ..transports.base import (
     ROUTES,
@@ -25,6 +25,7 @@ from . import operations
 from .conf import ledger_settings
 
 if TYPE_CHECKING:
+    import datetime as dt
     from collections.abc import Callable, Mapping
 
     from ..transports.base import Statement
@@ -261,10 +262,7 @@ def _entry(movement: EntryRecord) -> dict[str, Any]:
 
 
 def _time(value: dt.datetime) -> str:
-    if value.tzinfo is None:
-        # USE_TZ = False: a naive time is one of Django's TIME_ZONE.
-        value = value.astimezone()
-    return value.astimezone(dt.UTC).isoformat().replace("+00:00", "Z")
+    return in_utc(value).isoformat().replace("+00:00", "Z")
 
 
 _CUSTOMER_ID = _Field("customer_id", check_identifier)

@@ -76,7 +76,9 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "created_at",
-                    models.DateTimeField(auto_now_add=True, verbose_name="created at"),
+                    django_meterly.db.MomentField(
+                        auto_now_add=True, verbose_name="created at"
+                    ),
                 ),
                 (
                     "owner",
@@ -144,7 +146,9 @@ class Migration(migrations.Migration):
                 ("last_error", models.TextField(blank=True, verbose_name="last error")),
                 (
                     "created_at",
-                    models.DateTimeField(auto_now_add=True, verbose_name="created at"),
+                    django_meterly.db.MomentField(
+                        auto_now_add=True, verbose_name="created at"
+                    ),
                 ),
                 (
                     "actor",
@@ -305,13 +309,13 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "lease_until",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         blank=True, null=True, verbose_name="lease until"
                     ),
                 ),
                 (
                     "next_attempt_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         blank=True, null=True, verbose_name="next attempt at"
                     ),
                 ),
@@ -327,24 +331,26 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "stuck_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         blank=True, null=True, verbose_name="stuck since"
                     ),
                 ),
                 ("last_error", models.TextField(blank=True, verbose_name="last error")),
                 (
                     "created_at",
-                    models.DateTimeField(auto_now_add=True, verbose_name="created at"),
+                    django_meterly.db.MomentField(
+                        auto_now_add=True, verbose_name="created at"
+                    ),
                 ),
                 (
                     "decided_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         blank=True, null=True, verbose_name="decided at"
                     ),
                 ),
                 (
                     "settled_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         blank=True, null=True, verbose_name="settled at"
                     ),
                 ),
@@ -444,7 +450,9 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "announced_at",
-                    models.DateTimeField(null=True, verbose_name="announced at"),
+                    django_meterly.db.MomentField(
+                        null=True, verbose_name="announced at"
+                    ),
                 ),
                 (
                     "customer",

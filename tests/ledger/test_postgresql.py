@@ -314,7 +314,36 @@ def test_a_test_database_without_migrations_has_the_functions():
     assert function_names() == FUNCTIONS
 
 
-@with_migrations
+def test_f63_processes_that_migrate_at_once_take_turns():
+    def create():
+        with transaction.atomic():
+            postgresql.create_functions(connection)
+
+    def migrate():
+        try:
+            create()
+        finally:
+            connection.close()
+
+    def somebody_waits():
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT count(*) FROM pg_locks WHERE NOT granted "
+                "AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+            )
+            return cursor.fetchone()[0]
+
+    with ThreadPoolExecutor() as pool:
+        with transaction.atomic():
+            postgresql.create_functions(connection)
+            other = pool.submit(migrate)
+            until = time.monotonic() + 20
+            while not somebody_waits():
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        other.result()
+
+
 def test_migrating_back_leaves_no_function_behind():
     try:
         call_command("migrate", "meterly_ledger", "zero", verbosity=0)

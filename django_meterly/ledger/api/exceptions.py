@@ -4,11 +4,11 @@ import logging
 from typing import Any
 
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
-from django.db import InterfaceError, OperationalError
 from django.http import Http404
 from rest_framework import exceptions
 from rest_framework.response import Response
 
+from ...db import is_outage
 from ...errors import MeterlyApiError, MeterlyInvalidRequestError, api_error
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _as_api_error(exc: Exception) -> MeterlyApiError:
     if isinstance(exc, exceptions.APIException):
         code = _CODES.get(type(exc), "invalid_request")
         return api_error(exc.status_code, code, str(exc.detail))
-    if isinstance(exc, OperationalError | InterfaceError):
+    if is_outage(exc):
         return api_error(503, "unavailable", "The ledger's database is unavailable.")
     # The message would tell a stranger about our insides.
     return api_error(500, "internal_error", "The ledger failed.")

@@ -131,7 +131,7 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "created_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         default=django_meterly.db.DatabaseNow,
                         editable=False,
                         verbose_name="created at",
@@ -139,25 +139,25 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "expires_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         blank=True, null=True, verbose_name="expires at"
                     ),
                 ),
                 (
                     "last_used_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         editable=False, null=True, verbose_name="last used at"
                     ),
                 ),
                 (
                     "refused_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         editable=False, null=True, verbose_name="last refused at"
                     ),
                 ),
                 (
                     "revoked_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         editable=False, null=True, verbose_name="revoked at"
                     ),
                 ),
@@ -232,7 +232,7 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "created_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         default=django_meterly.db.DatabaseNow,
                         editable=False,
                         verbose_name="created at",
@@ -299,7 +299,7 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "created_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         default=django_meterly.db.DatabaseNow,
                         editable=False,
                         verbose_name="created at",
@@ -411,10 +411,13 @@ class Migration(migrations.Migration):
                         max_length=255, verbose_name="reference"
                     ),
                 ),
-                ("expires_at", models.DateTimeField(verbose_name="expires at")),
+                (
+                    "expires_at",
+                    django_meterly.db.MomentField(verbose_name="expires at"),
+                ),
                 (
                     "created_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         default=django_meterly.db.DatabaseNow,
                         editable=False,
                         verbose_name="created at",
@@ -422,7 +425,7 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "closed_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         editable=False, null=True, verbose_name="closed at"
                     ),
                 ),
@@ -532,7 +535,7 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "created_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         default=django_meterly.db.DatabaseNow,
                         editable=False,
                         verbose_name="created at",
@@ -677,7 +680,7 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "created_at",
-                    models.DateTimeField(
+                    django_meterly.db.MomentField(
                         default=django_meterly.db.DatabaseNow,
                         editable=False,
                         verbose_name="created at",
@@ -734,7 +737,9 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "created_at",
-                    models.DateTimeField(editable=False, verbose_name="created at"),
+                    django_meterly.db.MomentField(
+                        editable=False, verbose_name="created at"
+                    ),
                 ),
             ],
             options={
