@@ -198,6 +198,18 @@ def test_holds_that_the_block_leaves_open_are_released(
     assert_books_balance()
 
 
+def test_an_owner_that_another_ledger_has_registered_is_registered_again(
+    user: User,
+) -> None:
+    customer = Customer.objects.for_owner(user)
+    customer.learn("cus_of_the_cloud")
+    with override_credits(user, image_credits=25), assert_charged(user, 25):
+        charge(user, 25)
+    with override_credits(customer, image_credits=25), assert_charged(customer, 25):
+        charge(user, 25)
+    assert_books_balance()
+
+
 def test_blocks_may_be_nested(user: User) -> None:
     customer = fund(user, 7)
     with override_credits(user, image_credits=100):

@@ -154,7 +154,7 @@ def count_tests(text: str) -> int:
     return len(re.findall(r"^ *(?:async )?def test_", text, re.M))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "options",
     [[], ["--parallel", "2", "--shuffle"], ["--keepdb"], ["--reverse", "--keepdb"]],
@@ -172,7 +172,7 @@ def test_the_pages_tests_pass_with_manage_py(
         assert f"Ran {expected} tests" in ran.stderr
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [["--nomigrations"], [], ["-n", "2"]], ids=" ".join)
 def test_the_pages_tests_pass_with_pytest(
     run: Run, shop: dict[str, str], options: list[str]
