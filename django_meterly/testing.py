@@ -76,7 +76,7 @@ State = Reservation.State
 LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
 #: Begins the references of what ``override_credits`` moves: these are no charges.
 OVERRIDE = "override_credits:"
-#: A day: longer than every lease, and than every pause between two attempts.
+#: How many seconds ago a lease or a hold has ended that is ended now.
 LONG_AGO = 86400.0
 
 
