@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
@@ -431,12 +431,12 @@ def _story(
     rows: Sequence[Reservation],
 ) -> str:
     """Say what was charged instead of what was *wanted*, and why."""
-    sums: dict[str | None, int] = {}
-    for entry in taken:
-        charge = -(entry.balance_delta or 0)
-        sums[entry.unit] = sums.get(entry.unit, 0) + charge
-    charged = " and ".join(f"{number} {unit}" for unit, number in sums.items())
-    lines = [f"{customer} was charged {charged or 'nothing'}, not {wanted}."]
+    charged = _sum((entry.unit, -(entry.balance_delta or 0)) for entry in taken)
+    owed = _sum((row.unit, row.owed or row.charge or 0) for row in due)
+    still = f", and {owed} are due," if owed else ""
+    lines = [
+        f"{customer} was charged {charged or 'nothing'}{still} instead of {wanted}."
+    ]
     lines += [
         f"  {-(entry.balance_delta or 0)} {entry.unit} for {entry.reference}"
         for entry in reversed(taken)
@@ -450,12 +450,19 @@ def _story(
             f"  {row.reference}: {row.amount} {row.unit} held, "
             f"{row.state}{decided}{offered}{error}"
         )
-    if due:
+    if any(row.state == State.COMMIT_PENDING for row in due):
         lines.append(
             "A charge that is decided is not carried out yet: call sweep() before the "
             "block ends."
         )
     return "\n".join(lines)
+
+
+def _sum(amounts: Iterable[tuple[str | None, int]]) -> str:
+    sums: dict[str | None, int] = {}
+    for unit, amount in amounts:
+        sums[unit] = sums.get(unit, 0) + amount
+    return " and ".join(f"{amount} {unit}" for unit, amount in sums.items())
 
 
 def assert_books_balance() -> None:
