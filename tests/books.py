@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import Any
 
-from django.core.management import call_command
-from django.utils import timezone
-
-from django_meterly import get_client, grants, journal
+from django_meterly import get_client, grants
 from django_meterly.ledger.models import Entry
 from django_meterly.models import Customer, Reservation
 
@@ -59,23 +55,3 @@ def states() -> list[str]:
     return list(
         Reservation.objects.order_by("created_at").values_list("state", flat=True)
     )
-
-
-def let_lapse() -> None:
-    """Let every lease run out, and every settlement come due, right now."""
-    past = timezone.now() - dt.timedelta(days=1)
-    Reservation.objects.filter(lease_until__isnull=False).update(lease_until=past)
-    Reservation.objects.filter(next_attempt_at__isnull=False).update(
-        next_attempt_at=past
-    )
-
-
-def sweep() -> tuple[int, int]:
-    """Let everything lapse and come due, and run the sweeper."""
-    let_lapse()
-    return journal.sweep(get_client())
-
-
-def verify() -> None:
-    """Fail unless the ledger's entries rebuild its balances."""
-    call_command("meterly_ledger_verify", verbosity=0)

@@ -13,9 +13,9 @@ from django.test import RequestFactory
 from django.utils import translation
 
 from django_meterly import client as meterly_client
+from django_meterly.testing import faults
 from tests import database
 from tests.books import fund
-from tests.faults import FaultyTransport
 from tests.refusing import refusing_database
 
 if TYPE_CHECKING:
@@ -106,15 +106,14 @@ def joined(settings: Any) -> None:
 
 
 @pytest.fixture
-def remote(settings: Any) -> Iterator[type[FaultyTransport]]:
+def remote(settings: Any) -> Iterator[faults]:
     """A ledger that joins no transaction, and meets the faults a test names."""
     settings.METERLY = {
         **settings.METERLY,
-        "TRANSPORT": "tests.faults.FaultyTransport",
+        "TRANSPORT": "django_meterly.testing.FaultyTransport",
     }
-    FaultyTransport.reset()
-    yield FaultyTransport
-    FaultyTransport.reset()
+    with faults() as line:
+        yield line
 
 
 @pytest.fixture(params=["joined", "remote"])

@@ -23,7 +23,7 @@ from django.urls import path
 from django_meterly import get_client, grants, meterly_guard
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Customer
-from tests.faults import FaultyTransport
+from django_meterly.testing import FaultyTransport
 
 if TYPE_CHECKING:
     from django_meterly.transports.base import Call
@@ -44,8 +44,10 @@ class DyingLedger(LedgerTransport):
         return answer
 
 
-class DyingRemote(FaultyTransport, DyingLedger):
+class DyingRemote(FaultyTransport):
     """The same at the far end of a line."""
+
+    far_end = "tests.dying.DyingLedger"
 
 
 @meterly_guard("image_credits", 25)

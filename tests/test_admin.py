@@ -21,7 +21,8 @@ from django_meterly import get_client, grants
 from django_meterly.errors import MeterlyReferenceConflictError
 from django_meterly.forms import CustomerForm, GrantCreditsForm
 from django_meterly.models import Customer, Grant, Reservation
-from tests.books import balance, fund_by_grant, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund_by_grant
 
 if TYPE_CHECKING:
     from django.http import HttpResponse
@@ -123,7 +124,7 @@ def test_grant_moves_credits_and_records_who_and_why(
         ("success", f"Granted 25 image_credits to {customer}.")
     ]
     assert balance(customer) == (125, 0)
-    verify()
+    assert_books_balance()
     (grant,) = granted()
     assert (grant.actor, grant.reason) == (granter, "sorry for the outage")
     assert grant.reference == f"admin-{form['reference']}"
@@ -304,7 +305,7 @@ def test_double_click_grants_once(granter: User, customer: Customer) -> None:
     assert statuses == [302, 302]
     assert balance(customer) == (125, 0)
     assert len(granted()) == LogEntry.objects.count() == 1
-    verify()
+    assert_books_balance()
 
 
 def test_new_customer_shows_the_credits_just_granted(page: Client) -> None:
@@ -401,7 +402,7 @@ def test_an_unreachable_ledger_is_asked_once_and_every_grant_is_on_record(
     others = [fund_by_grant(f"team_{number}") for number in range(3)]
     everybody = grant_url(customer, *others)
     form = filled(page, everybody)
-    remote.reset()
+    remote.calls.clear()
     remote.meet("grant_credits", "unsent", "unsent")
     page.post(everybody, form)
     assert remote.operations() == ["grant_credits"]

@@ -19,8 +19,9 @@ from django_meterly import (
     guard,
     meterly_guard,
 )
+from django_meterly.testing import assert_books_balance
 from tests import views
-from tests.books import balance, movements, states, verify
+from tests.books import balance, movements, states
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -80,7 +81,7 @@ def test_f24_async_work_is_awaited_before_it_is_charged(
     assert seen == ["reserved"]
     assert balance(customer) == (93, 0)
     assert states() == ["committed"]
-    verify()
+    assert_books_balance()
 
 
 @every_kind
@@ -191,7 +192,7 @@ def test_f22_a_view_cancelled_anywhere_is_settled_once(
     assert balance(customer)[1] == 0
     assert len(states()) <= 1
     assert balance(customer)[0] == (75 if done else 100)
-    verify()
+    assert_books_balance()
 
 
 def test_f20_an_async_views_template_is_decided_by_its_rendering(

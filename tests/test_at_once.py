@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.core.management import call_command
 from django.db import (
     InterfaceError,
     OperationalError,
@@ -33,7 +34,8 @@ from django_meterly.db import from_now
 from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Account, Hold
 from django_meterly.models import Customer, Reservation
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from django_meterly.testing import assert_books_balance, lapse_leases
+from tests.books import balance, fund, movements, states
 from tests.children import PATIENCE
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def test_the_row_is_the_same_as_by_several_statements(
             row.pop("id")
             assert row.pop("reservation_id")
     assert rows[:2] == rows[2:]
-    verify()
+    assert_books_balance()
 
 
 def expire() -> None:
@@ -135,7 +137,7 @@ def test_holds_past_their_time_make_room_for_a_new_one(customer: Customer) -> No
     work.reserve()
     assert balance(customer) == (100, 30)
     assert row_of(work)["state"] == "reserved"
-    verify()
+    call_command("meterly_ledger_verify", verbosity=0)
 
 
 @pytest.mark.parametrize("charge", [25, 40])
@@ -148,7 +150,7 @@ def test_a_hold_that_is_gone_is_debited(customer: Customer, charge: int) -> None
     assert states() == ["committed"]
     assert movements() == ["reserved", "expired", "used"]
     assert balance(customer) == (100 - charge, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("end", ["succeed", "fail"])
@@ -172,7 +174,7 @@ def test_a_decision_whose_answer_is_lost_is_made_once(
     last = "committed" if end == "succeed" else "released"
     assert states() == [last]
     assert movements() == ["reserved", last]
-    verify()
+    assert_books_balance()
 
 
 def test_a_reserve_whose_answer_is_lost_runs_on_trust_under_another_row(
@@ -197,11 +199,11 @@ def test_a_reserve_whose_answer_is_lost_runs_on_trust_under_another_row(
     assert work.reservation.reservation_id is None
     assert states() == ["reserved", "reserved"]
     work.succeed()
-    let_lapse()
+    lapse_leases()
     journal.sweep(get_client())
     assert sorted(states()) == ["committed", "released"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def in_a_thread(function: Any) -> threading.Thread:
@@ -237,7 +239,7 @@ def test_f33_a_decision_that_waited_for_another_moves_nothing_under_it(
 ) -> None:
     work = guard(customer, 25)
     work.reserve()
-    let_lapse()
+    lapse_leases()
     with transaction.atomic():
         if fenced:
             # Somebody takes the work up.
@@ -251,7 +253,7 @@ def test_f33_a_decision_that_waited_for_another_moves_nothing_under_it(
     # else's fence is.
     assert states() == (["reserved"] if fenced else ["committed"])
     assert movements().count("committed") + movements().count("used") == (not fenced)
-    verify()
+    call_command("meterly_ledger_verify", verbosity=0)
 
 
 def test_two_that_decide_at_once_are_charged_once(customer: Customer) -> None:
@@ -270,7 +272,7 @@ def test_two_that_decide_at_once_are_charged_once(customer: Customer) -> None:
     assert states() == ["committed"]
     assert movements()[1:] in (["committed"], ["released", "used"])
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_in_a_transaction_a_failure_leaves_the_transaction_usable(
@@ -289,7 +291,7 @@ def test_in_a_transaction_a_failure_leaves_the_transaction_usable(
         with guard(customer, 25, durable=False):
             pass
     assert states() == ["committed"]
-    verify()
+    assert_books_balance()
 
 
 @pytest.fixture
@@ -350,7 +352,7 @@ def test_f33_a_beat_in_the_way_of_a_decision_does_not_stop_it(
     assert movements() == ["reserved", last]
     [row] = Reservation.objects.all()
     assert (row.state, row.lease_until) == (last, None)
-    verify()
+    assert_books_balance()
 
 
 def test_values_are_values_whatever_they_contain(customer: Customer) -> None:
@@ -361,7 +363,7 @@ def test_values_are_values_whatever_they_contain(customer: Customer) -> None:
         pass
     row = Reservation.objects.get()
     assert (row.reference, row.customer.external_id) == (nasty, nasty)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("on_unavailable", ["allow", "deny"])

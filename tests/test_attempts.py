@@ -22,7 +22,8 @@ from django_meterly import (
     journal,
 )
 from django_meterly.models import Reservation
-from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
+from django_meterly.testing import assert_books_balance, lapse_leases, sweep
+from tests.books import balance, fund, movements, states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +96,7 @@ def test_f72_a_success_is_charged_when_a_later_attempt_comes_to_nothing(
     assert balance(customer) == (75, 0)
     with pytest.raises(MeterlyDuplicateError):
         attempt().reserve()
-    verify()
+    assert_books_balance()
 
 
 def test_f72_a_success_is_charged_when_the_later_attempt_was_denied(
@@ -141,7 +142,7 @@ def test_f72_a_success_is_dropped_when_a_later_attempt_is_charged(
     assert Reservation.objects.filter(charge=None).count() == 1
     assert not Reservation.objects.due().exists()
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_f72_of_three_successes_one_is_charged(customer: Customer) -> None:
@@ -199,7 +200,7 @@ def test_f72_a_success_before_the_release_is_carried_out_is_noted_too(
     early, late = taken_for_dead(), attempt()
     late.reserve()
     remote.meet("release_reservation", "unsent")
-    let_lapse()
+    lapse_leases()
     journal.record_lapsed()
     assert states() == ["released", "release_pending"]
     early.succeed()
@@ -258,7 +259,7 @@ def test_f72_a_success_and_the_next_attempt_at_the_same_moment_are_one_charge(
     assert set(states()) <= {"committed", "released"}
     assert len(began) <= 2
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 # Forgetting
@@ -373,7 +374,7 @@ def test_f59_what_was_denied_is_forgotten_after_a_day(any_ledger: Any) -> None:
     # Nothing is left to the sweeper meanwhile.
     with pytest.raises(MeterlyInsufficientCreditsError):
         guard(customer, 25).reserve()
-    let_lapse()
+    lapse_leases()
     assert not Reservation.objects.due().exists()
     assert journal.backlog().due == 0
 

@@ -11,7 +11,8 @@ from asgiref.sync import async_to_sync
 from django.http import HttpResponse
 
 from django_meterly import guard, meterly_guard
-from tests.books import balance, fund, movements, states, sweep, verify
+from django_meterly.testing import assert_books_balance, sweep
+from tests.books import balance, fund, movements, states
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
@@ -87,7 +88,7 @@ def test_f22_cancelled_while_the_ledger_is_slow_still_settles(
     assert states() == [end]
     assert movements() == ["reserved", end]
     assert balance(customer) == (75 if ran else 100, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("kind", ["view", "block"])

@@ -26,8 +26,9 @@ from django_meterly import (
     meterly_guard,
 )
 from django_meterly.models import Reservation
+from django_meterly.testing import assert_books_balance, lapse_leases, sweep
 from tests import views
-from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
+from tests.books import balance, fund, movements, states
 
 pytestmark = pytest.mark.django_db(transaction=True)
 ON_POSTGRESQL = connections["default"].vendor == "postgresql"
@@ -52,7 +53,7 @@ def test_success_charges_once(payer: Any, customer: Any, any_requests: bool) -> 
     assert movements() == ["reserved", "committed"]
     assert states() == ["committed"]
     assert Group.objects.count() == 1
-    verify()
+    assert_books_balance()
 
 
 def test_settled_amount_is_charged_and_the_rest_returns(
@@ -103,7 +104,7 @@ def test_f12_f19_f23_an_exception_releases_and_goes_on(
     assert states() == ["released"]
     # The view's own work went with its transaction, the journal's row did not.
     assert Group.objects.count() == (0 if any_requests else 1)
-    verify()
+    assert_books_balance()
 
 
 def test_f19_the_very_exception_is_raised(user: User, customer: Any) -> None:
@@ -165,7 +166,7 @@ def test_f13_a_failed_commit_releases(payer: Any, customer: Any) -> None:
     assert balance(customer) == (100, 0)
     assert movements() == ["reserved", "released"]
     assert states() == ["released"]
-    verify()
+    assert_books_balance()
 
 
 if ON_POSTGRESQL:
@@ -209,7 +210,7 @@ def test_f14_settlement_trouble_never_becomes_a_500(
     remote.meet("commit_reservation", "lost")
     assert client.post("/paid/").status_code == 200
     assert states() == ["commit_pending"]
-    let_lapse()
+    lapse_leases()
     from django_meterly import get_client, journal
 
     journal.sweep(get_client())
@@ -311,7 +312,7 @@ def test_f47_a_stream_that_never_starts_follows_the_policy(
     response = payer.post("/stream/")
     if closed:
         response.close()
-    let_lapse()
+    lapse_leases()
     journal.sweep(get_client())
     assert balance(customer) == (left, 0)
     assert movements() == ["reserved", "released" if left == 100 else "committed"]
@@ -329,7 +330,7 @@ def test_f47_a_template_that_nobody_renders_is_charged(
 ) -> None:
     late_view(request_)
     assert states() == ["reserved"]
-    let_lapse()
+    lapse_leases()
     journal.sweep(get_client())
     assert balance(customer) == (75, 0)
     assert movements() == ["reserved", "committed"]
@@ -339,7 +340,7 @@ def test_f47_a_rendering_that_fails_after_the_lapse_stays_charged(
     request_: Any, customer: Any, any_requests: bool
 ) -> None:
     response = late_view(request_)
-    let_lapse()
+    lapse_leases()
     assert journal.record_lapsed() == 1
     response.template_name = "no such template"
     with pytest.raises(TemplateDoesNotExist):
@@ -401,7 +402,7 @@ def test_f28_a_guard_inside_a_guarded_view_is_its_own_reservation(
 ) -> None:
     payer.post("/nested/")
     if any_requests:
-        let_lapse()
+        lapse_leases()
         journal.sweep(get_client())
     assert balance(customer) == (65, 0)
     assert states() == ["committed", "committed"]
@@ -460,13 +461,13 @@ def test_f01_a_lost_answer_to_the_reserve_is_a_503_and_released_later(
     assert Group.objects.count() == 0
     assert states() == ["intent", "intent"]
     assert balance(customer) == (100, 25)
-    let_lapse()
+    lapse_leases()
     from django_meterly import get_client, journal
 
     assert journal.sweep(get_client()) == (2, 2)
     assert balance(customer) == (100, 0)
     assert states() == ["released", "released"]
-    verify()
+    assert_books_balance()
 
 
 def test_f02_a_reserve_that_was_never_sent_is_a_503_and_over(

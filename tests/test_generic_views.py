@@ -15,7 +15,8 @@ from django.views import View, generic
 from rest_framework import generics, serializers, viewsets
 
 from django_meterly.mixins import MeterlyGuardMixin
-from tests.books import balance, fund, states, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund, states
 
 if TYPE_CHECKING:
     from django.test import Client
@@ -238,7 +239,7 @@ def test_f60_a_generic_view_is_charged_once(
     assert response.status_code in (200, 302), response.content
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("name", [*FORMS, "async", "async-invalid"])
@@ -260,7 +261,7 @@ def test_f60_a_form_that_does_not_validate_is_free(
     assert balance(customer) == (100, 0)
     assert payer.post(url, {"name": "after"}).status_code == 302
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_f60_a_form_may_say_what_an_invalid_one_costs(
@@ -300,4 +301,4 @@ def test_f60_a_generic_view_of_rest_framework_is_charged_once(
     assert response.status_code in (200, 201, 204), response.content
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()

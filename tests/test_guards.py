@@ -41,7 +41,14 @@ from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Hold
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Customer, Reservation
-from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
+from django_meterly.testing import (
+    Altered,
+    assert_books_balance,
+    faults,
+    lapse_leases,
+    sweep,
+)
+from tests.books import balance, fund, movements, states
 
 
 class TestWork:
@@ -56,7 +63,7 @@ class TestWork:
         assert row.lease_until is row.next_attempt_at is None
         assert row.settled_at is not None
         assert balance(customer) == (75, 0)
-        verify()
+        assert_books_balance()
 
     @pytest.mark.parametrize(
         "exception", [SystemExit, KeyboardInterrupt, GeneratorExit]
@@ -274,7 +281,7 @@ class TestTransactions:
             transaction.set_rollback(True)
         assert states() == []
         assert balance(customer) == (100, 0)
-        verify()
+        assert_books_balance()
 
     def test_f16_not_durable_lives_with_the_transaction(
         self, user: User, customer: Any
@@ -345,7 +352,7 @@ class TestTransactions:
         assert states() == (["reserved"] if postgresql.serves("default") else [])
         sweep()
         assert balance(customer) == (100, 0)
-        verify()
+        assert_books_balance()
 
     @pytest.mark.parametrize("end", ["succeed", "fail"])
     def test_f33_who_has_lost_the_fence_moves_no_credits(
@@ -358,7 +365,8 @@ class TestTransactions:
         assert states() == ["reserved"]
         assert movements() == ["reserved"]
         assert balance(customer) == (100, 25)
-        verify()
+        sweep()
+        assert_books_balance()
 
     def test_a_row_that_cannot_be_written_leaves_no_hold(
         self, user: User, joined: None
@@ -377,7 +385,7 @@ class TestTransactions:
             guard(user, 25).reserve()
         assert states() == []
         assert balance(customer) == (100, 0)
-        verify()
+        assert_books_balance()
 
     # Others have more than one write lock.
     if connection.vendor == "sqlite":
@@ -504,7 +512,7 @@ class TestLedgerTrouble:
         assert balance(customer) == (100 - used, 0)
         assert movements() == ["reserved", loss] + ["used"] * bool(used)
         assert sweep() == (0, 0)
-        verify()
+        assert_books_balance()
 
     @pytest.mark.parametrize("fault", ["lost", "unanswered"])
     def test_f04_the_debit_is_sent_with_one_key(
@@ -544,7 +552,7 @@ class TestLedgerTrouble:
         sweep()
         assert states() == ["committed"]
         assert balance(customer) == (60, 0)
-        verify()
+        assert_books_balance()
 
     def test_f04_work_that_outlives_its_lease_is_charged_once(
         self, user: User, customer: Any, remote: Any
@@ -592,7 +600,7 @@ class TestLedgerTrouble:
         self, user: User, customer: Any, remote: Any
     ) -> None:
         def swept() -> None:
-            let_lapse()
+            lapse_leases()
             assert journal.record_lapsed() == 1
 
         remote.meet("reserve_credits", swept)
@@ -618,7 +626,7 @@ class TestLedgerTrouble:
             guard(user, 25).reserve()
         assert states() == ["released"]
         assert balance(customer) == (100, 0)
-        verify()
+        assert_books_balance()
 
     def test_a_late_success_takes_a_stuck_release_over(
         self, user: User, customer: Any, remote: Any, settings: Any
@@ -700,19 +708,14 @@ class TestLedgerTrouble:
         user: User,
         customer: Any,
         remote: Any,
-        monkeypatch: pytest.MonkeyPatch,
         name: str,
     ) -> None:
-        send = remote.send
-
-        def odd(transport: Any, call: Any) -> Any:
-            answer = send(transport, call)
+        def odd(answer: Any) -> Any:
             return {**answer, name: "urn:not:ours"} if name in answer else answer
 
         if name == "customerId":
             Customer.objects.update(customer_id=None)
-        monkeypatch.setattr(remote, "send", odd)
-        with pytest.raises(MeterlyUnavailableError):
+        with faults(Altered(odd)), pytest.raises(MeterlyUnavailableError):
             guard(user, 25).reserve()
 
     def test_f38_one_poison_row_does_not_stop_the_others(

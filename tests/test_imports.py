@@ -92,6 +92,7 @@ def test_every_kind_of_import_is_read() -> None:
     ("library", "homes"),
     [
         ("requests", ["transports"]),
+        ("pytest", ["pytest_plugin"]),
         ("celery", ["tasks", "ledger.tasks"]),
         (
             "rest_framework",
@@ -112,7 +113,23 @@ def test_the_integration_never_imports_the_ledger() -> None:
     strays = [
         str(line)
         for line in IMPORTS
-        if line.enters("django_meterly.ledger") and not _inside(line.source, "ledger")
+        if line.enters("django_meterly.ledger")
+        and not _inside(line.source, "ledger", "testing")
+    ]
+    assert strays == []
+
+
+def test_only_the_pytest_plugin_imports_what_is_for_tests() -> None:
+    strays = [
+        str(line)
+        for line in IMPORTS
+        if line.enters(
+            "django.test",
+            "unittest",
+            "django_meterly.testing",
+            "django_meterly.pytest_plugin",
+        )
+        and not _inside(line.source, "testing", "pytest_plugin")
     ]
     assert strays == []
 
@@ -145,7 +162,11 @@ def test_the_client_side_imports_no_models_and_no_settings() -> None:
 
 def _reads(tree: ast.AST, setting: str) -> bool:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr == setting:
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == setting
+            and isinstance(node.ctx, ast.Load)
+        ):
             return True
         if isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "getattr",
@@ -201,6 +222,13 @@ def test_an_import_needs_no_settings_and_no_library(module: str) -> None:
     _run(
         f"import {module}\n{NOTHING_HEAVY}"
         "from django.conf import settings; assert not settings.configured"
+    )
+
+
+def test_the_pytest_plugin_loads_no_django() -> None:
+    _run(
+        "import sys, django_meterly.pytest_plugin\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'django']"
     )
 
 

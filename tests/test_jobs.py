@@ -39,8 +39,9 @@ from django_meterly.heart import Heart
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Reservation
 from django_meterly.tasks import check_tasks, meterly_task, release_handed_off
+from django_meterly.testing import assert_books_balance, lapse_leases, sweep
 from tests import jobs
-from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
+from tests.books import balance, fund, movements, states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +100,7 @@ def test_f37_a_task_that_succeeds_is_charged(run: Any, customer: Customer) -> No
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_f37_a_task_that_fails_is_free(run: Any, customer: Customer) -> None:
@@ -263,7 +264,7 @@ def test_f32_a_task_whose_worker_died_goes_on_under_the_same_hold(
 ) -> None:
     left = left_by_a_worker()
     left.reserve()
-    let_lapse()
+    lapse_leases()
     assert jobs.plain.apply(("user_1",), task_id="one").state == "SUCCESS"
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]
@@ -272,7 +273,7 @@ def test_f32_a_task_whose_worker_died_goes_on_under_the_same_hold(
     assert left.superseded
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_f33_a_copy_leaves_a_task_alone_that_is_at_work(customer: Customer) -> None:
@@ -335,7 +336,7 @@ def test_f33_of_two_attempts_of_a_key_only_the_later_one_settles(
     sweep()
     assert sorted(states()) == ["committed", "released"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_f04_work_that_outlives_its_lease_is_charged_if_nobody_has_tried_again(
@@ -387,7 +388,7 @@ def outrun(customer: Customer, error: Exception | None) -> Any:
     """Run a task whose work another copy takes up, and that then ends with *error*."""
 
     def freeze() -> None:
-        let_lapse()
+        lapse_leases()
         assert journal.claim(get_client(), customer, "task:jobs.long:one")
         if error is not None:
             raise error
@@ -412,11 +413,11 @@ def test_a_task_does_not_go_on_under_a_hold_that_is_gone(customer: Customer) -> 
     work.reserve()
     past = timezone.now() - dt.timedelta(minutes=5)
     Hold.objects.update(expires_at=past)
-    let_lapse()
+    lapse_leases()
     assert jobs.plain.apply(("user_1",), task_id="one").state == "SUCCESS"
     assert states() == ["released", "committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.fixture
@@ -519,7 +520,7 @@ class Copy:
             self.work.offer(60)
 
     def lapse(self) -> None:
-        let_lapse()
+        lapse_leases()
 
     def sweep(self) -> None:
         journal.sweep(get_client())
@@ -617,7 +618,7 @@ def test_f34_the_final_failure_releases(task: Any, customer: Customer) -> None:
     assert isinstance(result.result, jobs.Broken)
     assert set(states()) == {"released"}
     assert balance(customer) == (100, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_f34_a_task_that_is_replaced_by_itself_does_not_collide(
@@ -626,7 +627,7 @@ def test_f34_a_task_that_is_replaced_by_itself_does_not_collide(
     result = jobs.replaces.apply(("user_1", 2, str(tmp_path)))
     assert result.get() == "replaced"
     assert (tmp_path / "notes").read_text().count("began") == 3
-    verify()
+    assert_books_balance()
 
 
 def test_f34_a_retry_called_plainly_raises_and_releases(customer: Customer) -> None:
@@ -821,7 +822,7 @@ def test_f36_a_view_reserves_and_its_task_settles(
     assert balance(row.customer) == (93, 0)
     assert deliver(message).state == "IGNORED"
     assert balance(row.customer) == (93, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("query", ["?raise", "?status=422"])

@@ -32,7 +32,8 @@ from django_meterly import (
 )
 from django_meterly.keys import requested_key
 from django_meterly.models import Reservation
-from tests.books import balance, fund, movements, states, sweep, verify
+from django_meterly.testing import assert_books_balance, sweep
+from tests.books import balance, fund, movements, states
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -168,7 +169,7 @@ def test_f27_a_finished_request_is_a_409_that_names_the_outcome(
     assert "Retry-After" not in again
     assert balance(customer) == (75, 0)
     assert movements() == ["reserved", "committed"]
-    verify()
+    assert_books_balance()
 
 
 def test_f27_an_async_view_runs_once(
@@ -247,7 +248,7 @@ def test_f27_of_many_first_requests_at_once_exactly_one_runs(
     assert codes == [200] + [409] * (racers - 1)
     assert balance(customer) == (75, 0)
     assert movements() == ["reserved", "committed"]
-    verify()
+    assert_books_balance()
 
 
 def test_f27_after_a_402_and_a_top_up_the_key_succeeds(

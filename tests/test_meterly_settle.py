@@ -13,8 +13,9 @@ from django.db import transaction
 from django_meterly import get_client, grants, guard
 from django_meterly.ledger.models import Entry
 from django_meterly.models import Grant, Reservation
+from django_meterly.testing import assert_books_balance, lapse_leases
 from tests.backlog import settled_by_two
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.books import balance, fund, movements, states
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,17 +46,17 @@ def test_f31_a_lapsed_reservation_is_released(customer: Customer) -> None:
     assert meterly_settle() == "0 lapsed, 0 tried, 0 pending grants asked again.\n"
     assert states() == ["reserved"]
 
-    let_lapse()
+    lapse_leases()
     assert meterly_settle() == "1 lapsed, 1 tried, 0 pending grants asked again.\n"
     assert states() == ["released"]
     assert movements() == ["reserved", "released"]
     assert balance(customer) == (1000, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_a_limit_leaves_the_rest_for_the_next_time(customer: Customer) -> None:
     leave_behind(customer, 3)
-    let_lapse()
+    lapse_leases()
     assert meterly_settle(limit=2).startswith("3 lapsed, 2 tried")
     assert sorted(states()) == ["release_pending", "released", "released"]
     assert meterly_settle(limit=2).startswith("0 lapsed, 1 tried")
@@ -83,18 +84,18 @@ def test_a_bad_value_is_refused(option: str, complaint: str) -> None:
 def test_an_outage_leaves_the_decisions_for_the_next_time(remote: Any) -> None:
     customer = fund("user_1", 1000)
     leave_behind(customer, 3)
-    let_lapse()
+    lapse_leases()
     remote.meet("release_reservation", "lost", "unsent", "unanswered")
     assert meterly_settle().startswith("3 lapsed, 3 tried")
     assert states() == ["release_pending"] * 3
     assert meterly_settle().startswith("0 lapsed, 0 tried")
 
-    let_lapse()
+    lapse_leases()
     assert meterly_settle().startswith("0 lapsed, 3 tried")
     assert states() == ["released"] * 3
     assert movements() == ["reserved"] * 3 + ["released"] * 3
     assert balance(customer) == (1000, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("fault", ["lost", "unsent", "unanswered"])
@@ -117,7 +118,7 @@ def test_a_pending_grant_is_granted_once(remote: Any, fault: str) -> None:
     assert (granted.state, granted.last_error) == (Grant.State.GRANTED, "")
     assert Entry.objects.filter(reference="welcome").count() == 1
     assert balance(customer) == (1050, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.sample(1)
@@ -129,7 +130,7 @@ def test_f38_two_sweepers_settle_each_row_once(
     customer: Customer, tmp_path: Path, rows: int
 ) -> None:
     leave_behind(customer, rows)
-    let_lapse()
+    lapse_leases()
     said = settled_by_two(tmp_path / "log")
 
     counts = [
@@ -146,12 +147,12 @@ def test_f38_two_sweepers_settle_each_row_once(
     assert released.values("hold").distinct().count() == rows
     assert set(Reservation.objects.values_list("settle_attempts", flat=True)) == {1}
     assert balance(customer) == (1000, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_a_grant_in_a_transaction_is_asked_for_after_its_commit(remote: Any) -> None:
     customer = fund("user_1", 100)
-    remote.reset()
+    remote.calls.clear()
     for keep in (False, True):
         with transaction.atomic():
             _row, created = grants.grant(

@@ -20,7 +20,8 @@ from django.views.decorators.csrf import csrf_exempt
 
 from django_meterly import MeterlyUsageError, meterly_guard
 from django_meterly.mixins import MeterlyGuardMixin
-from tests.books import balance, fund, movements, states, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund, movements, states
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -197,7 +198,7 @@ def test_success_charges_once_and_in_the_views_transaction(
     assert balance(customer) == (93, 0)
     assert movements() == ["reserved", "committed"]
     assert states() == ["committed"]
-    verify()
+    assert_books_balance()
 
 
 @every_guard

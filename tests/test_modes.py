@@ -35,7 +35,8 @@ from django_meterly.errors import (
 )
 from django_meterly.ledger import service
 from django_meterly.models import Customer, Reservation
-from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
+from django_meterly.testing import assert_books_balance, lapse_leases, sweep
+from tests.books import balance, fund, movements, states
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
@@ -129,7 +130,7 @@ class TestOnTrust:
             if call.operation == "reserve_credits"
         }
         assert len(keys) == 1
-        verify()
+        assert_books_balance()
 
     def test_the_lease_is_that_of_the_hold_it_would_have(
         self, user: User, customer: Any, remote: Any
@@ -157,7 +158,7 @@ class TestOnTrust:
         sweep()
         assert states() == ["released"]
         assert balance(customer) == (100, 0)
-        verify()
+        assert_books_balance()
 
     def test_a_late_success_is_charged(
         self, user: User, customer: Any, remote: Any
@@ -265,7 +266,7 @@ class TestOnTrust:
         remote.meet("reserve_credits", *["unsent"] * 4)
         work = guard(user, 25)
         work.reserve()
-        let_lapse()
+        lapse_leases()
         assert journal.record_lapsed() == 1
         with pytest.raises(MeterlyUnavailableError):
             guard(user, 6).reserve()
@@ -350,7 +351,7 @@ class TestOnTrust:
         assert states() == ["committed"]
         assert movements() == ["used"]
         assert balance(customer) == (100, 0)
-        verify()
+        assert_books_balance()
 
     def test_a_hold_that_was_found_too_late_is_given_back(
         self, user: User, remote: Any
@@ -712,7 +713,7 @@ def test_the_overage_of_a_view_stands_above_the_setting(
     client.force_login(user)
     assert client.post(f"/{name}", {"used": used}).status_code == 200
     assert balance(customer) == (left, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("name", ["on_unavailable", "enforcement"])

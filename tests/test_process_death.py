@@ -13,7 +13,8 @@ from django.core.management import call_command
 from django_meterly import guard
 from django_meterly.ledger import postgresql
 from django_meterly.models import Grant
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from django_meterly.testing import assert_books_balance, lapse_leases
+from tests.books import balance, fund, movements, states
 from tests.children import PATIENCE, dying_transport, environment, started
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ else:
 
 
 def sweep() -> str:
-    let_lapse()
+    lapse_leases()
     call_command("meterly_settle", stdout=(out := StringIO()))
     return out.getvalue()
 
@@ -252,7 +253,7 @@ def check_death(death: Death, customer: Customer, run: Any) -> None:
         assert movements() == death.movements
         charged = 25 * ("committed" in movements()) + 5 * ("used" in movements())
         assert balance(customer) == (100 - charged, 0)
-        verify()
+        assert_books_balance()
 
 
 @pytest.mark.parametrize("death", [pytest.param(d, id=d.id) for d in REMOTE])
@@ -275,7 +276,7 @@ def test_f38_a_sweeper_that_dies_within_a_row_loses_nothing(
 ) -> None:
     for _ in range(3):
         guard(customer, 10).reserve()
-    let_lapse()
+    lapse_leases()
     run("settle()", f"{moment}:release_reservation")
     assert set(states()) == {"release_pending"}
 
@@ -290,7 +291,7 @@ def test_f38_a_sweeper_that_dies_within_a_row_loses_nothing(
     assert states() == ["released"] * 3
     assert movements() == ["reserved"] * 3 + ["released"] * 3
     assert balance(customer) == (100, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_a_grant_whose_process_died_is_granted_once(
@@ -306,4 +307,4 @@ def test_a_grant_whose_process_died_is_granted_once(
     died.refresh_from_db()
     assert died.state == Grant.State.GRANTED
     assert balance(customer) == (150, 0)
-    verify()
+    assert_books_balance()

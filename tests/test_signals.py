@@ -30,7 +30,8 @@ from django_meterly.errors import (
     MeterlyRateLimitedError,
 )
 from django_meterly.models import Customer, LowBalance, Reservation
-from tests.books import balance, fund, fund_by_grant, states, sweep
+from django_meterly.testing import sweep
+from tests.books import balance, fund, fund_by_grant, states
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User

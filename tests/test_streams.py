@@ -16,7 +16,8 @@ from django_meterly import get_client, journal, meterly_guard
 from django_meterly.heart import Heart
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Reservation
-from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
+from django_meterly.testing import assert_books_balance, lapse_leases, sweep
+from tests.books import balance, fund, movements, states
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -125,7 +126,7 @@ def test_f49_a_stream_keeps_its_lease_and_its_hold(
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (75, 0)
     wait_until(no_heart_beats)
-    verify()
+    assert_books_balance()
 
 
 def test_f49_no_chunk_waits_for_the_renewal(
@@ -169,7 +170,7 @@ def test_f49_a_stream_that_stalled_longer_than_its_lease_is_a_late_success(
         if number == 3:
             # The heart has said that the stream has begun, before it stopped.
             Reservation.objects.update(charge=None)
-            let_lapse()
+            lapse_leases()
             journal.sweep(get_client())
             assert states() == ["released"]
             connections.close_all()

@@ -33,9 +33,9 @@ from django_meterly.errors import (
 )
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Reservation
+from django_meterly.testing import FaultyTransport, assert_books_balance, lapse_leases
 from tests.backlog import leave_behind, settled_by_two
-from tests.books import balance, fund, let_lapse, movements, states, verify
-from tests.faults import FaultyTransport
+from tests.books import balance, fund, movements, states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -234,8 +234,10 @@ class Poisoned(LedgerTransport):
         return super().send(call)
 
 
-class PoisonedRemote(FaultyTransport, Poisoned):
+class PoisonedRemote(FaultyTransport):
     """The same at the far end of a line."""
+
+    far_end = "tests.test_sweeper.Poisoned"
 
 
 @pytest.mark.database
@@ -257,20 +259,20 @@ def test_f76_rows_whose_account_the_database_refuses_get_stuck_and_stop_no_other
         if decision == "succeed":
             journal.record_success(row, 1)
     refusing("refused")
-    let_lapse()
+    lapse_leases()
     journal.record_lapsed()
-    let_lapse()
+    lapse_leases()
     done = journal.settle_due(get_client())
     assert (done.taken, done.settled, done.outage) == (26, 20, False)
     assert not stuck
     for _ in range(2):
-        let_lapse()
+        lapse_leases()
         assert not journal.settle_due(get_client()).outage
     assert len(stuck) == 6
     rows = Reservation.objects.stuck()
     assert set(rows.values_list("unit", flat=True)) == {"refused"}
     assert all("refused" in row.last_error for row in rows)
-    verify()
+    call_command("meterly_ledger_verify", verbosity=0)
 
 
 def test_an_answer_that_comes_too_late_does_not_postpone_another_decision(
@@ -279,13 +281,13 @@ def test_an_answer_that_comes_too_late_does_not_postpone_another_decision(
     customer = fund("user_1")
     work = guard(customer, 25, idempotency_key="k")
     work.reserve()
-    let_lapse()
+    lapse_leases()
     journal.record_lapsed()
-    let_lapse()
+    lapse_leases()
 
     def succeed_meanwhile() -> None:
         assert journal.record_success(Reservation.objects.get(), 25)
-        let_lapse()
+        lapse_leases()
         raise MeterlyInvalidRequestError("no")
 
     remote.meet("release_reservation", succeed_meanwhile)
@@ -322,12 +324,12 @@ def test_f38_a_poison_row_stops_no_others_and_gets_stuck(
         assert bad.last_error == "poison"
         assert not Reservation.objects.due().exists()
         for _ in range(2):
-            let_lapse()
+            lapse_leases()
             assert journal.settle_due(get_client()).taken == 1
         bad.refresh_from_db()
         assert bad.stuck_at
         assert stuck == [bad]
-        let_lapse()
+        lapse_leases()
         assert journal.settle_due(get_client()).taken == 0
     finally:
         Poisoned.poison = set()
@@ -335,7 +337,7 @@ def test_f38_a_poison_row_stops_no_others_and_gets_stuck(
     assert journal.settle_due(get_client()).settled == 1
     assert states() == ["released"] * 20
     assert balance(customer) == (100, 0)
-    verify()
+    assert_books_balance()
 
 
 # Outages
@@ -344,7 +346,7 @@ def test_f38_a_poison_row_stops_no_others_and_gets_stuck(
 def test_f38_a_sweeper_that_meets_an_outage_ends_its_round(remote: Any) -> None:
     customer = fund("user_1", 100)
     leave_behind(customer, 50)
-    remote.reset()
+    remote.calls.clear()
     remote.meet("release_reservation", *["lost"] * 5, "unsent")
     found = settle_json()
     assert (found["lapsed"], found["taken"], found["settled"]) == (50, 3, 0)
@@ -365,11 +367,11 @@ def test_f38_a_sweeper_that_meets_an_outage_ends_its_round(remote: Any) -> None:
     assert set(Reservation.objects.values_list("refusals", flat=True)) == {0}
     found = settle_json()
     assert (found["taken"], found["settled"], found["outage"]) == (44, 44, False)
-    let_lapse()
+    lapse_leases()
     assert settle_json()["settled"] == 6
     assert states() == ["released"] * 50
     assert movements() == ["reserved"] * 50 + ["released"] * 50
-    verify()
+    assert_books_balance()
 
 
 def test_lost_answers_now_and_then_do_not_end_a_round(remote: Any) -> None:
@@ -390,7 +392,7 @@ def test_the_back_off_grows_up_to_an_hour(remote: Any) -> None:
         next_attempt_at = Reservation.objects.get().next_attempt_at
         assert next_attempt_at
         waits.append((next_attempt_at - timezone.now()).total_seconds())
-        let_lapse()
+        lapse_leases()
     assert 0 < waits[0] <= 10
     assert 20 <= waits[3] <= 80
     assert 1750 < waits[-1] <= 3600
@@ -406,7 +408,7 @@ def owe(customer: Customer) -> Reservation:
     (row,) = Reservation.objects.all()
     assert row.state == State.UNBILLED
     Reservation.objects.update(decided_at=timezone.now() - 91 * DAY)
-    let_lapse()
+    lapse_leases()
     return row
 
 
@@ -426,7 +428,7 @@ def test_an_old_debt_is_tried_once_more_before_it_is_stuck(
     row.refresh_from_db()
     assert (row.state, row.stuck_at) == ("committed", None)
     assert balance(customer) == (5, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_an_old_debt_is_not_stuck_by_an_outage(
@@ -457,7 +459,7 @@ def test_the_command_ends_with_3_when_rows_are_stuck_and_tries_them_again(
         meterly_settle()
     assert caught.value.returncode == 3
     # Nobody tries them, until somebody says so.
-    let_lapse()
+    lapse_leases()
     with pytest.raises(CommandError):
         meterly_settle()
     assert states() == ["release_pending"] * 2
@@ -497,10 +499,10 @@ def test_a_dry_run_tells_and_changes_nothing(remote: Any) -> None:
     with guard(customer, 1):
         pass
     age(Reservation.objects.filter(state="committed"), 91 * DAY)
-    let_lapse()
+    lapse_leases()
     remote.meet("grant_credits", "lost")
     grants.grant(get_client(), customer, 5, "image_credits", reason="r", reference="g")
-    remote.reset()
+    remote.calls.clear()
     before = rows()
     said = meterly_settle("--dry-run").splitlines()
     assert [line.split() for line in said] == [
@@ -672,7 +674,7 @@ def test_a_forgotten_key_is_still_refused_for_the_same_request(
         assert caught.value.state == "committed"
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (995, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_f74_a_forgotten_key_stays_refused_for_another_request(
@@ -705,4 +707,4 @@ def test_a_forgotten_key_whose_work_failed_may_be_used_again(
         pass
     assert states() == ["released", "committed"]
     assert balance(customer) == (995, 0)
-    verify()
+    assert_books_balance()

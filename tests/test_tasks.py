@@ -19,8 +19,9 @@ from kombu import Connection
 
 from django_meterly import get_client, guard, tasks
 from django_meterly.models import Grant, Reservation
+from django_meterly.testing import assert_books_balance, lapse_leases
 from tests.backlog import leave_behind
-from tests.books import balance, fund, let_lapse, movements, states, verify
+from tests.books import balance, fund, movements, states
 from tests.children import (
     broker_options,
     dying_transport,
@@ -118,7 +119,7 @@ def assert_restored(customer: Customer) -> None:
     assert balance(customer) == (100, 0)
     # The hold's own time was up before the lease was.
     assert movements() == ["reserved", "expired"]
-    verify()
+    assert_books_balance()
 
 
 def test_a_task_that_finishes_is_charged_once(site: Site, customer: Customer) -> None:
@@ -127,7 +128,7 @@ def test_a_task_that_finishes_is_charged_once(site: Site, customer: Customer) ->
     site.wait_until(lambda: states() == ["committed"])
     assert balance(customer) == (75, 0)
     assert movements() == ["reserved", "committed"]
-    verify()
+    assert_books_balance()
 
 
 def test_f31_the_credits_of_a_killed_pool_child_come_back(
@@ -182,12 +183,12 @@ def test_f35_a_soft_time_limit_within_the_commit_loses_no_success(
     assert states() == ["committed" if durable else "commit_pending"]
     kill_group(worker)
 
-    let_lapse()
+    lapse_leases()
     call_command("meterly_settle")
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def lose_a_commit_and_a_grant(customer: Customer) -> None:
@@ -215,7 +216,7 @@ def test_a_lost_commit_and_a_lost_grant_are_carried_out(
     site.wait_until(lambda: balance(customer) == (125, 0))
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.slow("two beats and the row of a worker that was killed")
@@ -251,7 +252,7 @@ def test_f39_two_beats_settle_what_is_due_once(site: Site, customer: Customer) -
     site.wait_until(lambda: site.log.read_text().count("succeeded") >= already + 4)
     assert Counter(movements()) == {"reserved": 21, "committed": 1, "released": 20}
     assert balance(customer) == (125, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_the_beat_schedule_names_tasks_that_exist() -> None:

@@ -22,9 +22,9 @@ from django_meterly import (
     journal,
     meterly_guard,
 )
+from django_meterly.testing import assert_books_balance, override_meterly, sweep
 from tests import views
-from tests.books import balance, fund, movements, states, sweep, verify
-from tests.faults import FaultyTransport
+from tests.books import balance, fund, movements, states
 
 pytestmark = pytest.mark.database
 
@@ -129,7 +129,7 @@ class TestBlocks:
                 transaction.set_autocommit(True)
             assert states() == []
             assert balance(customer) == (100, 0)
-            verify()
+            assert_books_balance()
 
     def test_f16_async_blocks_need_no_transaction_and_are_refused_in_one(
         self, user: User, customer: Any
@@ -206,12 +206,7 @@ class InTestCase(TestCase):
     ledger = "django_meterly.ledger.transport.LedgerTransport"
 
     def setUp(self) -> None:
-        changed = override_settings(
-            METERLY={"TRANSPORT": self.ledger, "DEFAULT_UNIT": "image_credits"}
-        )
-        changed.enable()
-        self.addCleanup(changed.disable)
-        self.addCleanup(FaultyTransport.reset)
+        self.enterContext(override_meterly(TRANSPORT=self.ledger))
         self.user = User.objects.create_user("alice")
         self.customer = fund(self.user)
         self.client.force_login(self.user)
@@ -225,7 +220,7 @@ class InTestCase(TestCase):
             self.client.post("/raises/", {"kind": "boom", "trace": 3})
         assert states() == ["committed", "released", "released"]
         assert balance(self.customer) == (75, 0)
-        verify()
+        assert_books_balance()
 
     def test_f16_an_async_view_just_works(self) -> None:
         assert self.client.post("/apaid/").status_code == 200
@@ -265,7 +260,8 @@ class InTestCase(TestCase):
         with transaction.atomic(), guard(self.user, 25, durable=False):
             pass
         # A remote ledger hears of it after a COMMIT that never comes in a test.
-        assert states() == ["commit_pending" if FaultyTransport.calls else "committed"]
+        remote = "Faulty" in self.ledger
+        assert states() == ["commit_pending" if remote else "committed"]
         with (
             self.captureOnCommitCallbacks(execute=True),
             transaction.atomic(),
@@ -276,7 +272,7 @@ class InTestCase(TestCase):
 
 
 class InTestCaseRemote(InTestCase):
-    ledger = "tests.faults.FaultyTransport"
+    ledger = "django_meterly.testing.FaultyTransport"
 
 
 class InAtomicTestCase(InTestCase):

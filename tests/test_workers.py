@@ -25,8 +25,9 @@ from django_meterly import (
 )
 from django_meterly.handoffs import sign
 from django_meterly.models import Reservation
+from django_meterly.testing import assert_books_balance, sweep
 from tests import brokers, jobs
-from tests.books import balance, fund, movements, states, sweep, verify
+from tests.books import balance, fund, movements, states
 from tests.children import (
     broker_options,
     dying_transport,
@@ -215,7 +216,7 @@ def assert_charged_once(customer: Customer, runs: int, site: Site) -> None:
     assert movements().count("committed") == 1
     assert balance(customer) == (75, 0)
     assert len(site.noted("began")) == runs
-    verify()
+    assert_books_balance()
 
 
 # Killed
@@ -235,7 +236,7 @@ def test_f31_the_credits_of_a_killed_child_come_back(
     assert time.monotonic() - begun < 45
     assert balance(customer) == (100, 0)
     assert movements() == ["reserved", "released"]
-    verify()
+    assert_books_balance()
 
 
 def test_f31_a_killed_worker_is_no_charge_and_its_task_is_done_by_the_next(
@@ -465,7 +466,7 @@ def test_f34_the_final_failure_of_a_retried_task_releases(
     site.wait_for("released")
     assert balance(customer) == (100, 0)
     assert movements() == ["reserved", "released"]
-    verify()
+    assert_books_balance()
 
 
 @BROKERS
@@ -506,7 +507,7 @@ def test_f35_a_hard_time_limit_is_one_settlement(
     site.sweep_until("released")
     assert movements() == ["reserved", "released"]
     assert balance(customer) == (100, 0)
-    verify()
+    assert_books_balance()
 
 
 @BROKERS
@@ -667,7 +668,7 @@ def test_f58_what_celery_does_with_a_task_keeps_its_hand_off(
     assert "is refused" not in site.said()
     assert balance(customer) == (100 - 4 * 2 - 2 * 7 - 5 * 1 - 3, 0)
     assert len(site.noted("began")) == 4 + 2 * 2 + 1
-    verify()
+    assert_books_balance()
 
 
 def test_f58_tasks_of_a_chord_hand_off(

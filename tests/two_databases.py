@@ -59,8 +59,9 @@ def main() -> None:
     from django.test import Client
 
     from django_meterly import MeterlyUsageError, guard
+    from django_meterly.testing import assert_books_balance
     from tests import views
-    from tests.books import balance, fund, states, verify
+    from tests.books import balance, fund, states
 
     for alias in ("default", "ledger"):
         call_command("migrate", database=alias, verbosity=0)
@@ -93,7 +94,7 @@ def main() -> None:
     with pytest.raises(IntegrityError):
         client.post("/breaks_at_commit/")
     assert (states()[3:], balance(customer)) == (["released"], (71, 0))
-    verify()
+    assert_books_balance()
 
 
 if __name__ == "__main__":

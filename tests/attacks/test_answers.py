@@ -10,7 +10,6 @@ import logging
 import pickle
 import re
 import time
-from collections import deque
 from dataclasses import fields, is_dataclass
 from html import unescape
 from types import SimpleNamespace
@@ -35,11 +34,17 @@ from django_meterly.errors import (
 from django_meterly.ledger.models import Entry
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Customer, Grant, Reservation
+from django_meterly.testing import (
+    Altered,
+    assert_books_balance,
+    faults,
+    lapse_leases,
+    sweep,
+)
 from django_meterly.transports import Call, Transport
 from django_meterly.transports.base import MAX_AMOUNT
-from tests.books import balance, fund, let_lapse, movements, states, sweep, verify
+from tests.books import balance, fund, movements, states
 from tests.children import ROOT
-from tests.faults import Altered, FaultyTransport
 from tests.transports.server import KEY, Server, answer
 
 if TYPE_CHECKING:
@@ -755,7 +760,7 @@ def over_http(said: bytes) -> MeterlyApiError:
 
 
 @pytest.fixture
-def customer(remote: type[FaultyTransport], user: User) -> Customer:
+def customer(remote: faults, user: User) -> Customer:
     return fund(user)
 
 
@@ -799,7 +804,7 @@ def inside(change: Any) -> Altered:
 
 @pytest.mark.parametrize("change", WRONG_HOLDS, ids=lambda value: repr(value)[:50])
 def test_f51_wrong_answer_to_a_reserve_runs_nothing_and_is_released_later(
-    remote: type[FaultyTransport], customer: Customer, change: Any
+    remote: faults, customer: Customer, change: Any
 ) -> None:
     # Wrong for the work, and wrong again for the first sweep.
     remote.meet("reserve_credits", changed(change), changed(change))
@@ -816,15 +821,14 @@ def test_f51_wrong_answer_to_a_reserve_runs_nothing_and_is_released_later(
     sweep()
     assert states() == ["released"]
     assert balance(customer) == (100, 0)
-    verify()
+    assert_books_balance()
 
 
 @PROPERTY
 @hypothesis.given(data=st.data())
 def test_f51_whatever_a_ledger_answers_a_guard_ends_in_the_books(
-    remote: type[FaultyTransport], data: st.DataObject
+    remote: faults, data: st.DataObject
 ) -> None:
-    remote.reset()
     customer = fund(f"user-{Entry.objects.count()}")
     names = ["reservationId", "customerId", "unit", "amount", "status"]
     names += ["reference", "expiresAt", "balance"]
@@ -842,12 +846,15 @@ def test_f51_whatever_a_ledger_answers_a_guard_ends_in_the_books(
         hypothesis.assume(not believable)
         return Altered(lambda answer: altered(answer, path, value))
 
-    for operation in ("reserve_credits", "commit_reservation", "release_reservation"):
-        remote.meet(operation, alteration())
+    line = faults(
+        reserve_credits=[alteration()],
+        commit_reservation=[alteration()],
+        release_reservation=[alteration()],
+    )
     fails = data.draw(st.booleans())
     ran = []
     try:
-        with guard(customer, 25, "image_credits"):
+        with line, guard(customer, 25, "image_credits"):
             ran.append(1)
             if fails:
                 raise ZeroDivisionError
@@ -855,7 +862,6 @@ def test_f51_whatever_a_ledger_answers_a_guard_ends_in_the_books(
         pass
     row = Reservation.objects.get(customer=customer)
     row.full_clean()
-    remote.reset()
     sweep()
     row.refresh_from_db()
     charged = bool(ran) and not fails
@@ -865,7 +871,7 @@ def test_f51_whatever_a_ledger_answers_a_guard_ends_in_the_books(
 
 @pytest.mark.parametrize("page", [False, True], ids=["problem", "page"])
 def test_f51_guarded_view_answers_503_for_a_wrong_answer(
-    remote: type[FaultyTransport], customer: Customer, payer: Client, page: bool
+    remote: faults, customer: Customer, payer: Client, page: bool
 ) -> None:
     remote.meet("reserve_credits", changed({"customerId": "cus_other\n<b>"}))
     accept = "text/html" if page else "application/json"
@@ -890,7 +896,7 @@ WRONG_ENDS: list[Any] = [
     "change", [{"status": "released"}, *WRONG_ENDS], ids=lambda value: repr(value)[:50]
 )
 def test_f51_wrong_answer_to_a_commit_is_settled_later(
-    remote: type[FaultyTransport], customer: Customer, payer: Client, change: Any
+    remote: faults, customer: Customer, payer: Client, change: Any
 ) -> None:
     remote.meet("commit_reservation", changed(change), changed(change))
     assert payer.post("/paid/").status_code == 200
@@ -901,14 +907,14 @@ def test_f51_wrong_answer_to_a_commit_is_settled_later(
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize(
     "change", [{"status": "committed"}, *WRONG_ENDS], ids=lambda value: repr(value)[:50]
 )
 def test_f51_wrong_answer_to_a_release_is_settled_later(
-    remote: type[FaultyTransport], customer: Customer, payer: Client, change: Any
+    remote: faults, customer: Customer, payer: Client, change: Any
 ) -> None:
     remote.meet("release_reservation", changed(change), changed(change))
     assert payer.post("/raises/", {"kind": "404"}).status_code == 404
@@ -935,7 +941,7 @@ def test_f51_wrong_answer_to_a_release_is_settled_later(
     ids=repr,
 )
 def test_f51_wrong_answer_to_a_debit_is_settled_once(
-    remote: type[FaultyTransport], customer: Customer, change: Any
+    remote: faults, customer: Customer, change: Any
 ) -> None:
     remote.meet("use_credits", inside(change))
     with guard(customer, 25, "image_credits") as reservation:
@@ -944,7 +950,7 @@ def test_f51_wrong_answer_to_a_debit_is_settled_once(
     sweep()
     assert states() == ["committed"]
     assert balance(customer) == (70, 0)
-    verify()
+    assert_books_balance()
 
 
 def only_needed(body: dict[str, Any]) -> dict[str, Any]:
@@ -953,7 +959,7 @@ def only_needed(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_f51_ledger_that_says_no_more_than_the_guide_serves_every_state(
-    remote: type[FaultyTransport], user: User, settings: Any
+    remote: faults, user: User, settings: Any
 ) -> None:
     settings.METERLY = {**settings.METERLY, "LOW_BALANCE": {"image_credits": 99}}
     heard: list[Any] = []
@@ -963,25 +969,27 @@ def test_f51_ledger_that_says_no_more_than_the_guide_serves_every_state(
 
     signals.low_balance.connect(hear)
     customer = fund(user)
-    for operation in (
-        *("commit_reservation", "release_reservation"),
-        *("use_credits", "extend_reservation"),
-    ):
-        remote.faults[operation] = deque([Altered(lambda body: {})] * 9)
-    remote.faults["reserve_credits"] = deque([Altered(only_needed)] * 9)
-    with guard(customer, 5, "image_credits") as reservation:
-        assert reservation.available == 0
-        row = reservation.reservation
-        assert row is not None
-        assert journal.extend(get_client(), row, "x")
-    with guard(customer, 5, "image_credits") as reservation:
-        reservation.charge(7)
-    with pytest.raises(ZeroDivisionError), guard(customer, 5, "image_credits"):
-        raise ZeroDivisionError
-    remote.meet("commit_reservation", "lost")
-    with guard(customer, 5, "image_credits") as reservation:
-        reservation.charge(2)
-    sweep()
+    silent = Altered(lambda body: {})
+    with faults(
+        reserve_credits=Altered(only_needed),
+        commit_reservation=silent,
+        release_reservation=silent,
+        use_credits=silent,
+        extend_reservation=silent,
+    ) as line:
+        with guard(customer, 5, "image_credits") as reservation:
+            assert reservation.available == 0
+            row = reservation.reservation
+            assert row is not None
+            assert journal.extend(get_client(), row, "x")
+        with guard(customer, 5, "image_credits") as reservation:
+            reservation.charge(7)
+        with pytest.raises(ZeroDivisionError), guard(customer, 5, "image_credits"):
+            raise ZeroDivisionError
+        line.meet("commit_reservation", "lost")
+        with guard(customer, 5, "image_credits") as reservation:
+            reservation.charge(2)
+        sweep()
     assert states() == ["committed", "committed", "released", "committed"]
     assert balance(customer) == (86, 0)
     assert heard == []
@@ -989,7 +997,7 @@ def test_f51_ledger_that_says_no_more_than_the_guide_serves_every_state(
 
 
 def test_f51_extension_of_a_hold_that_has_ended_is_none(
-    remote: type[FaultyTransport], customer: Customer
+    remote: faults, customer: Customer
 ) -> None:
     with guard(customer, 5, "image_credits") as reservation:
         row = reservation.reservation
@@ -1017,7 +1025,7 @@ def test_f51_extension_of_a_hold_that_has_ended_is_none(
     ids=repr,
 )
 def test_f51_wrong_answer_to_a_registration_is_not_stored(
-    remote: type[FaultyTransport], change: Any
+    remote: faults, change: Any
 ) -> None:
     remote.meet("create_customer", changed(change))
     customer = Customer.objects.resolve("user_1")
@@ -1034,7 +1042,7 @@ def test_f51_wrong_answer_to_a_registration_is_not_stored(
 
 @pytest.mark.parametrize("value", NONSENSE, ids=shows)
 def test_f57_nonsense_in_a_conflict_locks_nobody_out(
-    remote: type[FaultyTransport], value: Any
+    remote: faults, value: Any
 ) -> None:
     if value in ("5", "free", "None", "true", "cus_other", "res_other"):
         value = f"/{value}"
@@ -1055,7 +1063,7 @@ def test_f57_nonsense_in_a_conflict_locks_nobody_out(
 
 @pytest.mark.parametrize("durable", [True, False])
 def test_f51_id_of_another_customer_is_not_stored(
-    remote: type[FaultyTransport], customer: Customer, durable: bool
+    remote: faults, customer: Customer, durable: bool
 ) -> None:
     theirs = customer.customer_id
     for fault in (
@@ -1084,7 +1092,7 @@ def test_f51_id_of_another_customer_is_not_stored(
     ids=repr,
 )
 def test_f51_wrong_answer_to_a_grant_leaves_it_pending(
-    remote: type[FaultyTransport], customer: Customer, change: dict[str, Any]
+    remote: faults, customer: Customer, change: dict[str, Any]
 ) -> None:
     remote.meet("grant_credits", inside({"grant": change}))
     grant, _ = grants.grant(
@@ -1100,7 +1108,7 @@ def test_f51_wrong_answer_to_a_grant_leaves_it_pending(
 
 
 def test_f51_grant_to_a_new_customer_does_not_store_the_id_of_another(
-    remote: type[FaultyTransport], customer: Customer
+    remote: faults, customer: Customer
 ) -> None:
     theirs = customer.customer_id
     other = Customer.objects.resolve("user_2")
@@ -1124,7 +1132,7 @@ def test_f51_grant_to_a_new_customer_does_not_store_the_id_of_another(
 
 
 def test_f51_balances_of_somebody_else_are_not_shown(
-    remote: type[FaultyTransport], customer: Customer, admin_client: Client
+    remote: faults, customer: Customer, admin_client: Client
 ) -> None:
     url = f"/admin/meterly/customer/{customer.pk}/change/"
     for change in (
@@ -1156,7 +1164,7 @@ NONSENSE_DETAILS: list[Any] = [
 
 @pytest.mark.parametrize("accept", ["text/html", "application/json"])
 def test_f57_402_shows_what_was_asked_for_whatever_the_ledger_says(
-    remote: type[FaultyTransport], customer: Customer, payer: Client, accept: str
+    remote: faults, customer: Customer, payer: Client, accept: str
 ) -> None:
     for details in NONSENSE_DETAILS:
         remote.meet(
@@ -1180,7 +1188,7 @@ def test_f57_402_shows_what_was_asked_for_whatever_the_ledger_says(
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 418, 422, 429, 500, 503])
 def test_f57_error_of_nonsense_is_stored_and_shown_cleaned(
-    remote: type[FaultyTransport],
+    remote: faults,
     customer: Customer,
     payer: Client,
     caplog: pytest.LogCaptureFixture,
@@ -1210,9 +1218,9 @@ def test_f57_error_of_nonsense_is_stored_and_shown_cleaned(
         if record.name.startswith("django_meterly"):
             assert record.getMessage().isprintable()
             assert len(record.getMessage()) < 5000
-    let_lapse()
+    lapse_leases()
     sweep()
-    let_lapse()
+    lapse_leases()
     sweep()
     assert balance(customer) == (75, 0)
 
@@ -1230,7 +1238,7 @@ def test_f57_nonsense_retry_after_is_no_time_to_wait(value: Any) -> None:
 
 
 def test_f57_error_of_a_transport_that_is_none_of_ours_is_stored_cleaned(
-    remote: type[FaultyTransport], customer: Customer
+    remote: faults, customer: Customer
 ) -> None:
     remote.meet("commit_reservation", "lost", ValueError("\x00\n" + "x" * 900_000))
     with guard(customer, 25, "image_credits"):

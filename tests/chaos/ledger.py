@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from django_meterly.ledger.transport import LedgerTransport
+from django_meterly.testing import FaultyTransport
 from tests.chaos.notes import die_by_chance
-from tests.faults import FaultyTransport
 
 if TYPE_CHECKING:
     from django_meterly.transports.base import Call
@@ -22,5 +22,7 @@ class Joined(LedgerTransport):
         return answer
 
 
-class Remote(FaultyTransport, Joined):
+class Remote(FaultyTransport):
     """A ledger that joins no transaction: every step is durable by itself."""
+
+    far_end = "tests.chaos.ledger.Joined"

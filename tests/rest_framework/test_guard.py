@@ -28,7 +28,8 @@ from rest_framework.views import APIView
 from django_meterly import MeterlyUsageError, guard, meterly_guard
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Reservation
-from tests.books import balance, fund, movements, states, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund, movements, states
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -253,7 +254,7 @@ def test_f25_the_tokens_user_pays(
     assert balance(bobs) == (100, 0)
     assert movements() == ["reserved", "committed"]
     assert states() == ["committed"]
-    verify()
+    assert_books_balance()
 
 
 @every_guard
@@ -291,7 +292,7 @@ def test_f18_a_drf_error_does_not_stop_the_release(
     assert Group.objects.count() == (0 if any_requests else 1)
     assert balance(customer) == (100, 0)
     assert states() == ["released"]
-    verify()
+    assert_books_balance()
 
 
 @every_guard

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from django_meterly.testing import FaultyTransport
 from tests.children import PATIENCE
-from tests.faults import FaultyTransport
 
 if TYPE_CHECKING:
     from django_meterly.transports.base import Call

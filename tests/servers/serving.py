@@ -14,7 +14,8 @@ import pytest
 from django.core.management import call_command
 
 from django_meterly.models import Reservation
-from tests.books import let_lapse, states, verify
+from django_meterly.testing import assert_books_balance, lapse_leases
+from tests.books import states
 from tests.children import PATIENCE, environment, started, wait_until
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 LEDGERS = {
     "joined": "django_meterly.ledger.transport.LedgerTransport",
-    "remote": "tests.faults.FaultyTransport",
+    "remote": "django_meterly.testing.FaultyTransport",
 }
 GUNICORN = (
     "gunicorn",
@@ -167,8 +168,8 @@ def settled(site: Site, state: str) -> None:
 def swept() -> None:
     """Run the sweeper, a second time in vain, and let the books be verified."""
     for _again in range(2):
-        let_lapse()
+        lapse_leases()
         call_command("meterly_settle", verbosity=0)
     assert not Reservation.objects.filter(state__in=Reservation.State.open())
     assert not Reservation.objects.due()
-    verify()
+    assert_books_balance()

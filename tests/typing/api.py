@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, assert_type
 
+from django.test import TestCase
 from django.views import View
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
@@ -25,6 +26,16 @@ from django_meterly import (
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Customer, Grant
 from django_meterly.tasks import meterly_task
+from django_meterly.testing import (
+    Altered,
+    assert_charged,
+    assert_not_charged,
+    expire_holds,
+    faults,
+    override_credits,
+    override_meterly,
+    sweep,
+)
 from django_meterly.transports import Call, HttpTransport, Transport
 from django_meterly.transports.signing import BearerSigner, HmacSigner
 from django_meterly.types import (
@@ -218,3 +229,39 @@ class Set(MeterlyGuardMixin, ViewSet):
 
 class Bad(MeterlyGuardMixin, View):
     guard_options = "tokens"  # type: ignore[assignment]
+
+
+@override_credits(lambda test: test.user, image_credits=100)
+@override_meterly(ENFORCEMENT="off")
+class Tests(TestCase):
+    user: Any
+
+    @override_credits("user_1", image_credits=100)
+    def test_it(self) -> None:
+        assert_type(sweep(), tuple[int, int])
+        with assert_charged(self.user, 25, unit="tokens"), assert_not_charged("u"):
+            pass
+
+    @override_credits("user_1", image_credits=100)
+    async def test_async(self) -> None:
+        async with assert_charged(self.user, 25):
+            pass
+
+
+@override_credits("user_1", image_credits=100)
+def length(text: str) -> int:
+    return len(text)
+
+
+assert_type(length("text"), int)
+length(4)  # type: ignore[arg-type]
+
+
+def failing_ledgers() -> None:
+    with faults("unsent", get_balance=["lost", None, MeterlyNotSentError()]) as line:
+        assert_type(line, faults)
+        assert_type(line.operations(), list[str])
+        line.meet("use_credits", expire_holds, Altered(dict), MeterlyApiError)
+    faults("lots")  # type: ignore[arg-type]
+    override_credits("user_1", image_credits="100")  # type: ignore[arg-type]
+    assert_charged("user_1", "25")  # type: ignore[arg-type]
