@@ -148,7 +148,7 @@ def complete_answers(view: APIView) -> None:
         handler = choose()
 
         def handle(exc: Exception, context: dict[str, Any]) -> Response | None:
-            response = handler(exc, context)
+            response: Response | None = handler(exc, context)
             if isinstance(exc, GuardException):
                 response = response or _default(exc, context)
                 _complete(response, exc)
@@ -163,7 +163,8 @@ def _default(exc: Exception, context: dict[str, Any]) -> Response | None:
     # It reads the project's settings, which may name what stands in this package.
     from rest_framework.views import exception_handler as default
 
-    return default(exc, context)
+    response: Response | None = default(exc, context)
+    return response
 
 
 def _complete(response: Response | None, exc: GuardException) -> None:
