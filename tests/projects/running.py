@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -76,27 +77,37 @@ class Project:
         return self.manage("shell", "--verbosity=0", f"--command={code}").strip()
 
     @contextmanager
-    def serving(self) -> Iterator[Browser]:
-        """Run the project's server; yield a browser that has opened it."""
-        url = f"127.0.0.1:{free_port()}"
-        log = self.folder / "server.log"
+    def running(self, *command: str) -> Iterator[Path]:
+        """Run *command* meanwhile, a module of Python; yield what it logs to."""
+        log = self.folder / "log"
         with (
             log.open("w") as output,
             subprocess.Popen(
-                [*self._manage, "runserver", "--noreload", url],
+                [self.python, "-m", *command],
                 cwd=self.folder,
                 env=self.env,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-            ) as server,
+            ) as process,
+        ):
+            try:
+                yield log
+            finally:
+                process.kill()
+
+    @contextmanager
+    def serving(self) -> Iterator[Browser]:
+        """Run the project's server; yield a browser that has opened it."""
+        url = f"127.0.0.1:{free_port()}"
+        _, *manage = self._manage
+        module = manage[1:] if manage[0] == "-m" else ["manage"]
+        with (
+            self.running(*module, "runserver", "--noreload", url) as log,
             requests.Session() as session,
         ):
             browser = Browser(session, f"http://{url}", log)
-            try:
-                browser.wait(server)
-                yield browser
-            finally:
-                server.kill()
+            browser.wait()
+            yield browser
 
 
 class _Hidden(HTMLParser):
@@ -136,15 +147,26 @@ class Browser:
         assert response.status_code != 500, self._log.read_text()
         return response
 
-    def wait(self, server: subprocess.Popen[bytes]) -> None:
-        """Wait until *server* answers; fail with its log if it ends instead."""
-        while server.poll() is None:
+    def wait(self) -> None:
+        """Wait until the server answers; fail with its log if it does not."""
+        give_up = time.monotonic() + PATIENCE
+        while True:
             try:
                 self.ask("GET", "/nobody-is-here/")
             except requests.ConnectionError:
-                continue
-            return
-        raise AssertionError(self._log.read_text())
+                assert time.monotonic() < give_up, self._log.read_text()
+                time.sleep(0.05)
+            else:
+                return
+
+    @property
+    def csrf_token(self) -> str:
+        """The token for requests that scripts send."""
+        return str(self._session.cookies["csrftoken"])
+
+    def forget(self) -> None:
+        """Log out, as by a browser that is closed."""
+        self._session.cookies.clear()
 
     def send(self, path: str, form: str = "", **fields: Any) -> requests.Response:
         """Open the page *form* (or *path*), and send its form to *path*.
