@@ -28,6 +28,8 @@ class Block(NamedTuple):
     source: str
     #: Why it is not run, if the page says so.
     not_run: str = ""
+    #: It is there to be run only.
+    invisible: bool = False
 
     @property
     def file(self) -> str:
@@ -69,6 +71,7 @@ def blocks(page: Path) -> list[Block]:
                 lexemes.get("language") or lexemes["arguments"],
                 str(source),
                 " ".join(reason[1].split()) if reason else "",
+                "language" not in lexemes,
             )
             found.append((region.start, block))
     return [block for _, block in sorted(found)]
