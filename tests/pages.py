@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 #: The first line of a block that belongs into a file.
 _FILE = re.compile(r"(?:#|<!--) ([\w/]+\.(?:py|html))(?: -->)?(?:, .*)?\n")
 #: ``<!-- not run: why -->``, right above a block.
-_NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z", re.S)
+_NOT_RUN = re.compile(r"<!-- not run: ((?:(?!-->).)+) -->\s*\Z", re.S)
 
 
 class Block(NamedTuple):

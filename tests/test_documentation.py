@@ -286,3 +286,16 @@ def test_a_block_is_run_or_says_why_not(page: Path) -> None:
     # A fence without a language would be no block to the lexer.
     fences = re.findall(r"^ *```(\w*)", page.read_text("utf-8"), re.M)
     assert "" not in fences[::2], page
+
+
+def test_a_reason_is_that_of_the_block_below_it_only(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- not run: it is only the first one -->\n```python\n1\n```\n"
+        "<!-- invisible-code-block: python\n2\n-->\n```python\n3\n```\n"
+    )
+    assert [(block.source, bool(block.not_run)) for block in blocks(page)] == [
+        ("1\n", True),
+        ("2\n", False),
+        ("3\n", False),
+    ]

@@ -254,8 +254,8 @@ STORIES: dict[str, type[Story]] = {
     "cached": Cached,
 }
 if django.VERSION < (6, 1):
-    # django-celery-beat 2.9 does not allow Django 6.1. tox installs it below that, where
-    # only quick tests are run.
+    # django-celery-beat 2.9 does not allow Django 6.1. tox installs it below that,
+    # where only quick tests are run.
     STORIES["beat"] = Beat
 #: Quick, and far from what the other tests have: one without anything, one of DRF.
 QUICK = ("bare", "tokens", "beat")
