@@ -224,11 +224,7 @@ class CustomerAdmin(CustomerModelAdmin):
             {
                 **self.admin_site.each_context(request),
                 "title": title,
-                # What the breadcrumbs end with.
-                "original": title,
                 "opts": self.opts,
-                "media": self.media,
-                "has_view_permission": True,
                 "customers": customers,
                 "form": form,
                 "errors": form.errors,
@@ -236,6 +232,8 @@ class CustomerAdmin(CustomerModelAdmin):
                     form,  # type: ignore[arg-type]  # any form will do
                     [(None, {"fields": ["amount", "unit", "reason"]})],
                     {},
+                    # What themes look into.
+                    model_admin=self,
                 ),
             },
         )
@@ -666,11 +664,7 @@ class ReservationAdmin(ReadOnlyAdmin):
             {
                 **self.admin_site.each_context(request),
                 "title": title,
-                # What the breadcrumbs end with.
-                "original": title,
                 "opts": self.opts,
-                "media": self.media,
-                "has_view_permission": True,
                 "action": action,
                 "count": count,
                 "shown": rows.select_related("customer")[:MAX_SHOWN],

@@ -33,6 +33,8 @@ from .transports.base import MAX_TTL_SECONDS, shown
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from django.apps import AppConfig
+
 HTTP_TRANSPORT = "django_meterly.transports.http.HttpTransport"
 LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
 LEDGER_APP = "django_meterly.ledger"
@@ -132,7 +134,7 @@ def _check_together() -> Iterator[CheckMessage]:
             f"The environment variable {variable} names no setting of METERLY, and "
             f"from_env ignores it.{suggestion(name, DEFAULTS)}",
             hint="Rename it, or give from_env another prefix, if it is not a setting.",
-            id="meterly.W020",
+            id="meterly.W013",
         )
 
 
@@ -589,3 +591,44 @@ def check_beat(**kwargs: Any) -> list[CheckMessage]:
         )
         for name in missing_from_beat()
     ]
+
+
+@register("meterly")
+def check_query_cache(**kwargs: Any) -> list[CheckMessage]:
+    """Warn when django-cachalot answers queries for our tables from its cache."""
+    from django.apps import apps
+
+    installed = [
+        config
+        for config in apps.get_app_configs()
+        if config.name in ("django_meterly", LEDGER_APP)
+    ]
+    if "cachalot" not in _app_modules() or not getattr(
+        settings, "CACHALOT_ENABLED", True
+    ):
+        return []
+    labels = [config.label for config in installed if _is_cached(config)]
+    return [
+        CheckWarning(
+            f"django-cachalot caches the tables of {label!r}: it does not see what "
+            "changes in the database, and shows balances that are not true any more.",
+            hint=f"Add {label!r} to CACHALOT_UNCACHABLE_APPS.",
+            id="meterly.W011",
+        )
+        for label in labels
+    ]
+
+
+def _is_cached(app: AppConfig) -> bool:
+    """Return whether django-cachalot's settings let it cache a table of *app*."""
+    chosen = {
+        name: {*getattr(settings, f"CACHALOT_{name}", ())}
+        for name in ("ONLY_CACHABLE_APPS", "ONLY_CACHABLE_TABLES")
+    }
+    if app.label in getattr(settings, "CACHALOT_UNCACHABLE_APPS", ()):
+        return False
+    tables = {model._meta.db_table for model in app.get_models()}
+    tables -= {*getattr(settings, "CACHALOT_UNCACHABLE_TABLES", ())}
+    if any(chosen.values()) and app.label not in chosen["ONLY_CACHABLE_APPS"]:
+        tables &= chosen["ONLY_CACHABLE_TABLES"]
+    return bool(tables)

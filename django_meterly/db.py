@@ -168,7 +168,7 @@ def missing_tables(label: str, databases: Collection[str]) -> list[CheckMessage]
                     f"The database {using!r} lacks tables of {config.name}: "
                     f"{', '.join(missing)}.",
                     hint=f"Run manage.py migrate{option}.",
-                    id=f"{label}.W021",
+                    id=f"{label}.W014",
                 )
             )
     return found

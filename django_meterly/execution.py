@@ -236,7 +236,7 @@ class _ViewGuard:
             if call.rest:
                 from .rest_framework.exceptions import counterpart
 
-                _keep_refusal_private(call)
+                _prepare_refusal(call)
                 raise counterpart(exc) from exc
             return responses.render(request, exc)
         request.meterly = guard
@@ -248,14 +248,20 @@ class _ViewGuard:
         if call.rest:
             from .rest_framework.exceptions import nobody_pays
 
-            _keep_refusal_private(call)
+            _prepare_refusal(call)
             raise nobody_pays(call.given)
         return responses.nobody_pays(call.request)
 
 
-def _keep_refusal_private(call: _Call) -> None:
+def _prepare_refusal(call: _Call) -> None:
+    """Have the view's exception handler answer in full, and for nobody else."""
+    from .rest_framework.exceptions import complete_answers
+
+    view = call.given.parser_context.get("view")
+    if view is not None:
+        complete_answers(view)
     # These headers DRF puts on whatever its exception handler makes of a refusal.
-    headers = getattr(call.given.parser_context.get("view"), "headers", None)
+    headers = getattr(view, "headers", None)
     if headers is not None:
         headers["Cache-Control"] = responses.UNSHARED
 

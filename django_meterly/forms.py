@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from django import forms
 from django.core.exceptions import ValidationError
+from django.utils import formats
 from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
@@ -75,6 +77,34 @@ class CustomerForm(CustomerModelForm):
         raise ValidationError(_("Choose an owner, or type an external id."))
 
 
+class AmountField(forms.IntegerField):
+    """Takes digits, or a number exactly as the active language writes it.
+
+    For example, "10.000" is 10000 in German, and refused in English, where Django's
+    own field would take it for 10.
+    """
+
+    # A number input leaves it to the browser what becomes of separators.
+    widget = forms.TextInput(attrs={"class": "vIntegerField", "inputmode": "numeric"})
+    default_error_messages = {
+        "invalid": _("Write a whole number in digits only, for example 10000.")
+    }
+
+    def to_python(self, value: Any) -> int | None:
+        # No language tells one space from another, and none decides by them.
+        text = " ".join(str(value).split()) if value is not None else ""
+        if text in self.empty_values:
+            return None
+        try:
+            number = int(re.sub(r"\D", "", text))
+        except ValueError as exc:
+            raise ValidationError(self.error_messages["invalid"], "invalid") from exc
+        written = formats.number_format(number, force_grouping=True)
+        if text.isdecimal() or text == " ".join(written.split()):
+            return number
+        raise ValidationError(self.error_messages["invalid"], "invalid")
+
+
 class GrantCreditsForm(forms.Form):
     """Asks for one grant, and names it before it is made.
 
@@ -82,7 +112,7 @@ class GrantCreditsForm(forms.Form):
     for the same grant, which is made once.
     """
 
-    amount = forms.IntegerField(label=_("Amount"), min_value=1, max_value=MAX_AMOUNT)
+    amount = AmountField(label=_("Amount"), min_value=1, max_value=MAX_AMOUNT)
     # Where UNITS does not declare the units there are.
     unit: forms.Field = forms.CharField(
         label=_("Unit"),

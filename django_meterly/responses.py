@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
-from django.contrib.auth.views import redirect_to_login
-from django.http import HttpResponse, JsonResponse
-from django.template.loader import render_to_string
+from django.conf import settings
+from django.http import HttpResponse, HttpResponseRedirect, JsonResponse, QueryDict
+from django.shortcuts import resolve_url
+from django.template import Engine, RequestContext, TemplateDoesNotExist, engines
+from django.template.backends.django import DjangoTemplates
+from django.template.loader import get_template
 from django.urls import get_script_prefix
 from django.utils.cache import patch_vary_headers
 from django.utils.http import url_has_allowed_host_and_scheme
@@ -42,6 +47,8 @@ RENDERED = (
 
 #: ``Cache-Control`` of refusals and balances. Django's own cache heeds "private" only.
 UNSHARED = "private, no-store"
+_TEMPLATES = Path(__file__).parent / "templates"
+_FILES = "django.template.loaders.filesystem.Loader"
 _SHARING = re.compile(r"\b(?:public|private|no-store|s-maxage)\b", re.I)
 
 
@@ -171,7 +178,7 @@ def nobody_pays(request: HttpRequest) -> HttpResponse:
     if request_user(request) is not None:
         return _respond(request, no_customer())
     if wants_html(request):
-        return redirect_to_login(request.get_full_path())
+        return _redirect_to_login(request)
     return _respond(
         request,
         Problem(
@@ -215,7 +222,7 @@ def _respond(request: HttpRequest, problem: Problem) -> HttpResponse:
     response: HttpResponse
     if wants_html(request):
         context = {**facts, "back_url": _back_url(request)}
-        page = render_to_string(f"meterly/{problem.status}.html", context, request)
+        page = _page(f"meterly/{problem.status}.html", context, request)
         response = HttpResponse(page, status=problem.status)
     else:
         response = JsonResponse(
@@ -228,6 +235,42 @@ def _respond(request: HttpRequest, problem: Problem) -> HttpResponse:
     response["Cache-Control"] = UNSHARED
     patch_vary_headers(response, ["Accept"])
     return response
+
+
+def _page(name: str, context: dict[str, Any], request: HttpRequest) -> str:
+    try:
+        template = get_template(name)
+    except TemplateDoesNotExist:
+        # The project's engines look into no app's folder, or there are none.
+        own = _engine().get_template(name)
+        return str(own.render(RequestContext(request, context)))
+    return template.render(context, request)
+
+
+def _engine() -> Engine:
+    """Return an engine that finds the project's templates first, and then ours."""
+    for backend in engines.all():
+        if isinstance(backend, DjangoTemplates):
+            theirs = backend.engine
+            return Engine(
+                dirs=theirs.dirs,
+                # For pages of theirs that ours extend, or that extend ours.
+                loaders=[*theirs.loaders, (_FILES, [str(_TEMPLATES)])],
+                context_processors=theirs.context_processors,
+                libraries=theirs.libraries,
+                builtins=theirs.builtins,
+            )
+    return Engine(
+        dirs=[str(_TEMPLATES)], libraries={"i18n": "django.templatetags.i18n"}
+    )
+
+
+def _redirect_to_login(request: HttpRequest) -> HttpResponse:
+    # Django's own function cannot be imported where its auth app is not installed.
+    url = urlsplit(resolve_url(settings.LOGIN_URL))
+    query = QueryDict(url.query, mutable=True)
+    query["next"] = request.get_full_path()
+    return HttpResponseRedirect(url._replace(query=query.urlencode("/")).geturl())
 
 
 def keep_private(response: HttpResponseBase) -> None:

@@ -393,7 +393,7 @@ def test_f65_name_that_is_not_ours_is_ignored_and_warned_of(
 ) -> None:
     assert from_env(environment(**{f"OUR_{name}": "x"}), "OUR_") == {}
     (warning,) = run_checks(tags=["meterly"])
-    assert warning.id == "meterly.W020"
+    assert warning.id == "meterly.W013"
     assert f"OUR_{name} names no setting" in warning.msg
     assert warning.msg.endswith(f"Did you mean '{hint}'?" if hint else "ignores it.")
 

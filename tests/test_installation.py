@@ -239,7 +239,7 @@ def test_apps_may_stand_in_any_order_and_by_their_configs(
     first = project.manage("migrate")
     assert first.returncode == 0, first.stderr
     # It says nothing of tables that it is about to make.
-    assert "W021" not in first.stderr
+    assert "W014" not in first.stderr
     done = project.manage("check", "--database", "default", "--fail-level", "WARNING")
     assert done.returncode == 0, done.stderr
     done = project.run("-c", REQUEST)
@@ -347,17 +347,17 @@ def test_missing_tables_are_warned_of_until_they_are_migrated(
     project.configure([*DJANGO, app], METERLY={"API_KEY": "mk_test_x"})
     (project.folder / "urls.py").write_text("urlpatterns = []")
     label = {"django_meterly": "meterly"}.get(app, "meterly_ledger")
-    assert "W021" not in project.manage("check").stderr
+    assert "W014" not in project.manage("check").stderr
     missing = project.manage("check", "--database", "default")
     assert missing.returncode == 0
-    assert f"({label}.W021) The database 'default' lacks tables of {app}: " in (
+    assert f"({label}.W014) The database 'default' lacks tables of {app}: " in (
         missing.stderr
     )
     assert "HINT: Run manage.py migrate." in missing.stderr
     first = project.manage("migrate")
     assert first.returncode == 0
-    assert "W021" not in first.stdout + first.stderr
-    assert "W021" not in project.manage("check", "--database", "default").stderr
+    assert "W014" not in first.stdout + first.stderr
+    assert "W014" not in project.manage("check", "--database", "default").stderr
 
 
 def test_missing_tables_are_looked_for_where_the_router_puts_them(
@@ -381,15 +381,15 @@ def test_missing_tables_are_looked_for_where_the_router_puts_them(
         DATABASES={"default": {**database, "NAME": "db.sqlite3"}, "credits": database},
     )
     both = ["check", "--database", "default", "--database", "credits"]
-    assert "W021" not in project.manage(*both[:3]).stderr
+    assert "W014" not in project.manage(*both[:3]).stderr
     said = project.manage(*both).stderr
     for label in ("meterly", "meterly_ledger"):
-        assert f"({label}.W021) The database 'credits' lacks tables" in said
+        assert f"({label}.W014) The database 'credits' lacks tables" in said
     assert said.count("HINT: Run manage.py migrate --database credits.") == 2
     for alias in ("default", "credits"):
         done = project.manage("migrate", "--database", alias)
         assert done.returncode == 0, done.stderr
-    assert "W021" not in project.manage(*both).stderr
+    assert "W014" not in project.manage(*both).stderr
 
 
 # The environment
@@ -439,4 +439,4 @@ def test_f65_process_with_a_wrong_variable_ends_with_its_name(
 def test_f65_variable_of_ours_is_warned_of(container: Any) -> None:
     done = container(METERLY_API_KEY="mk_test_x", METERLY_URL="https://ledger.test")
     assert done.returncode != 0
-    assert "(meterly.W020) The environment variable METERLY_URL names" in done.stderr
+    assert "(meterly.W013) The environment variable METERLY_URL names" in done.stderr

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from django.contrib.auth.models import AnonymousUser
+from django.contrib.auth.views import redirect_to_login
 from django.http import HttpResponse
 from django.test import RequestFactory, override_settings
+from django.utils.translation import override
 
 from django_meterly import (
     MeterlyDuplicateError,
@@ -21,6 +23,9 @@ from django_meterly import (
     responses,
 )
 from django_meterly.errors import MeterlyInvalidKeyError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HTML = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 PROBLEM = "application/problem+json"
@@ -235,3 +240,97 @@ def test_nobody_logged_in_is_a_401_for_programs(accept: str | None) -> None:
     )
     assert response.status_code == 401
     assert response["Content-Type"] == PROBLEM
+
+
+DJANGO = "django.template.backends.django.DjangoTemplates"
+JINJA = {"BACKEND": "django.template.backends.jinja2.Jinja2", "DIRS": []}
+ENGINES: dict[str, list[dict[str, Any]]] = {
+    "none": [],
+    "jinja2": [{**JINJA, "APP_DIRS": True}],
+    "no app_dirs": [{"BACKEND": DJANGO}],
+    "no app_dirs, beside jinja2": [JINJA, {"BACKEND": DJANGO}],
+    "another name": [{"BACKEND": DJANGO, "NAME": "web", "APP_DIRS": True}],
+    "two of django": [
+        {"BACKEND": DJANGO, "NAME": "mail"},
+        {"BACKEND": DJANGO, "NAME": "web", "APP_DIRS": True},
+    ],
+    "two without app_dirs": [
+        {"BACKEND": DJANGO, "NAME": "mail"},
+        {"BACKEND": DJANGO, "NAME": "web"},
+    ],
+    "loaders": [
+        {
+            "BACKEND": DJANGO,
+            "OPTIONS": {"loaders": [("django.template.loaders.locmem.Loader", {})]},
+        }
+    ],
+    "strict": [{"BACKEND": DJANGO, "OPTIONS": {"string_if_invalid": "MISSING"}}],
+}
+every_engine = pytest.mark.parametrize("templates", ENGINES.values(), ids=ENGINES)
+
+
+@every_engine
+@every_case
+def test_f70_pages_need_no_engine_of_the_project(
+    settings: Any, templates: Any, exc: Any, status: int, code: str
+) -> None:
+    settings.TEMPLATES = templates
+    response = answer(exc, HTML)
+    assert response.status_code == status
+    page = response.content.decode()
+    assert responses.problem(exc).title in page
+    assert "</html>" in page
+    assert "MISSING" not in page
+
+
+@every_engine
+def test_f70_a_page_in_another_language_needs_none_either(
+    settings: Any, templates: Any
+) -> None:
+    settings.TEMPLATES = templates
+    with override("de"):
+        assert "Zurück" in answer(short(), HTML).content.decode()
+
+
+@pytest.mark.parametrize(
+    "apart", [{}, {"APP_DIRS": True}, {"NAME": "web"}], ids=lambda apart: str(apart)
+)
+def test_f70_a_projects_base_is_that_of_our_pages_in_any_engine(
+    settings: Any, tmp_path: Path, apart: Any
+) -> None:
+    (tmp_path / "meterly").mkdir()
+    (tmp_path / "meterly" / "base.html").write_text(
+        "<title>Posters</title>{% block more %}{% endblock %}"
+    )
+    settings.TEMPLATES = [{"BACKEND": DJANGO, "DIRS": [tmp_path], **apart}]
+    page = answer(short(), HTML).content.decode()
+    assert "<title>Posters</title>" in page
+    assert "25 image_credits" in page
+
+
+def test_f70_a_project_overrides_a_page_by_jinja2(
+    settings: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "meterly").mkdir()
+    (tmp_path / "meterly" / "402.html").write_text("{{ required ** 2 }}, says jinja2")
+    settings.TEMPLATES = [{**JINJA, "DIRS": [tmp_path]}]
+    assert answer(short(), HTML).content == b"625, says jinja2"
+
+
+@pytest.mark.parametrize(
+    ("login_url", "location"),
+    [
+        ("/in/", "/in/?next=/draw/%3Fpage%3D2"),
+        ("/in/?by=mail", "/in/?by=mail&next=/draw/%3Fpage%3D2"),
+        ("https://sso.example/in", "https://sso.example/in?next=/draw/%3Fpage%3D2"),
+        ("admin:login", "/admin/login/?next=/draw/%3Fpage%3D2"),
+    ],
+)
+def test_a_browser_is_sent_to_log_in(
+    settings: Any, login_url: str, location: str
+) -> None:
+    settings.LOGIN_URL = login_url
+    request = RequestFactory().post("/draw/?page=2", headers={"Accept": HTML})
+    assert responses.nobody_pays(request)["Location"] == location
+    theirs = redirect_to_login(request.get_full_path())
+    assert location == theirs["Location"]

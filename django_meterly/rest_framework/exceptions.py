@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rest_framework import status
-from rest_framework.exceptions import APIException, NotAuthenticated
+from rest_framework.exceptions import APIException, ErrorDetail, NotAuthenticated
 
 from .. import responses
 from ..resolvers import request_user
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rest_framework.response import Response
+    from rest_framework.views import APIView
 
 __all__ = [
     "Debt",
@@ -30,27 +33,26 @@ __all__ = [
 
 
 class GuardException(APIException):
-    """A refusal. Its *detail* is a dict: ``detail``, ``code``, and what belongs to it.
+    """A refusal. Its *detail* is a text with a code, as that of DRF's own errors.
 
-    Numbers stay numbers, and ``None`` stays ``null``.
+    What else belongs to it is in *extra*. For example, ``{"required": 25, "available":
+    3, "top_up_url": None, ...}``. An answer in DRF's own format has that, too.
     """
 
-    detail: Any
+    extra: dict[str, Any]
     #: Seconds for ``Retry-After``, in DRF's word; ``None`` for no such header.
     wait: int | None = None
 
     def __init__(self, detail: str, **extra: Any) -> None:
-        self.message = detail
-        self.detail = {"detail": detail, "code": self.default_code, **extra}
+        self.detail = _Detail(detail, self.default_code)
+        self.extra = extra
 
-    def __str__(self) -> str:
-        return self.message
 
-    def get_codes(self) -> str:
-        return self.default_code
+class _Detail(ErrorDetail):
+    """A text that is also found by ``exc.detail["detail"]``, as some handlers do."""
 
-    def get_full_details(self) -> dict[str, Any]:
-        return {**self.detail, "message": self.message}
+    def __getitem__(self, key: Any) -> Any:
+        return self if key == "detail" else super().__getitem__(key)
 
 
 class InsufficientCredits(GuardException):
@@ -124,12 +126,50 @@ def exception_handler(exc: Exception, context: dict[str, Any]) -> Response | Non
     For ``REST_FRAMEWORK["EXCEPTION_HANDLER"]``, or to be called by your own. A
     guarded view needs no handler: its refusals are DRF's exceptions already.
     """
+    if isinstance(exc, responses.RENDERED):
+        exc = counterpart(exc)
+    response = _default(exc, context)
+    if response is not None and isinstance(exc, GuardException):
+        response["Cache-Control"] = responses.UNSHARED
+        _complete(response, exc)
+    return response
+
+
+def complete_answers(view: APIView) -> None:
+    """Have *view* answer a refusal with all that belongs to it.
+
+    The project's exception handler renders it. If its answer has DRF's own format,
+    what the ``GuardException`` has in *extra* is added. If it has no answer, DRF's
+    handler gives one.
+    """
+    choose = view.get_exception_handler
+
+    def chosen() -> Callable[[Exception, dict[str, Any]], Response | None]:
+        handler = choose()
+
+        def handle(exc: Exception, context: dict[str, Any]) -> Response | None:
+            response: Response | None = handler(exc, context)
+            if isinstance(exc, GuardException):
+                response = response or _default(exc, context)
+                _complete(response, exc)
+            return response
+
+        return handle
+
+    view.get_exception_handler = chosen  # type: ignore[method-assign]
+
+
+def _default(exc: Exception, context: dict[str, Any]) -> Response | None:
     # It reads the project's settings, which may name what stands in this package.
     from rest_framework.views import exception_handler as default
 
-    if not isinstance(exc, responses.RENDERED):
-        return default(exc, context)
-    response = default(counterpart(exc), context)
-    if response is not None:
-        response["Cache-Control"] = responses.UNSHARED
+    response: Response | None = default(exc, context)
     return response
+
+
+def _complete(response: Response | None, exc: GuardException) -> None:
+    data = getattr(response, "data", None)
+    # Another format is its author's: there the text was copied or wrapped.
+    if isinstance(data, dict) and data.get("detail") is exc.detail:
+        for name, value in {"code": exc.default_code, **exc.extra}.items():
+            data.setdefault(name, value)

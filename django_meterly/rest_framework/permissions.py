@@ -11,7 +11,7 @@ from .. import units
 from ..errors import OUTAGE, MeterlyUnavailableError
 from ..methods import costs
 from .balances import balances_of
-from .exceptions import counterpart
+from .exceptions import complete_answers, counterpart
 
 if TYPE_CHECKING:
     from rest_framework.request import Request
@@ -41,6 +41,7 @@ class HasCredits(BasePermission):
         try:
             balances = balances_of(request)
         except OUTAGE as exc:
+            complete_answers(view)
             raise counterpart(MeterlyUnavailableError(str(exc))) from exc
         return any(
             balance.credit_unit == unit and balance.available >= self.amount

@@ -11,7 +11,7 @@ from rest_framework.views import APIView
 from .. import responses, units
 from ..errors import OUTAGE, MeterlyUnavailableError
 from .balances import balances_of
-from .exceptions import counterpart, nobody_pays
+from .exceptions import complete_answers, counterpart, nobody_pays
 
 if TYPE_CHECKING:
     from rest_framework.request import Request
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from ..types import Balance
 
 
-class BalancesView(APIView):
+class _OwnView(APIView):
+    # Project-wide ones may ask for a queryset, or for credits; these are one's own.
+    permission_classes = []
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super().initial(request, *args, **kwargs)
+        complete_answers(self)
+
+
+class BalancesView(_OwnView):
     """Answer the caller's own balances, one object for each unit.
 
     ``{"balances": [{"unit", "available", "reserved", "balance"}, ...]}``. The caller
@@ -27,20 +36,15 @@ class BalancesView(APIView):
     401, a ledger that cannot be asked is a 503.
     """
 
-    # Project-wide ones may ask for a queryset, or for credits; these are one's own.
-    permission_classes = []
-
     def get(self, request: Request) -> Response:
         return _private({"balances": [_json(each) for each in _balances(request)]})
 
 
-class BalanceView(APIView):
+class BalanceView(_OwnView):
     """Answer the caller's balance in one unit: zeros before the first grant.
 
     404 for a unit that ``UNITS`` does not declare, and that the caller does not have.
     """
-
-    permission_classes = []
 
     def get(self, request: Request, unit: str) -> Response:
         for balance in _balances(request):

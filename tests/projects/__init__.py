@@ -1,0 +1,1 @@
+"""Whole small projects, as a user could have them, each in processes of its own."""
