@@ -392,7 +392,7 @@ class Customer(models.Model):
         """
         unknown, self.customer_id = self.customer_id, None
         try:
-            self.register(client, unit)
+            self.ensure_registered(client, unit)
         except MeterlyError as exc:
             logger.warning(
                 "The ledger does not know the customer %s (%s), and does not register "

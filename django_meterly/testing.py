@@ -248,8 +248,8 @@ class override_credits(_Block[Customer]):  # noqa: N801
             self._before = self._balances()
         except MeterlyNotFoundError:
             # Another ledger's id: from a fixture of real data, for example.
-            customer.forget_registration()
-            self._id = customer.register(self._client, unit)
+            customer.register_again(self._client, unit)
+            self._id = str(customer.customer_id)
             self._before = self._balances()
         self._holds = set(self._live_holds())
         for unit, amount in self._credits.items():
@@ -646,12 +646,10 @@ class faults(_Block["faults"]):  # noqa: N801
             else:
                 self._always[operation] = value
         self._override: override_meterly | None = None
-        transport = import_string(meterly_settings.TRANSPORT)
+        transport = meterly_settings.TRANSPORT
         if not issubclass(transport, FaultyTransport):
-            FaultyTransport.far_end = meterly_settings.TRANSPORT
-            self._override = override_meterly(
-                TRANSPORT=f"{__name__}.{FaultyTransport.__name__}"
-            )
+            FaultyTransport.far_end = transport
+            self._override = override_meterly(TRANSPORT=FaultyTransport)
             self._override.enable()
         FaultyTransport.lines.append(self)
         return self
@@ -685,11 +683,11 @@ class FaultyTransport(Transport):
     """The ledger at the far end of a bad line. ``faults`` says what its calls meet.
 
     As ``METERLY["TRANSPORT"]`` it is the embedded ledger, but it behaves like a remote
-    one. To have another ledger at the far end, set *far_end* to its dotted path in a
-    subclass.
+    one. To have another ledger at the far end, set *far_end* in a subclass to its
+    transport, or to the dotted path of that.
     """
 
-    far_end: ClassVar[str] = LEDGER_TRANSPORT
+    far_end: ClassVar[type[Transport] | str] = LEDGER_TRANSPORT
     #: The blocks that are entered, the outermost first.
     lines: ClassVar[list[faults]] = []
 
@@ -703,12 +701,18 @@ class FaultyTransport(Transport):
 
     @classmethod
     def from_settings(cls, settings: Any) -> FaultyTransport:
-        return cls(import_string(cls.far_end).from_settings(settings))
+        return cls(cls._transport().from_settings(settings))
 
     @classmethod
     def longest_hold(cls) -> int:
-        longest: int = import_string(cls.far_end).longest_hold()
-        return longest
+        return cls._transport().longest_hold()
+
+    @classmethod
+    def _transport(cls) -> type[Transport]:
+        far_end: Any = cls.far_end
+        if isinstance(far_end, str):
+            far_end = import_string(far_end)
+        return far_end  # type: ignore[no-any-return]
 
     def send(self, call: Call) -> dict[str, Any]:
         met = [line._next(call) for line in self.lines]
@@ -770,17 +774,17 @@ def _embedded(name: str) -> MeterlyClient:
     Raises ``MeterlyUsageError``, which says what *name* needs, if the ledger is another
     one: nothing is ever sent to it.
     """
-    path = meterly_settings.TRANSPORT
+    transport = meterly_settings.TRANSPORT
     if apps.is_installed("django_meterly.ledger"):
         from .ledger.transport import LedgerTransport
 
-        transport = import_string(path)
         if issubclass(transport, FaultyTransport):
-            transport = import_string(transport.far_end)
+            transport = transport._transport()
         if issubclass(transport, LedgerTransport):
             return MeterlyClient(transport=transport.from_settings(meterly_settings))
     raise MeterlyUsageError(
-        f"{name} works on the embedded ledger, and METERLY['TRANSPORT'] is {path!r}. "
+        f"{name} works on the embedded ledger, and METERLY['TRANSPORT'] is "
+        f"{transport.__qualname__}. "
         "In the settings of your tests, add 'django_meterly.ledger' to INSTALLED_APPS "
         f"and set METERLY['TRANSPORT'] to {LEDGER_TRANSPORT!r}. Every call, result and "
         "error is the same there."

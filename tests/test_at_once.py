@@ -495,10 +495,10 @@ def test_f71_a_locked_row_leaves_the_others(
     monkeypatch.setattr(journal, "BATCH", 1)
     for _ in range(4):
         guard(customer, 1).reserve()
-    let_lapse()
+    lapse_leases()
     if step != "lapse":
         journal.record_lapsed()
-        let_lapse()
+        lapse_leases()
     if step == "prune":
         journal.settle_due(get_client())
         past = timezone.now() - dt.timedelta(days=100)
@@ -526,9 +526,9 @@ def test_f71_a_locked_account_leaves_the_others(
     others = [fund(f"team_{number}") for number in range(3)]
     for payer in (customer, *others):
         guard(payer, 1).reserve()
-    let_lapse()
+    lapse_leases()
     journal.record_lapsed()
-    let_lapse()
+    lapse_leases()
     Hold.objects.update(expires_at=from_now(-1))
     mine = {"account__" * (model is Hold) + "customer__public_id": customer.customer_id}
     locked(model.objects.filter(**mine))

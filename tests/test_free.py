@@ -19,7 +19,8 @@ from django_meterly import meterly_guard
 from django_meterly.errors import MeterlyUsageError
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.tasks import meterly_task
-from tests.books import balance, fund, movements, states, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund, movements, states
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
@@ -235,7 +236,7 @@ def test_a_key_that_was_used_up_runs_nothing(payer: Client, customer: Customer) 
     assert (response.status_code, response.json()["state"]) == (409, "committed")
     assert len(ran) == 1
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_a_key_of_work_that_failed_runs_it(payer: Client, customer: Customer) -> None:

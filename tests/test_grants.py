@@ -14,12 +14,13 @@ from django_meterly import get_client, grants
 from django_meterly.errors import MeterlyReferenceConflictError
 from django_meterly.ledger.models import Entry
 from django_meterly.models import Customer, Grant
-from tests.books import balance, fund, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
 
-    from tests.faults import FaultyTransport
+    from django_meterly.testing import faults
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -52,7 +53,7 @@ def test_another_amount_under_the_reference_is_a_conflict(
         assert fact in str(caught.value)
     assert Grant.objects.get().amount == 25
     assert balance(customer) == (125, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_another_unit_customer_or_reference_is_another_grant(
@@ -68,7 +69,7 @@ def test_another_unit_customer_or_reference_is_another_grant(
 
 
 def test_a_pending_grant_conflicts_too_and_is_settled_as_it_was(
-    remote: type[FaultyTransport],
+    remote: faults,
 ) -> None:
     customer = fund("team_7")
     remote.meet("grant_credits", "lost")
@@ -104,7 +105,7 @@ def test_a_reference_that_only_the_ledger_knows_is_refused_and_stays_so(
 
 
 def test_a_pending_grant_that_the_ledger_refuses_is_refused_by_the_sweeper(
-    remote: type[FaultyTransport],
+    remote: faults,
 ) -> None:
     customer = fund("team_7")
     remote.meet("grant_credits", "unsent")

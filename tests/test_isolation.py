@@ -14,7 +14,8 @@ from django.db.backends.signals import connection_created
 from django.db.models.signals import post_save
 
 from django_meterly import MeterlyUnavailableError, guard, journal
-from tests.books import balance, movements, states, sweep, verify
+from django_meterly.testing import assert_books_balance, sweep
+from tests.books import balance, movements, states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -172,7 +173,7 @@ if connection.vendor != "sqlite":
         assert sorted(states()) == ["committed", "committed"]
         assert sorted(movements()) == ["committed"] * 2 + ["reserved"] * 2
         assert balance(customer) == (65, 0)
-        verify()
+        assert_books_balance()
 
 
 def test_f69_read_committed_settles_in_the_works_own_transaction(
@@ -214,4 +215,4 @@ if connection.vendor != "sqlite":
         # MySQL's reads lock at SERIALIZABLE, and what meets deadlocks.
         if connection.vendor == "postgresql" or level == "repeatable read":
             assert not refused
-        verify()
+        assert_books_balance()

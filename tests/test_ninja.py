@@ -11,7 +11,8 @@ from django.urls import path
 
 from django_meterly import get_client, meterly_guard
 from django_meterly.errors import MeterlyUsageError
-from tests.books import balance, fund, states, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund, states
 
 ninja = pytest.importorskip("ninja")
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from django.test import AsyncClient, Client
 
     from django_meterly.models import Customer
-    from tests.faults import FaultyTransport
+    from django_meterly.testing import faults
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -183,7 +184,7 @@ def test_f61_an_operation_is_charged_once(
     assert (response.status_code, response.json()) == (200, {"url": "/posters/7"})
     assert (ran, states()) == (["poster"], ["committed"])
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -208,7 +209,7 @@ def test_f61_what_ninja_does_not_validate_is_released(
         "pages": 3
     }
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("how", ["status", "http", "crash"])
@@ -231,7 +232,7 @@ def test_f61_a_function_gets_what_is_in_the_path(
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_refusals_are_problems(
-    payer: Client, customer: Customer, remote: type[FaultyTransport], kind: str
+    payer: Client, customer: Customer, remote: faults, kind: str
 ) -> None:
     get_client().use_credits(str(customer.customer_id), 75)
     url = url_of("post", kind)

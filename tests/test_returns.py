@@ -21,7 +21,8 @@ from rest_framework.viewsets import ViewSet
 
 from django_meterly import meterly_guard
 from django_meterly.mixins import MeterlyGuardMixin
-from tests.books import balance, fund, states, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund, states
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
@@ -220,7 +221,7 @@ def test_f61_what_is_no_response_is_refused_and_free(
         )
     assert states() == ["released"]
     assert balance(customer) == (100, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("name", [*VIEWS, *EARLY])
@@ -234,4 +235,4 @@ def test_a_response_is_charged_once_wherever_the_guard_is(
     assert payer.post(f"/{name}/?value=good").status_code == 200
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()

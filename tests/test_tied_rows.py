@@ -20,7 +20,8 @@ from django_meterly.db import from_now
 from django_meterly.ledger import operations, seals
 from django_meterly.ledger.models import Account, Entry, Hold, Record
 from django_meterly.models import Customer, Grant, LowBalance, Reservation
-from tests.books import balance, fund, let_lapse, states, verify
+from django_meterly.testing import assert_books_balance, lapse_leases
+from tests.books import balance, fund, states
 from tests.refusing import refused
 
 if TYPE_CHECKING:
@@ -216,15 +217,15 @@ def test_f71_a_row_that_cannot_lapse_leaves_the_others(
         work.reserve()
         rows.append(work.reservation)
     row = tied_one(rows)
-    let_lapse()
+    lapse_leases()
     with tie(row):
         assert journal.record_lapsed() == 4
         assert f"Reservation {row.pk} is left as it is" in caplog.text
         assert journal.settle_due(get_client()).settled == 4
-    let_lapse()
+    lapse_leases()
     assert journal.sweep(get_client()) == (1, 1)
     assert states() == ["released"] * 5
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("tie", UNCHANGEABLE.values(), ids=UNCHANGEABLE)
@@ -235,10 +236,10 @@ def test_f71_rows_that_cannot_be_settled_leave_the_others(
     customer = fund(user)
     for number in range(6):
         guard(customer, 1, reference=f"{number}").reserve()
-    let_lapse()
+    lapse_leases()
     journal.record_lapsed()
     bad = list(Reservation.objects.order_by("reference")[:count])
-    let_lapse()
+    lapse_leases()
     with ExitStack() as ties:
         for row in bad:
             ties.enter_context(tie(row))
@@ -246,10 +247,10 @@ def test_f71_rows_that_cannot_be_settled_leave_the_others(
         assert (done.settled, done.outage) == (6 - count, False)
         good = Reservation.objects.exclude(pk__in=[row.pk for row in bad])
         assert set(good.values_list("state", flat=True)) == {"released"}
-    let_lapse()
+    lapse_leases()
     assert journal.settle_due(get_client()).settled == count
     assert balance(customer) == (100, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("tie", UNCHANGEABLE.values(), ids=UNCHANGEABLE)
@@ -259,7 +260,7 @@ def test_f71_a_stuck_row_that_cannot_change_leaves_the_others(
     customer = fund(user)
     for number in range(3):
         guard(customer, 1, reference=TIED if number == 1 else "free").reserve()
-    let_lapse()
+    lapse_leases()
     journal.record_lapsed()
     Reservation.objects.update(stuck_at=timezone.now())
     row = Reservation.objects.get(reference=TIED)
@@ -315,7 +316,7 @@ def test_f71_no_receiver_stops_a_round(
         raise RuntimeError("this user has no name")
 
     monkeypatch.setattr(User, "__str__", no_name)
-    let_lapse()
+    lapse_leases()
     named = [each for each in vars(signals).values() if isinstance(each, Signal)]
     of_models = [model_signals.pre_save, model_signals.post_save]
     with raising([None], named) as sent, raising(OURS, of_models):
@@ -328,7 +329,7 @@ def test_f71_no_receiver_stops_a_round(
     assert sorted(states()) == ["committed", "released"]
     assert set(Grant.objects.values_list("state", flat=True)) == {"granted"}
     assert balance(customer) == (99, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_f71_a_low_balance_that_cannot_be_recorded_leaves_the_others(
@@ -346,7 +347,7 @@ def test_f71_a_low_balance_that_cannot_be_recorded_leaves_the_others(
         work.reserve()
         assert work.reservation is not None
         journal.record_success(work.reservation, 3)
-    let_lapse()
+    lapse_leases()
     condition = f"customer_id = {customers[1].pk}"
     signals.low_balance.connect(note)
     try:
@@ -388,7 +389,7 @@ def test_f71_a_grant_that_cannot_be_settled_leaves_the_others(
         assert f"Grant {row.pk} " in caplog.text
     grants.settle_due(get_client())
     assert Grant.objects.filter(state="granted").count() == 9
-    verify()
+    assert_books_balance()
 
 
 def test_f71_grants_whose_account_is_refused_leave_the_others(
@@ -428,7 +429,7 @@ def test_f71_a_hold_that_cannot_expire_leaves_the_others(
         left = f"The holds [{bad.pk}] of account {bad.account_id} do not expire"
         assert left in caplog.text
     assert operations.expire_due(size) == 2
-    verify()
+    assert_books_balance()
 
 
 def test_f71_an_account_that_cannot_change_leaves_the_others(

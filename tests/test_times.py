@@ -15,7 +15,8 @@ from django_meterly import get_client, guard, journal
 from django_meterly.db import DatabaseNow, in_utc
 from django_meterly.ledger.models import Entry, Hold
 from django_meterly.models import Customer, Reservation
-from tests.books import fund, states, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import fund, states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +83,7 @@ def test_f69_every_time_is_right(zone: str) -> None:
     assert not Reservation.objects.settled(60).exists()
     for entry in get_client().list_entries(str(customer.customer_id)).entries:
         assert is_now(entry.created_at)
-    verify()
+    assert_books_balance()
 
 
 def test_f69_the_wire_has_utc(zone: str) -> None:

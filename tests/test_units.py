@@ -27,7 +27,8 @@ from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Customer, Grant, Reservation
 from django_meterly.rest_framework.permissions import HasCredits
 from django_meterly.tasks import meterly_task
-from tests.books import balance, fund, states, sweep, verify
+from django_meterly.testing import assert_books_balance, sweep
+from tests.books import balance, fund, states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from django.test import Client
     from rest_framework.response import Response
 
-    from tests.faults import FaultyTransport
+    from django_meterly.testing import faults
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -231,7 +232,7 @@ def test_declared_units_and_those_of_nobody_work(
     with guard(customer, 5):
         pass
     assert balance(customer) == (90, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_the_balance_of_an_undeclared_unit_is_not_found(
@@ -245,7 +246,7 @@ def test_the_balance_of_an_undeclared_unit_is_not_found(
 
 
 def test_an_undeclared_default_unit_names_the_setting(
-    declare: Callable[..., None], remote: type[FaultyTransport]
+    declare: Callable[..., None], remote: faults
 ) -> None:
     declare(DEFAULT_UNIT=TYPO)
     uses: list[Callable[[], Any]] = [
@@ -380,12 +381,12 @@ def test_work_goes_on_when_its_unit_is_removed(
         undeclare()
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
-    verify()
+    assert_books_balance()
 
 
 @pytest.mark.parametrize("fault", [None, "unanswered", "lost"])
 def test_the_sweeper_settles_a_removed_unit(
-    remote: type[FaultyTransport], undeclare: Callable[[], None], fault: str | None
+    remote: faults, undeclare: Callable[[], None], fault: str | None
 ) -> None:
     customer = fund("user_1")
     if fault is not None:
@@ -403,11 +404,11 @@ def test_the_sweeper_settles_a_removed_unit(
     sweep()
     assert states() == ["released"]
     assert balance(customer) == (100, 0)
-    verify()
+    assert_books_balance()
 
 
 def test_a_pending_grant_of_a_removed_unit_is_made(
-    remote: type[FaultyTransport], undeclare: Callable[[], None]
+    remote: faults, undeclare: Callable[[], None]
 ) -> None:
     customer = Customer.objects.resolve("user_1")
     remote.meet("grant_credits", "lost")

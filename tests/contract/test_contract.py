@@ -28,10 +28,11 @@ from django_meterly.errors import (
     MeterlyUnknownOutcomeError,
 )
 from django_meterly.ledger.models import Hold
+from django_meterly.ledger.transport import LedgerTransport
+from django_meterly.testing import FaultyTransport, faults
 from django_meterly.transports import Call
 from django_meterly.transports.base import MAX_AMOUNT
 from django_meterly.types import Balance
-from tests.faults import FaultyTransport
 
 # Of the transports, one for each test: they take turns.
 pytestmark = [pytest.mark.database, pytest.mark.sample(1)]
@@ -559,8 +560,7 @@ def test_async_guard_has_the_same_rules(meterly, customer):
 def test_f02_lost_answer_of_a_guard_neither_holds_nor_charges_twice(
     transactional_db: None, operation: str, fault: str
 ) -> None:
-    FaultyTransport.reset()
-    meterly = MeterlyClient(transport=FaultyTransport())
+    meterly = MeterlyClient(transport=FaultyTransport(LedgerTransport()))
     customer = meterly.grant_credits("user_1", 100, "tokens", "g").grant.customer_id
     done: list[int] = []
 
@@ -569,8 +569,10 @@ def test_f02_lost_answer_of_a_guard_neither_holds_nor_charges_twice(
             customer, 10, idempotency_key="k", callback=lambda: done.append(1)
         )
 
-    FaultyTransport.meet(operation, fault)
-    with pytest.raises(MeterlyUnknownOutcomeError) as unknown:
+    with (
+        faults(**{operation: [fault]}),
+        pytest.raises(MeterlyUnknownOutcomeError) as unknown,
+    ):
         guarded()
     if operation == "commit_reservation":
         assert unknown.value.idempotency_key == "k:commit"
@@ -600,7 +602,6 @@ def test_f02_lost_answer_of_a_guard_neither_holds_nor_charges_twice(
         guarded()
     assert done == [1]
     assert meterly.get_balance(customer) == tokens(90)
-    FaultyTransport.reset()
 
 
 # Entries

@@ -16,7 +16,8 @@ def tell(name: str) -> None:
 
     from django_meterly import guard
     from django_meterly.models import Customer
-    from tests.books import balance, fund, verify
+    from django_meterly.testing import assert_books_balance
+    from tests.books import balance, fund
     from tests.owners.models import new
 
     model = apps.get_model("owners", name)
@@ -58,7 +59,7 @@ def tell(name: str) -> None:
         with pytest.raises(ValueError, match="save it"):
             for_owner(unsaved)
     assert Customer.objects.count() == 3
-    verify()
+    assert_books_balance()
 
 
 def main() -> None:
