@@ -430,9 +430,9 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
     ]
     values: dict[str, Any] = {}
     for variable in sorted({*env.ENVIRON, *declared}):
-        name = variable.removeprefix(start)
-        if name == variable:
+        if not variable.startswith(start):
             continue
+        name = variable.removeprefix(start)
         if name in DEFAULTS:
             if (value := _read(env, variable, name)) is not _EMPTY:
                 values[name] = value
@@ -464,7 +464,9 @@ def _read(env: environ.Env, variable: str, name: str) -> Any:
         value = env.get_value(variable.removeprefix(env.prefix), cast=Secret)
     except (OSError, ValueError) as exc:
         problem = f"cannot be read from its file: {type(exc).__name__}"
-    except ImproperlyConfigured:
+    except (ImproperlyConfigured, RecursionError):
+        if variable not in env.ENVIRON:
+            return _EMPTY  # Only METERLY_..._FILE is there, and it is empty.
         problem = (
             "begins with $, and so django-environ takes it for the name of another "
             "variable, which is not set. With Env.escape_proxy = True, \\$ is a $"
@@ -472,7 +474,7 @@ def _read(env: environ.Env, variable: str, name: str) -> Any:
     else:
         if not isinstance(value, str):
             # A default of the scheme.
-            return value
+            return _EMPTY if value is None else value
         value = Secret(value.strip())
         if not value and not default:
             return _EMPTY

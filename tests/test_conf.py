@@ -400,15 +400,21 @@ def test_f65_name_that_is_not_ours_is_ignored_and_warned_of(
 
 def test_f65_scheme_and_prefix_of_the_env_are_kept() -> None:
     scheme = {"METERLY_DEADLINE": (float, 2.5), "METERLY_API_KEY": (str, "mk_test_x")}
+    scheme |= {"METERLY_SIGNER": (str, None), "METERLY_READ_TIMEOUT": (int, 4)}
     env = Environ(**scheme, METERLY_OVERAGE=str, DEBUG=(bool, False))
     env.ENVIRON = {"METERLY_DEADLINE": "1e1"}
-    assert from_env(env) == {"DEADLINE": 10, "API_KEY": "mk_test_x"}
+    assert from_env(env) == {
+        "DEADLINE": 10,
+        "API_KEY": "mk_test_x",
+        "READ_TIMEOUT": 4,
+    }
     env = environment(SHOP_METERLY_API_KEY="a", METERLY_API_KEY="b", SHOP_B_API_KEY="c")
     env.prefix = "SHOP_"
     assert from_env(env) == {"API_KEY": "a"}
     assert from_env(env, "B_") == {"API_KEY": "c"}
     env.prefix = ""
     assert from_env(env, "SHOP_METERLY_") == {"API_KEY": "a"}
+    assert from_env(environment(API_KEY="d", PATH="/bin"), "") == {"API_KEY": "d"}
 
 
 def test_f65_smart_casts_and_defaults_change_nothing() -> None:
@@ -426,6 +432,9 @@ def test_f65_value_that_begins_with_a_dollar_is_another_variables() -> None:
     ) as (caught):
         from_env(env)
     assert "mk_test_x" not in str(caught.value)
+    env = environment(METERLY_API_KEY="$METERLY_API_KEY")
+    with pytest.raises(ImproperlyConfigured, match=r"METERLY_API_KEY begins with \$"):
+        from_env(env)
     env = environment(METERLY_API_KEY=r"\$mk_test_x")
     env.escape_proxy = True
     assert from_env(env) == {"API_KEY": "$mk_test_x"}
@@ -464,6 +473,8 @@ def test_f65_secret_is_read_from_its_file(tmp_path: Path) -> None:
     assert "mk_test_x" not in repr(values)
     with pytest.raises(ImproperlyConfigured, match=r"METERLY_API_KEY_FILE .*FileAware"):
         from_env(environment(**variables))
+    env.ENVIRON = FileAwareMapping({"METERLY_API_KEY_FILE": ""})
+    assert from_env(env) == {}
     for content in (None, b"\xff\xfe"):
         file.unlink()
         if content:
