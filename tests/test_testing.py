@@ -991,7 +991,8 @@ def test_the_ledger_at_the_far_end_is_the_one_of_the_settings() -> None:
                     assert repr(get_client().transport) == f"FaultyTransport({kind}())"
                     longest = FaultyTransport.longest_hold()
                     assert longest == LedgerTransport.longest_hold()
-            assert repr(get_client().transport) == f"{kind}()"
+    with override_meterly(TRANSPORT=f"{__name__}.Second"):
+        assert repr(get_client().transport) == "Second()"
     with override_meterly(TRANSPORT=f"{testing.__name__}.FaultyTransport"):
         assert repr(get_client().transport) == "FaultyTransport(LedgerTransport())"
 
