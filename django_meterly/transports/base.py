@@ -42,6 +42,10 @@ ROUTES: dict[str, tuple[str, str]] = {
 }
 
 
+#: Calls that name nothing which could be missing: their 404 is not a ledger's.
+NEVER_MISSING = ("create_customer", "find_customer", "grant_credits")
+
+
 @dataclass(frozen=True, slots=True)
 class Statement:
     """SQL of the caller's that is to be one statement with a movement.
