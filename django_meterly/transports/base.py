@@ -360,8 +360,9 @@ def check_base_url(
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as exc:
-        raise ValueError(f"{name} must be a URL, {like}, not {this}.") from exc
+    except ValueError:
+        # Its message would show the port, or a part of a password.
+        raise ValueError(f"{name} must be a URL, {like}, not {this}.") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{name} must be an http or https URL, {like}, not {this}.")
     if parts.username is not None or set(url) & {"?", "#"}:
