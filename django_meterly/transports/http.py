@@ -41,7 +41,7 @@ from ..errors import (
     api_error,
     is_known,
 )
-from .base import Transport, check_api_key, check_base_url
+from .base import NEVER_MISSING, Transport, check_api_key, check_base_url
 from .signing import Secret, signer_for
 
 if TYPE_CHECKING:
@@ -291,6 +291,8 @@ class HttpTransport(Transport):
         # nothing about a customer.
         by_code = status in (401, 403, 404)
         ours = is_known(code) if by_code else isinstance(code, str)
+        if status == 404 and call.operation in NEVER_MISSING:
+            ours = False
         if not by_status and not (400 <= status < 600 and ours):
             return MeterlyUnknownOutcomeError(
                 f"{self.name_of(call)} (request {request_id}) was answered with status "

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from django.db import connections
 
-from django_meterly.client import MeterlyClient
+from django_meterly import MeterlyClient
 from django_meterly.db import from_now
 from django_meterly.errors import (
     MeterlyApiError,
@@ -693,3 +693,23 @@ def test_f41_deliveries_of_one_grant_at_once_are_one_grant(meterly):
     )
     assert all(answer == answers[0] for answer in answers), answers
     assert answers[0].balance == tokens(10)
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/reservations", "/elsewhere"])
+def test_f67_wrong_path_of_the_ledger_is_an_outage_that_names_it(
+    live_ledger: str, api_key: str, path: str
+) -> None:
+    url = f"{live_ledger}{path}"
+    patience = {"read_timeout": 30, "deadline": 60, "max_attempts": 1}
+    with MeterlyClient(api_key, base_url=url, **patience) as meterly:
+        for call in (
+            lambda: meterly.create_customer("user_1", "image_credits"),
+            lambda: meterly.find_customer("user_1"),
+            lambda: meterly.get_balance("cus_1"),
+            lambda: meterly.reserve_credits("cus_1", 1),
+            lambda: meterly.commit_reservation("res_1"),
+        ):
+            with pytest.raises(MeterlyUnknownOutcomeError) as caught:
+                call()
+            assert url.rstrip("/") in str(caught.value)
+            assert 'METERLY["BASE_URL"]' in str(caught.value)

@@ -305,7 +305,7 @@ def test_other_methods_are_refused(api):
 @pytest.mark.parametrize("method", ["get", "put"])
 def test_unknown_path_is_a_json_404(api, path, method):
     response = getattr(api.client, method)(f"/ledger{path}")
-    is_error(response, 404, "not_found")
+    is_error(response, 404, "unknown_path")
 
 
 # Who is let in

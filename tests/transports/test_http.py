@@ -22,12 +22,14 @@ from django_meterly.errors import (
     MeterlyApiError,
     MeterlyError,
     MeterlyInsufficientCreditsError,
+    MeterlyNotFoundError,
     MeterlyNotSentError,
     MeterlyRateLimitedError,
     MeterlyServerError,
     MeterlyUnknownOutcomeError,
 )
 from django_meterly.transports import Call, HttpTransport
+from django_meterly.transports.base import ROUTES
 from tests.transports.server import (
     BALANCE,
     KEY,
@@ -410,6 +412,21 @@ def test_f67_code_of_another_api_is_an_outage(serve, body, status):
     assert type(caught.value) is MeterlyUnknownOutcomeError
     assert f"{server.url}/v1/reservations" in str(caught.value)
     assert 'METERLY["BASE_URL"]' in str(caught.value)
+
+
+@pytest.mark.parametrize("operation", list(ROUTES))
+def test_f67_404_of_a_call_that_names_nothing_is_an_outage(serve, operation):
+    body = {"error": {"code": "not_found", "message": "no"}, "requestId": "r1"}
+    server = serve(answer(body, "404 Not Found"))
+    ids = {"customerId": "c1", "reservationId": "r1"}
+    with pytest.raises(MeterlyError) as caught:
+        server.transport.send(Call(operation, ids, "key-1"))
+    names_nothing = ("create_customer", "find_customer", "grant_credits")
+    if operation in names_nothing:
+        assert type(caught.value) is MeterlyUnknownOutcomeError
+        assert 'METERLY["BASE_URL"]' in str(caught.value)
+    else:
+        assert type(caught.value) is MeterlyNotFoundError
 
 
 @pytest.mark.parametrize("path", ["", "/v1", "/v1/", "/wrong"])

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from django.db import connections, transaction
 from django.http import HttpResponse
-from rest_framework.exceptions import MethodNotAllowed, NotFound, ParseError
+from rest_framework.exceptions import MethodNotAllowed, ParseError
 from rest_framework.negotiation import DefaultContentNegotiation
 from rest_framework.renderers import BaseRenderer, JSONRenderer
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from ...errors import MeterlyApiError
 from ..authentication import Claim, KeyAuthentication, ScopePermission, target_of
 from ..operations import write_alias
 from ..service import perform
@@ -143,12 +144,16 @@ class OperationView(APIView):
 
 
 class UnknownPathView(OperationView):
-    """Answers the contract's 404 where the contract has no path."""
+    """Answers 404 where the contract has no path.
+
+    By a code of its own: a client whose base URL is wrong must not take it for the 404
+    of a customer.
+    """
 
     schema = None
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        raise NotFound("There is no such path.")
+        raise MeterlyApiError("There is no such path.", status=404, code="unknown_path")
 
 
 class _PublicView(OperationView):
