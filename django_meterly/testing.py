@@ -34,7 +34,7 @@ from django.test.utils import TestContextDecorator, override_settings
 from django.utils.module_loading import import_string
 
 from . import client as clients
-from . import grants, journal
+from . import grants, journal, units
 from .client import MeterlyClient, get_client
 from .conf import DEFAULTS, meterly_settings, suggestion
 from .db import from_now
@@ -45,7 +45,7 @@ from .errors import (
     MeterlyUsageError,
 )
 from .models import Customer, Reservation
-from .transports.base import ROUTES, Call, Transport, check_amount, check_unit
+from .transports.base import ROUTES, Call, Transport, check_amount
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -233,7 +233,7 @@ class override_credits(_Block[Customer]):  # noqa: N801
                 "Name the credits: override_credits(user, image_credits=100)."
             )
         for unit, amount in credits.items():
-            check_amount(amount, check_unit(unit), minimum=0)
+            check_amount(amount, units.check_declared(unit), minimum=0)
         super().__init__()
         self._owner = owner
         self._credits = credits
@@ -324,7 +324,7 @@ class assert_charged(_Block[None]):  # noqa: N801
         super().__init__()
         self._owner = owner
         self._amount = check_amount(amount, minimum=0)
-        self._unit = None if unit is None else check_unit(unit)
+        self._unit = None if unit is None else units.check_declared(unit)
 
     def enable(self) -> None:
         unit = self._unit or meterly_settings.DEFAULT_UNIT
