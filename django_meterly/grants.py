@@ -115,7 +115,8 @@ def settle(client: MeterlyClient, row: Grant) -> bool:
 def _collect(client: MeterlyClient, row: Grant) -> None:
     """Have what the customer owes paid from the grant."""
     try:
-        row.customer.refresh_from_db(fields=["owes"])
+        using = router.db_for_write(Customer)
+        row.customer.refresh_from_db(using=using, fields=["owes"])
         if row.customer.owes:
             collect(client, row.customer, row.unit)
     except (MeterlyError, Error):
@@ -139,7 +140,8 @@ def settle_due(client: MeterlyClient) -> int:
     Stops when the ledger is out of reach: the others can wait for the next run.
     """
     pending = (
-        Grant.objects.filter(state=State.PENDING)
+        Grant.objects.using(router.db_for_write(Grant))
+        .filter(state=State.PENDING)
         .select_related("customer")
         # A grant the ledger cannot answer must not stand in the others' way.
         .order_by("?")[:BATCH]
