@@ -167,7 +167,8 @@ def settle(client: MeterlyClient, row: Grant) -> bool:
 def _collect(client: MeterlyClient, row: Grant) -> None:
     """Have what the customer owes paid from the grant."""
     try:
-        row.customer.refresh_from_db(fields=["owes"])
+        using = router.db_for_write(Customer)
+        row.customer.refresh_from_db(using=using, fields=["owes"])
         if row.customer.owes:
             collect(client, row.customer, row.unit)
     except (MeterlyError, Error):

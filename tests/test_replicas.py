@@ -1,0 +1,65 @@
+"""Reads that decide something go to the database that is written to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from django_meterly import MeterlyDuplicateError, get_client, grants, guard, journal
+from django_meterly.errors import MeterlyDebtError
+from django_meterly.ledger import operations
+from tests.books import balance, fund, states, verify
+
+if TYPE_CHECKING:
+    from django.contrib.auth.models import User
+    from django.test import Client
+
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.database]
+
+
+class Replica:
+    """Sends reads to a replica that lags so far behind that it is not there yet."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str | None:
+        return "replica" if model._meta.app_label.startswith("meterly") else None
+
+    def db_for_write(self, model: Any, **hints: Any) -> str:
+        return "default"
+
+
+def test_f69_a_replica_that_lags_decides_nothing(
+    client: Client, user: User, any_ledger: Any, settings: Any
+) -> None:
+    client.force_login(user)
+    customer = fund(user)
+    settings.DATABASE_ROUTERS = [Replica()]
+    grants.grant(
+        get_client(), customer, 10, "image_credits", reason="more", reference="more"
+    )
+    grants.grant(None, customer, 10, "image_credits", reason="later", reference="later")
+    assert grants.settle_due(get_client()) == 1
+    with guard(user, 10) as work:
+        work.charge(200)
+    with pytest.raises(MeterlyDebtError):
+        guard(user, 4).reserve()
+    # It pays the debt.
+    customer.refresh_from_db(using="default")
+    grants.grant(
+        get_client(), customer, 200, "image_credits", reason="paid", reference="paid"
+    )
+    with guard(user, 4, idempotency_key="once"):
+        pass
+    with pytest.raises(MeterlyDuplicateError):
+        guard(user, 4, idempotency_key="once").reserve()
+    with pytest.raises(RuntimeError), guard(user, 1):
+        raise RuntimeError
+    assert client.post("/paid/").status_code == 200
+    journal.sweep(get_client())
+    operations.expire_due()
+    verify()
+    settings.DATABASE_ROUTERS = []
+    assert states() == ["committed", "committed", "released", "committed"]
+    assert balance(customer) == (320 - 200 - 4 - 25, 0)
+    customer.refresh_from_db()
+    assert not customer.owes
