@@ -260,11 +260,26 @@ if django.VERSION < (6, 1):
 #: Quick, and far from what the other tests have: one without anything, one of DRF.
 QUICK = ("bare", "tokens", "beat")
 SLOW = pytest.mark.slow("whole projects, of which two were run")
+#: Projects that do not work yet.
+BROKEN = {
+    "replica": pytest.mark.xfail(
+        reason="F69: a user who was read from the replica cannot own a customer"
+    )
+}
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in QUICK else SLOW) for name in STORIES],
+    [
+        pytest.param(
+            name,
+            marks=[
+                *(() if name in QUICK else (SLOW,)),
+                *((BROKEN[name],) if name in BROKEN else ()),
+            ],
+        )
+        for name in STORIES
+    ],
 )
 def test_a_whole_project_reserves_charges_and_releases(
     name: str, tmp_path: Path
