@@ -11,7 +11,8 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Info, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DatabaseError, OperationalError, connections, router
+from django.db import Error as AnyDatabaseError
+from django.db import connections, router
 from django.urls import get_resolver
 
 from . import methods, units
@@ -211,7 +212,7 @@ def check_customer_model(
             if table not in connection.introspection.table_names(cursor):
                 return []
             relations = connection.introspection.get_relations(cursor, table)
-    except (ImproperlyConfigured, OperationalError):
+    except (ImproperlyConfigured, AnyDatabaseError):
         # check_settings reports the one, and this is no check for the other.
         return []
     actual = relations.get(Customer._meta.get_field("owner").column)
@@ -553,7 +554,7 @@ def check_sweeping(
         if Reservation._meta.db_table not in tables:
             return []
         overdue = journal.backlog(OVERDUE)
-    except (ImproperlyConfigured, DatabaseError):
+    except (ImproperlyConfigured, AnyDatabaseError):
         # A database out of reach, or before its migrations: not for this check.
         return []
     if overdue.oldest_due_seconds is None:

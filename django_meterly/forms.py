@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from django import forms
 from django.core.exceptions import ValidationError
+from django.db import router
 from django.utils import formats
 from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
@@ -48,6 +49,10 @@ class CustomerForm(CustomerModelForm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if field := self.fields.get("owner"):
+            # An owner who was read from a replica cannot be assigned.
+            queryset = cast(Any, field).queryset
+            cast(Any, field).queryset = queryset.using(router.db_for_write(Customer))
         # Once the customer exists it is read-only, and no field.
         if field := self.fields.get("external_id"):
             field.required = False

@@ -68,6 +68,7 @@ def grant(
     check_text(reference, "reference")
     if not check_description(reason, "reason", length=MAX_REASON_LENGTH).strip():
         raise ValueError("Give a reason: it is kept with the grant.")
+    customer = Customer.objects.resolve(customer)
     using = router.db_for_write(Grant)
     try:
         with transaction.atomic(using=using):
@@ -77,7 +78,7 @@ def grant(
                 amount=amount,
                 reason=reason,
                 reference=reference,
-                actor=actor,
+                actor_id=None if actor is None else actor.pk,
             )
     except IntegrityError as exc:
         first = Grant.objects.using(using).get(

@@ -127,7 +127,11 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
         a string that cannot be an external id.
         """
         if isinstance(value, Customer):
-            return value
+            self._for_write = True
+            # Rows can only be tied to one that comes from the same database.
+            if value._state.db in (None, self.db):
+                return value
+            return self.get(pk=value.pk)
         if isinstance(value, str):
             check_text(value, "external_id")
             return self._known("external_id", value) or self._add(value)

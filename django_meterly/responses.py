@@ -261,7 +261,11 @@ def _engine() -> Engine:
                 builtins=theirs.builtins,
             )
     return Engine(
-        dirs=[str(_TEMPLATES)], libraries={"i18n": "django.templatetags.i18n"}
+        dirs=[str(_TEMPLATES)],
+        libraries={
+            "i18n": "django.templatetags.i18n",
+            "meterly": "django_meterly.templatetags.meterly",
+        },
     )
 
 

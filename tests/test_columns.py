@@ -12,7 +12,8 @@ from django.db import connection
 
 from django_meterly import get_client, guard
 from django_meterly.ledger import operations
-from tests.books import balance, fund_by_grant, states, sweep, verify
+from django_meterly.testing import assert_books_balance, sweep
+from tests.books import balance, fund_by_grant, states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +59,7 @@ def everything(user: User, client: Client) -> None:
     get_client().list_entries(str(customer.customer_id))
     operations.expire_due()
     call_command("meterly_ledger_seal", verbosity=0)
-    verify()
+    assert_books_balance()
 
 
 def add_columns(added: list[str]) -> None:

@@ -260,12 +260,6 @@ if django.VERSION < (6, 1):
 #: Quick, and far from what the other tests have: one without anything, one of DRF.
 QUICK = ("bare", "tokens", "beat")
 SLOW = pytest.mark.slow("whole projects, of which two were run")
-#: Projects that do not work yet.
-BROKEN = {
-    "replica": pytest.mark.xfail(
-        reason="F69: a user who was read from the replica cannot own a customer"
-    )
-}
 
 
 @pytest.mark.parametrize(
@@ -273,10 +267,7 @@ BROKEN = {
     [
         pytest.param(
             name,
-            marks=[
-                *(() if name in QUICK else (SLOW,)),
-                *((BROKEN[name],) if name in BROKEN else ()),
-            ],
+            marks=() if name in QUICK else SLOW,
         )
         for name in STORIES
     ],

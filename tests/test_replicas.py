@@ -9,7 +9,8 @@ import pytest
 from django_meterly import MeterlyDuplicateError, get_client, grants, guard, journal
 from django_meterly.errors import MeterlyDebtError
 from django_meterly.ledger import operations
-from tests.books import balance, fund, states, verify
+from django_meterly.testing import assert_books_balance
+from tests.books import balance, fund, states
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
@@ -57,9 +58,36 @@ def test_f69_a_replica_that_lags_decides_nothing(
     assert client.post("/paid/").status_code == 200
     journal.sweep(get_client())
     operations.expire_due()
-    verify()
+    assert_books_balance()
     settings.DATABASE_ROUTERS = []
     assert states() == ["committed", "committed", "released", "committed"]
     assert balance(customer) == (320 - 200 - 4 - 25, 0)
     customer.refresh_from_db()
     assert not customer.owes
+
+
+def test_f69_customers_and_users_who_come_from_a_replica_pay_and_grant(
+    user: User, any_ledger: Any, settings: Any
+) -> None:
+    customer = fund(user)
+    settings.DATABASE_ROUTERS = [Replica()]
+    # As if they had been read there. The router says nothing about relations.
+    customer._state.db = user._state.db = "replica"
+    with guard(customer, 10):
+        pass
+    with guard(user, 10):
+        pass
+    grant, created = grants.grant(
+        get_client(),
+        customer,
+        5,
+        "image_credits",
+        reason="more",
+        reference="more",
+        actor=user,
+    )
+    assert created
+    assert grant.actor_id == user.pk
+    settings.DATABASE_ROUTERS = []
+    assert states() == ["committed", "committed"]
+    assert balance(customer) == (85, 0)

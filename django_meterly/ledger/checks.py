@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DatabaseError, connections
+from django.db import Error as AnyDatabaseError
+from django.db import connections
 
 from ..db import missing_tables
 from .conf import DEFAULTS, ledger_settings
@@ -51,7 +52,7 @@ def check_triggers(
         if Entry._meta.db_table not in connection.introspection.table_names():
             return []
         names = [trigger.name for trigger in missing(connection)]
-    except DatabaseError:
+    except AnyDatabaseError:
         # A database out of reach: not for this check.
         return []
     if not names:
