@@ -461,11 +461,11 @@ def check_units(**kwargs: Any) -> list[CheckMessage]:
     """Refuse guards of units that ``UNITS`` does not declare, or recommend it."""
     try:
         declared = meterly_settings.UNITS
+        usual = meterly_settings.DEFAULT_UNIT or "image_credits"
         named = [(name, options.unit) for name, options in _guards() if options.unit]
     except (ImproperlyConfigured, ImportError, TypeError, ValueError, AttributeError):
         return []  # The others report it.
     if not declared:
-        usual = str(meterly_settings.DEFAULT_UNIT or "image_credits")
         found = sorted({usual, *(unit for _, unit in named)})
         example = {unit: unit.replace("_", " ") for unit in found}
         return [

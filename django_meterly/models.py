@@ -198,9 +198,8 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
                     continue
             if known.owner_id is not None:
                 logger.warning(
-                    "%s returns the external id %r for two owners. The second one gets "
-                    "another.",
-                    meterly_settings.EXTERNAL_ID,
+                    "METERLY['EXTERNAL_ID'] returns %r for two owners. The second one "
+                    "gets another external id.",
                     name,
                 )
             name = next(names)

@@ -53,6 +53,7 @@ def sell() -> None:
 
     from django_meterly import errors, get_client, guard
     from django_meterly.ledger import checks, operations
+    from django_meterly.testing import assert_books_balance, sweep
     from tests import books
 
     user = User.objects.create_user("alice")
@@ -68,7 +69,7 @@ def sell() -> None:
     with pytest.raises(errors.MeterlyInsufficientCreditsError):
         guard(user, 1000).reserve()
     guard(user, 10).reserve()
-    books.sweep()
+    sweep()
     client = Client()
     client.force_login(user)
     assert client.post("/paid/").status_code == 200
@@ -83,7 +84,7 @@ def sell() -> None:
         "committed",
     ]
     assert books.balance(customer) == (60, 0)
-    books.verify()
+    assert_books_balance()
     assert checks.check_triggers(databases=["default"]) == []
 
 

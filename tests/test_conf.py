@@ -11,7 +11,6 @@ from typing import Any
 import environ
 import pytest
 from django.contrib.auth.models import User
-from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.translation import gettext_lazy
 from environ import FileAwareEnv
@@ -25,6 +24,7 @@ from django_meterly.resolvers import external_id
 from django_meterly.transports import HttpTransport
 from django_meterly.transports.base import shown
 from django_meterly.transports.signing import BearerSigner, Secret
+from tests.test_checks import found
 
 # Some checks look into the database.
 pytestmark = pytest.mark.django_db
@@ -78,7 +78,7 @@ def test_meterly_must_be_a_dict(settings: Any, value: Any) -> None:
         _ = meterly_settings.DEADLINE
     with pytest.raises(ImproperlyConfigured, match=f"must be a dict, not {kind}"):
         get_client()
-    messages = run_checks(tags=["meterly"], databases=["default"])
+    messages = found(databases=["default"])
     assert [each.id for each in messages] == ["meterly.E001"]
 
 
@@ -89,7 +89,7 @@ def test_every_unknown_name_is_an_error_of_its_own(settings: Any, name: Any) -> 
     settings.METERLY = {name: "x", "NO_SUCH": 1}
     with pytest.raises(ImproperlyConfigured, match="There is no setting METERLY"):
         _ = meterly_settings.DEADLINE
-    errors = run_checks(tags=["meterly"], databases=["default"])
+    errors = found(databases=["default"])
     assert [error.id for error in errors] == ["meterly.E002"] * 2
     assert f"METERLY[{shown(name)}]" in errors[0].msg
 
@@ -122,6 +122,7 @@ FINE: dict[str, list[Any]] = {
     "LOW_BALANCE_COOLDOWN": [1.5],
     "LEASE_GRACE": [1.5],
 }
+FINE["UNITS"] = [{}]
 FINE["DEFAULT_UNIT"] += ["json.dumps"]
 FINE["API_KEY"] += ["django_meterly.transports", "json.dumps"]
 
@@ -141,7 +142,7 @@ def test_a_wrong_value_is_an_error_that_names_the_setting(
     for value in WRONG:
         settings.METERLY = {**project, name: value}
         shown = repr(value)[:100] if value is not HUGE else "huge"
-        errors = [each for each in run_checks(tags=["meterly"]) if each.is_serious()]
+        errors = [each for each in found() if each.is_serious()]
         if is_fine(name, value):
             assert errors == [], shown
             getattr(meterly_settings, name)
@@ -173,7 +174,7 @@ def test_functions_and_classes_are_given_as_they_are_or_by_their_paths(
     for each in (value, f"{value.__module__}.{value.__qualname__}"):
         settings.METERLY = {"API_KEY": "mk_test_x", name: each}
         assert getattr(meterly_settings, name) is value
-        assert run_checks(tags=["meterly"]) == []
+        assert found() == []
         assert isinstance(get_client().transport, HttpTransport)
 
 
@@ -194,7 +195,7 @@ def test_a_path_that_leads_to_no_function_is_refused(
     settings.METERLY = {"API_KEY": "mk_test_x", name: path}
     with pytest.raises(ImproperlyConfigured, match=rf"^METERLY\['{name}'\] .*{why}"):
         getattr(meterly_settings, name)
-    (error,) = run_checks(tags=["meterly"])
+    (error,) = found()
     assert error.id == "meterly.E004"
 
 
@@ -215,7 +216,7 @@ def test_a_customer_model_that_is_not_there_gets_a_suggestion(
     settings: Any, value: Any, meant: str
 ) -> None:
     settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": value}
-    (error,) = run_checks(tags=["meterly"])
+    (error,) = found()
     assert error.id == "meterly.E003"
     assert error.msg.startswith("METERLY['CUSTOMER_MODEL'] ")
     assert error.msg.endswith(f"Did you mean {meant}?" if meant else ".")
@@ -231,7 +232,7 @@ def test_a_customer_model_is_named_as_django_names_models(
     settings: Any, value: Any
 ) -> None:
     settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": value}
-    assert run_checks(tags=["meterly"]) == []
+    assert found() == []
 
 
 # The environment
@@ -392,7 +393,7 @@ def test_f65_name_that_is_not_ours_is_ignored_and_warned_of(
     name: str, hint: str
 ) -> None:
     assert from_env(environment(**{f"OUR_{name}": "x"}), "OUR_") == {}
-    (warning,) = run_checks(tags=["meterly"])
+    (warning,) = found()
     assert warning.id == "meterly.W013"
     assert f"OUR_{name} names no setting" in warning.msg
     assert warning.msg.endswith(f"Did you mean '{hint}'?" if hint else "ignores it.")

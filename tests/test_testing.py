@@ -1080,7 +1080,7 @@ class OverriddenTests(TestCase):
         assert meterly_settings.DEFAULT_UNIT == "tokens"
 
     def test_the_others_stay(self) -> None:
-        assert meterly_settings.TRANSPORT.endswith("LedgerTransport")
+        assert meterly_settings.TRANSPORT is LedgerTransport
         with override_meterly(ENFORCEMENT="off"):
             assert meterly_settings.DEFAULT_UNIT == "tokens"
             assert meterly_settings.ENFORCEMENT == "off"

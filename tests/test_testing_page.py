@@ -247,10 +247,10 @@ def test_closed(meterly_books, meterly_credits):
 
 def test_settings(settings, meterly_faults):
     settings.METERLY = {**settings.METERLY, "ENFORCEMENT": "shadow"}
-    assert "Faulty" in meterly_settings.TRANSPORT
+    assert "Faulty" in meterly_settings.TRANSPORT.__name__
 
 def test_after_it():
-    assert meterly_settings.TRANSPORT.endswith("LedgerTransport")
+    assert meterly_settings.TRANSPORT.__name__ == "LedgerTransport"
     assert meterly_settings.ENFORCEMENT == "enforce"
 """
         },

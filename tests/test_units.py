@@ -296,9 +296,9 @@ def test_invalid_units_are_refused_where_they_are_read(
     declare: Callable[..., None], units: Any
 ) -> None:
     declare(units)
-    with pytest.raises(ImproperlyConfigured, match=r"METERLY\['UNITS'\] must be"):
+    with pytest.raises(ImproperlyConfigured, match=r"^METERLY\['UNITS'\]"):
         _ = meterly_settings.UNITS
-    with pytest.raises(ImproperlyConfigured, match=r"METERLY\['UNITS'\] must be"):
+    with pytest.raises(ImproperlyConfigured, match=r"^METERLY\['UNITS'\]"):
         guard("user_1", 5, "image_credits")
     assert [message.id for message in found()] == ["meterly.E003"]
     assert "UNITS" in found()[0].msg

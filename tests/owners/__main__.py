@@ -23,7 +23,8 @@ def tell(name: str) -> None:
     model = apps.get_model("owners", name)
     for_owner = Customer.objects.for_owner
 
-    ids = [message.id for message in run_checks(tags=["meterly"])]
+    messages = run_checks(tags=["meterly"])
+    ids = [message.id for message in messages if not message.is_silenced()]
     assert ids == ([] if name == "ProxyUser" else ["meterly.W012"])
 
     first, second = new(name, 1), new(name, 2)
