@@ -541,7 +541,7 @@ def test_async_twins_do_the_same(user: User) -> None:
         async_to_sync(Customer.objects.all().aresolve)(7)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "model",
     [

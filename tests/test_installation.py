@@ -150,7 +150,7 @@ COMMANDS: list[Any] = [
 ]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_transport_of_a_ledger_that_is_not_installed_is_e005(
     project: Project, command: list[str]
@@ -162,7 +162,7 @@ def test_transport_of_a_ledger_that_is_not_installed_is_e005(
 IMPORTS = ("transport", "models", "admin", "tasks", "urls", "operations", "seals")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "module",
     [
@@ -196,7 +196,7 @@ def test_urls_of_a_ledger_that_is_not_installed_name_the_remedy(
     assert ends_with(project.manage("check"), ADD_LEDGER)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "module", ["models", "admin", "forms", "grants", "journal", "guards", "mixins"]
 )
@@ -218,7 +218,7 @@ def test_request_without_the_integrations_app_names_the_remedy(
     assert ends_with(project.run("-c", REQUEST), ADD_METERLY)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "apps",
     [
@@ -299,7 +299,7 @@ WRONG = {
 }
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_wrong_settings_are_an_error_of_a_check_in_every_command(
@@ -310,7 +310,7 @@ def test_wrong_settings_are_an_error_of_a_check_in_every_command(
     assert complains(project.manage(*command), check, text)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_settings_end_a_first_request_and_a_migration_with_their_names(
     project: Project, wrong: str
@@ -340,6 +340,7 @@ def test_a_customer_model_gets_a_suggestion_by_the_check(project: Project) -> No
 # Tables that are missing
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("app", ["django_meterly", "django_meterly.ledger"])
 def test_missing_tables_are_warned_of_until_they_are_migrated(
     project: Project, app: str

@@ -257,9 +257,9 @@ if django.VERSION < (6, 1):
     # django-celery-beat 2.9 does not allow Django 6.1. tox installs it below that,
     # where only quick tests are run.
     STORIES["beat"] = Beat
-#: Quick, and far from what the other tests have: one without anything, one of DRF.
-QUICK = ("bare", "tokens", "beat")
-SLOW = pytest.mark.slow("whole projects, of which two were run")
+#: Quick, and far from what the other tests have.
+QUICK = ("bare", "beat")
+SLOW = pytest.mark.slow("whole projects, of which some were run")
 
 
 @pytest.mark.parametrize(

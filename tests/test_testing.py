@@ -876,7 +876,9 @@ def _calls(client: MeterlyClient, customer_id: str) -> dict[str, Any]:
     held = client.reserve_credits(customer_id, 1, reference="r")
     hold = held.reservation_id
     return {
-        "create_customer": lambda: client.create_customer("user_2", "image_credits"),
+        "create_customer": lambda: client.create_customer(
+            str(uuid.uuid4()), "image_credits"
+        ),
         "find_customer": lambda: client.find_customer("user_1"),
         "grant_credits": lambda: client.grant_credits(
             "user_1", 5, "image_credits", "grant"

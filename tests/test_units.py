@@ -336,20 +336,20 @@ def found() -> list[Any]:
 def test_checks_find_the_guards_of_undeclared_units(
     declare: Callable[..., None],
 ) -> None:
-    @meterly_task(TYPO, 5, name="tests.typo")
+    @meterly_task(TYPO, 5, name="tests.checked")
     def task() -> None: ...
 
     declare(GUARDED_VIEWS={"settings": {"unit": TYPO, "amount": 5}})
     try:
         errors = checks.check_units()
     finally:
-        task.app.tasks.pop("tests.typo")
+        task.app.tasks.pop("tests.checked")
     assert {error.id for error in errors} == {"meterly.E014"}
     where = [error.msg.partition(":")[0] for error in errors]
     assert where == [
         "METERLY['GUARDED_VIEWS']['settings']",
         *(f"The view {name!r}" for name in guarded),
-        "The task 'tests.typo'",
+        "The task 'tests.checked'",
     ]
     for error in errors:
         assert "Did you mean 'image_credits'?" in error.msg

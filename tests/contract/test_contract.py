@@ -700,7 +700,7 @@ def test_f67_wrong_path_of_the_ledger_is_an_outage_that_names_it(
     live_ledger: str, api_key: str, path: str
 ) -> None:
     url = f"{live_ledger}{path}"
-    patience = {"read_timeout": 30, "deadline": 60, "max_attempts": 1}
+    patience = {"read_timeout": 30, "deadline": 60}
     with MeterlyClient(api_key, base_url=url, **patience) as meterly:
         for call in (
             lambda: meterly.create_customer("user_1", "image_credits"),
