@@ -215,6 +215,7 @@ def covers(name: str, what: str) -> bool:
     return what == name or what.startswith((f"{name} ", f"{name},"))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.parametrize(
     "rows",
