@@ -134,6 +134,7 @@ def is_fine(name: str, value: Any) -> bool:
     )
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", list(DEFAULTS))
 def test_a_wrong_value_is_an_error_that_names_the_setting(
     settings: Any, name: str

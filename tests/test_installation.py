@@ -361,6 +361,7 @@ def test_missing_tables_are_warned_of_until_they_are_migrated(
     assert "W014" not in project.manage("check", "--database", "default").stderr
 
 
+@pytest.mark.slow("two databases and a router, in processes")
 def test_missing_tables_are_looked_for_where_the_router_puts_them(
     project: Project,
 ) -> None:

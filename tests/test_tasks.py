@@ -6,8 +6,10 @@ import datetime as dt
 import json
 import os
 import signal
+import uuid
 from collections import Counter
 from contextlib import ExitStack
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -285,12 +287,16 @@ def test_the_beat_schedule_names_tasks_that_exist() -> None:
 def test_a_run_expires_if_the_scheduler_drops_what_the_entry_says(
     task: str, seconds: int
 ) -> None:
+    # As autodiscover_tasks() does.
+    import_module(task.rpartition(".")[0])
     schedule = tasks.beat_schedule(ledger=True)
     (entry,) = [each for each in schedule.values() if each["task"] == task]
     # What django-celery-beat keeps of it in the database.
-    kept = ScheduleEntry(**{**entry, "name": task, "options": {"headers": {}}})
+    # A queue of its own: the broker is that of all tests of the process.
+    queue = f"beat-{uuid.uuid4()}"
+    options = {"headers": {}, "queue": queue}
+    kept = ScheduleEntry(**{**entry, "name": task, "options": options})
     scheduler = Scheduler(current_app, lazy=True)
-    queue = current_app.conf.task_default_queue
     with Connection("memory://") as connection, connection.SimpleQueue(queue) as sent:
         scheduler.apply_async(kept, producer=connection.Producer(), advance=False)
         message = sent.get(timeout=5)

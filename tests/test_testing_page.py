@@ -172,7 +172,7 @@ def test_the_pages_tests_pass_with_manage_py(
         assert f"Ran {expected} tests" in ran.stderr
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow("the page's tests with pytest; manage.py runs the same")
 @pytest.mark.parametrize("options", [["--nomigrations"], [], ["-n", "2"]], ids=" ".join)
 def test_the_pages_tests_pass_with_pytest(
     run: Run, shop: dict[str, str], options: list[str]
