@@ -518,21 +518,22 @@ class Guard:
             )
 
     def _send(self, message: Message) -> None:
-        if self._uncharged:
-            message.send(UNCHARGED if self.amount else FREE)
-            return
-        row = self._row
-        if not self._is_offered:
+        row = None if self._uncharged else self._row
+        if row is not None and not self._is_offered:
             # Given up meanwhile, or nobody knows: then the task would run for free.
             raise MeterlyUnavailableError(
                 f"{self.reference} was not handed off: its reservation is {row.state}."
             )
         try:
-            message.send(str(row.pk))
+            if row is not None:
+                message.send(str(row.pk))
+            else:
+                message.send(UNCHARGED if self.amount else FREE)
         except Exception as exc:
             logger.exception("%s could not be handed off", self.reference)
-            journal.record_failure(row, fence=row.fence)
-            self._settle_now()
+            if row is not None:
+                journal.record_failure(row, fence=row.fence)
+                self._settle_now()
             raise MeterlyUnavailableError(
                 f"The task of {self.reference} could not be sent: {exc}"
             ) from exc

@@ -22,6 +22,7 @@ HEADER = "meterly_reservation"
 UNCHARGED = "uncharged"
 #: And for work whose amount was 0.
 FREE = "free"
+NO_HOLD = (UNCHARGED, FREE)
 SALT = "django_meterly.handoffs"
 
 

@@ -72,7 +72,7 @@ class Job:
         else:
             # Not as if it were not there: the customer would hold credits twice.
             handed_off = handoffs.read(self._header, self.name, self.request_id)
-            if handed_off in (handoffs.UNCHARGED, handoffs.FREE):
+            if handed_off in handoffs.NO_HOLD:
                 # Nobody is charged for what handed it off: not for this, either.
                 self.guard = guards.Guard(
                     None,

@@ -244,7 +244,8 @@ def reserve(
     if customer.owes and meterly_settings.ON_DEBT == "deny":
         _refuse_debtor(limited, customer, amount, unit)
     try:
-        customer.ensure_registered(limited, units.default() or unit)
+        if not customer.customer_id:
+            customer.ensure_registered(limited, units.default() or unit)
         if not key and fits_one_statement(client, using):
             answer = _reserve_in_one_statement(using, client, row, lease)
         else:
@@ -286,6 +287,9 @@ def _opened(using: str, row: Reservation) -> Iterator[None]:
                 raise _duplicate(standing[-1])
             seconds = meterly_settings.DEADLINE + meterly_settings.LEASE_GRACE
             row.lease_until = from_now(seconds)
+            # An earlier try was rolled back when its COMMIT failed, with what it had
+            # recorded.
+            row.state, row.reservation_id = State.INTENT, None
             row.save(force_insert=True, using=using)
             yield
     except IntegrityError as exc:

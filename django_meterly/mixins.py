@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.views.generic.edit import FormMixin
 
-from .execution import guard_class, handlers, install_guards, is_rest
+from .execution import guard_class, handlers, install_guards, is_guarded, is_rest
 from .guards import Guard
 from .options import GuardOptions, near_miss
 
@@ -53,14 +53,14 @@ class MeterlyGuardMixin:
 
     @classmethod
     def as_view(cls, *args: Any, **initkwargs: Any) -> Any:
-        if name := near_miss(cls):
+        view = super().as_view(*args, **initkwargs)  # type: ignore[misc]
+        mapping = initkwargs.get("guard_options", cls.guard_options)
+        if name := near_miss(cls, guarded=mapping is not None or is_guarded(view)):
             raise TypeError(
                 f"{cls.__qualname__}.{name} guards nothing. Did you mean "
                 "guard_options? For example: "
                 'guard_options = {"unit": "image_credits", "amount": 25}'
             )
-        view = super().as_view(*args, **initkwargs)  # type: ignore[misc]
-        mapping = initkwargs.get("guard_options", cls.guard_options)
         if mapping is None:
             return guard_class(view, None)
         where = f"{cls.__qualname__}.guard_options"

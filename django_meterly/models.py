@@ -160,6 +160,7 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
         """Insert *objs*; note of those with an owner that they have had one."""
         customers = list(objs)
         for customer in customers:
+            customer.ensure_external_id()
             customer.note_owner()
         return super().bulk_create(customers, *args, **kwargs)
 
@@ -274,13 +275,18 @@ class Customer(models.Model):
                 # Whoever sets the owner by SQL of their own cannot forget it.
                 condition=models.Q(owner=None) | models.Q(had_owner=True),
                 name="meterly_customer_had_owner",
-            )
+            ),
+            models.CheckConstraint(
+                condition=~models.Q(external_id=""), name="meterly_customer_named"
+            ),
         ]
 
     def __str__(self) -> str:
         return str(self.external_id)
 
     def save(self, *args: Any, update_fields: Any = None, **kwargs: Any) -> None:
+        if self._state.adding:
+            self.ensure_external_id()
         if self.note_owner() and {"owner", "owner_id"} & set(update_fields or ()):
             update_fields = {*update_fields, "had_owner"}
         super().save(*args, update_fields=update_fields, **kwargs)
@@ -325,6 +331,15 @@ class Customer(models.Model):
             return False
         self.had_owner = True
         return True
+
+    def ensure_external_id(self) -> None:
+        """Give a new customer without an external id the one of its owner.
+
+        Raises ``ValueError`` for one that cannot be an external id.
+        """
+        if not self.external_id and self.owner is not None:
+            self.external_id = Customer.objects.free_external_id(self.owner)
+        check_text(self.external_id, "external_id")
 
     @property
     def wire_scope(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import SequenceMatcher
 from functools import wraps
-from inspect import Parameter, getattr_static, isawaitable, signature
+from inspect import Parameter, getattr_static, isawaitable, iscoroutine, signature
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from asgiref.sync import async_to_sync, iscoroutinefunction
@@ -151,7 +151,7 @@ class GuardOptions:
         try:
             for name in FUNCTIONS:
                 if isinstance(path := values.get(name), str):
-                    values[name] = import_string(path)
+                    values[name] = _imported(name, path)
             options = cls(**values)
             options.fit()
             for method, view in (views or {}).items():
@@ -178,11 +178,10 @@ class GuardOptions:
             check_text(self.reference, "reference")
         if self.success is not None:
             _check_takes("success", self.success, ["response"], more=False)
-            if iscoroutinefunction(self.success):
-                raise TypeError(
-                    "success must be a sync function, because an async one decides "
-                    f"nothing until it is awaited: {_name(self.success)}."
-                )
+            if iscoroutinefunction(self.success) or iscoroutinefunction(
+                type(self.success).__call__
+            ):
+                raise _async_success(self.success)
         if self.ttl_seconds is not None:
             check_ttl(self.ttl_seconds)
         for name in ("on_disconnect", "overage", "on_unavailable", "enforcement"):
@@ -199,17 +198,17 @@ class GuardOptions:
         names, more = _parameters(view) if view else ([], True)
         # A handler in the body of its class has a self.
         names = names[1:] if names[:1] == ["self"] else names
-        self._fit(["request", *names[1:]], more=more)
+        self._fit(["request", *names[1:]], more=more, by_name=False)
 
     def fit_task(self, task: Callable[..., Any], *, bind: bool) -> None:
         """Raise ``TypeError`` for a function that cannot take what *task* gets."""
         names, more = _parameters(task)
-        self._fit(names[1:] if bind else names, more=more)
+        self._fit(names[1:] if bind else names, more=more, by_name=True)
 
-    def _fit(self, names: list[str], *, more: bool) -> None:
+    def _fit(self, names: list[str], *, more: bool, by_name: bool) -> None:
         for name in OF_ARGUMENTS:
             if callable(option := getattr(self, name)):
-                _check_takes(name, option, names, more=more)
+                _check_takes(name, option, names, more=more, by_name=by_name)
 
     def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Return the option *name*; a function, sync or async, is asked with the rest.
@@ -245,9 +244,14 @@ class GuardOptions:
 
     def succeeded(self, response: HttpResponseBase) -> bool:
         """Return whether the work that led to *response* is to be charged."""
-        if self.success is not None:
-            return self.success(response)
-        return response.status_code < 400
+        if self.success is None:
+            return response.status_code < 400
+        verdict: Any = self.success(response)
+        if isawaitable(verdict):
+            if iscoroutine(verdict):
+                verdict.close()
+            raise _async_success(self.success)
+        return bool(verdict)
 
     def guard(
         self, name: str, request: HttpRequest, *args: Any, **kwargs: Any
@@ -264,7 +268,7 @@ class GuardOptions:
         # Off, nobody pays, and so nobody is looked for.
         if enforcement != "off":
             payer = (
-                self.ask("customer", request, *args, **kwargs)
+                _somebody(self.ask("customer", request, *args, **kwargs))
                 if self.customer
                 else payer_of(request)
             )
@@ -289,25 +293,24 @@ class GuardOptions:
         )
 
 
-def near_miss(cls: type) -> str | None:
+def near_miss(cls: type, *, guarded: bool) -> str | None:
     """Return the name of an attribute of *cls* that was to be ``guard_options``.
 
-    For example ``guards_options``, or ``options`` for a dict that has a ``"unit"``.
+    For example ``guards_options``; or ``options`` for a dict of a ``"unit"`` and an
+    ``"amount"``, if the class is not *guarded* otherwise. Other attributes are the
+    class's own business: ``render_options`` with a ``"unit"``, for example.
     """
     known = {field.name for field in fields(GuardOptions)}
-    is_guarded = getattr(cls, "guard_options", None) is not None
     for name in dir(cls):
-        if name == "guard_options" or name.startswith("__"):
+        if name == "guard_options" or name.startswith("_" if guarded else "__"):
             continue
         value = getattr_static(cls, name)
-        if callable(value) or isinstance(value, property | classmethod | staticmethod):
+        if not isinstance(value, Mapping) or not value or not set(value) <= known:
             continue
         likeness = SequenceMatcher(None, name.lower(), "guard_options").ratio()
+        remembered = likeness >= _SIMILAR or "guard" in name.lower()
         if likeness >= _SAME_WORD or (
-            not is_guarded
-            and isinstance(value, Mapping)
-            and known & set(value)
-            and (likeness >= _SIMILAR or "guard" in name.lower())
+            not guarded and remembered and {"unit", "amount"} <= set(value)
         ):
             return name
     return None
@@ -315,7 +318,30 @@ def near_miss(cls: type) -> str | None:
 
 def payer_of(request: Any) -> Any:
     """Return whom ``CUSTOMER_RESOLVER`` names, or ``None``. Call it from sync code."""
-    return _result(meterly_settings.CUSTOMER_RESOLVER, request)
+    return _somebody(_result(meterly_settings.CUSTOMER_RESOLVER, request))
+
+
+def _somebody(payer: Any) -> Any:
+    """Return *payer*, or ``None`` for a user who is not logged in."""
+    # Its class is Django's, REST framework's or the project's.
+    return None if getattr(payer, "is_anonymous", False) is True else payer
+
+
+def _imported(name: str, path: str) -> Any:
+    try:
+        return import_string(path)
+    except ImportError as exc:
+        number = "a number, " if name == "amount" else ""
+        raise ImportError(
+            f"{name} must be {number}a function or its dotted path, not {path!r}: {exc}"
+        ) from exc
+
+
+def _async_success(function: Callable[..., Any]) -> TypeError:
+    return TypeError(
+        "success must be a sync function, because an async one decides nothing until "
+        f"it is awaited: {_name(function)}."
+    )
 
 
 def _result(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -358,17 +384,22 @@ def _parameters(function: Callable[..., Any]) -> tuple[list[str], bool]:
 
 
 def _check_takes(
-    name: str, function: Callable[..., Any], given: list[str], *, more: bool
+    name: str,
+    function: Callable[..., Any],
+    given: list[str],
+    *,
+    more: bool,
+    by_name: bool = False,
 ) -> None:
     """Raise ``TypeError`` if the option *name*, a *function*, cannot take *given*.
 
-    All but the first may come by position or by name. With *more* it may be given
-    others besides.
+    All but the first may come by position or by name; with *by_name* the first, too.
+    With *more* it may be given others besides.
     """
     if (
         _takes(function, given, more=more)
         or _takes(function, given[:1], given[1:], more=more)
-        or _takes(function, [], given, more=more)
+        or (by_name and _takes(function, [], given, more=more))
     ):
         return
     listed = ", ".join([*given, *(["*args", "**kwargs"] if more else [])])

@@ -8,11 +8,13 @@ from __future__ import annotations
 import datetime as dt
 import inspect
 import logging
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator
 from contextvars import ContextVar
 from dataclasses import fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from asgiref.sync import iscoroutinefunction
 from celery import Task, current_app, shared_task
 from celery.exceptions import Ignore, Retry
 from celery.signals import task_revoked
@@ -49,6 +51,8 @@ MOST_WAITING = 20
 #: Seconds between two runs, by default.
 RELEASE_EVERY, SETTLE_EVERY = 60.0, 15.0
 
+#: How alike an option of ours and one that is unknown have to be to be called a typo.
+_TYPO = 0.85
 _EXAMPLE = '@meterly_task("gpu_seconds", 100, customer=lambda job_id: ...)'
 
 #: The guarded job at work in this thread, the innermost if they are nested.
@@ -121,6 +125,11 @@ def meterly_task(
     _refuse_unknown(options)
 
     def decorate(function: Callable[..., Any]) -> Any:
+        if iscoroutinefunction(function) or any(
+            is_kind(function)
+            for is_kind in (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        ):
+            raise _never_run(function.__qualname__)
         checked.fit_task(function, bind=bind)
 
         @wraps(function)
@@ -131,9 +140,14 @@ def meterly_task(
                 return task(*args, **kwargs)
             if job.guard is None:
                 _begin(task, job, checked, args, kwargs)
-            return (
+            result = (
                 function(task, *args, **kwargs) if bind else function(*args, **kwargs)
             )
+            if isinstance(result, Awaitable | Generator | AsyncGenerator):
+                if isinstance(result, Coroutine | Generator):
+                    result.close()
+                raise _never_run(task.name)
+            return result
 
         # By this Celery checks a task's arguments when it is sent.
         signature = inspect.signature(function)
@@ -162,6 +176,14 @@ def meterly_task(
     return decorate
 
 
+def _never_run(name: str) -> TypeError:
+    return TypeError(
+        f"The task {name} is async, or a generator. Celery does not run what that "
+        "returns, and its work would be charged before it is done. Write a plain "
+        "function; in it, async_to_sync() runs async code."
+    )
+
+
 def _refuse_unknown(options: dict[str, Any]) -> None:
     """Raise ``TypeError`` for an option that is neither Celery's nor ours, but nearly.
 
@@ -172,7 +194,8 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
     for name in options:
         if name in views:
             raise TypeError(f"{name} is an option of a view's guard, not of a task's.")
-        if not hasattr(Task, name) and suggestion(name, ours):
+        known = hasattr(options.get("base") or Task, name)
+        if not known and suggestion(name, ours, _TYPO):
             raise TypeError(f"There is no option {name!r}.")
 
 
@@ -368,7 +391,7 @@ def release_handed_off(header: Any, name: str, task_id: str) -> None:
     from .client import get_client
 
     reservation_id = handoffs.read(header, name, task_id)
-    if reservation_id != handoffs.UNCHARGED:
+    if reservation_id not in handoffs.NO_HOLD:
         journal.withdraw(get_client(), reservation_id)
 
 

@@ -564,3 +564,37 @@ def test_f66_owners_may_be_of_any_model(model: str) -> None:
         check=False,
     )
     assert child.returncode == 0, child.stdout + child.stderr
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda user: Customer.objects.create(owner=user),
+        lambda user: Customer.objects.get_or_create(owner=user)[0],
+        lambda user: Customer.objects.bulk_create([Customer(owner=user)])[0],
+    ],
+    ids=["create", "get_or_create", "bulk_create"],
+)
+def test_a_customer_that_is_made_by_hand_has_the_external_id_of_its_owner(
+    user: User, make: Any
+) -> None:
+    make(user)
+    assert for_owner(user).external_id == f"user_{user.pk}"
+    fund(user)
+    with guard(user, 1):
+        pass
+
+
+@pytest.mark.parametrize("external_id", ["", "ü", " a", "a" * 256])
+def test_a_customer_without_a_usable_external_id_is_refused(external_id: str) -> None:
+    with pytest.raises(ValueError, match="external_id"):
+        Customer.objects.create(external_id=external_id)
+    with pytest.raises(ValueError, match="external_id"):
+        Customer.objects.bulk_create([Customer(external_id=external_id)])
+    assert not Customer.objects.exists()
+
+
+def test_the_database_refuses_a_customer_without_a_name(user: User) -> None:
+    customer = for_owner(user)
+    with pytest.raises(IntegrityError), transaction.atomic():
+        Customer.objects.filter(pk=customer.pk).update(external_id="")

@@ -15,12 +15,13 @@ from django.views import View
 from rest_framework.decorators import api_view
 from rest_framework.response import Response
 
-from django_meterly import meterly_guard
-from django_meterly.errors import MeterlyUsageError
+from django_meterly import handoffs, meterly_guard
+from django_meterly.errors import MeterlyUnavailableError, MeterlyUsageError
 from django_meterly.mixins import MeterlyGuardMixin
-from django_meterly.tasks import meterly_task
+from django_meterly.tasks import meterly_task, release_handed_off
 from django_meterly.testing import assert_books_balance
 from tests.books import balance, fund, movements, states
+from tests.jobs import handed_off
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
@@ -291,7 +292,10 @@ def test_a_task_may_have_async_options(customer: Customer) -> None:
     def task() -> None:
         ran.append("task")
 
-    task.apply(throw=True)
+    try:
+        task.apply(throw=True)
+    finally:
+        task.app.tasks.pop("tests.free.async")
     assert ran == ["task"]
     assert balance(customer) == (93, 0)
 
@@ -325,3 +329,33 @@ def eager() -> Any:
     conf.task_always_eager = True
     yield
     conf.task_always_eager = before
+
+
+def test_a_revoked_hand_off_of_free_work_has_nothing_to_release(user: User) -> None:
+    for word in handoffs.NO_HOLD:
+        header = handoffs.sign(word, "jobs.handed_off", "1")
+        release_handed_off(header, "jobs.handed_off", "1")
+    assert states() == []
+
+
+@pytest.mark.parametrize("amount", [5, lambda request: 0], ids=["held", "free"])
+@pytest.mark.parametrize("enforcement", ["enforce", "shadow"])
+def test_a_broker_that_is_down_is_an_outage_whatever_the_work_costs(
+    user: User, request_: Any, monkeypatch: Any, amount: Any, enforcement: str
+) -> None:
+    customer = fund(user)
+
+    def send(*args: Any, **kwargs: Any) -> None:
+        raise OSError("The broker is down.")
+
+    monkeypatch.setattr(handed_off, "apply_async", send)
+
+    @meterly_guard("image_credits", amount, enforcement=enforcement)
+    def view(request: Any) -> HttpResponse:
+        request.meterly.hand_off(handed_off)
+        return HttpResponse()
+
+    with pytest.raises(MeterlyUnavailableError, match="The broker is down"):
+        view(request_)
+    assert "committed" not in states()
+    assert balance(customer) == (100, 0)

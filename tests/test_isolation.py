@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from django.db.backends.signals import connection_created
 from django.db.models.signals import post_save
 
 from django_meterly import MeterlyUnavailableError, db, guard, journal
+from django_meterly.ledger import postgresql
 from django_meterly.testing import assert_books_balance, sweep
 from tests.books import balance, movements, states
 
@@ -193,6 +195,81 @@ def test_f69_read_committed_settles_in_the_works_own_transaction(
     assert states() == ["committed"]
     with transaction.atomic():
         assert journal.reads_committed("default")
+
+
+if connection.vendor == "postgresql":
+
+    @pytest.fixture
+    def commit_fails_once() -> Iterator[None]:
+        """Let the first COMMIT that writes a reservation give way."""
+        with connection.cursor() as cursor:
+            cursor.execute("CREATE SEQUENCE commits")
+            cursor.execute(
+                "CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS $$ "
+                "BEGIN IF nextval('commits') = 1 THEN RAISE EXCEPTION 'gave way' "
+                "USING ERRCODE = '40001'; END IF; RETURN NULL; END $$"
+            )
+            cursor.execute(
+                "CREATE CONSTRAINT TRIGGER fail_once AFTER INSERT "
+                "ON meterly_reservation DEFERRABLE INITIALLY DEFERRED "
+                "FOR EACH ROW EXECUTE FUNCTION fail_once()"
+            )
+        yield
+        with connection.cursor() as cursor:
+            cursor.execute("DROP TRIGGER fail_once ON meterly_reservation")
+            cursor.execute("DROP FUNCTION fail_once")
+            cursor.execute("DROP SEQUENCE commits")
+
+    @pytest.mark.usefixtures("commit_fails_once", "joined")
+    @pytest.mark.parametrize("by_functions", [True, False])
+    def test_f69_a_reserve_whose_commit_gives_way_is_tried_anew(
+        customer: Customer, monkeypatch: pytest.MonkeyPatch, by_functions: bool
+    ) -> None:
+        monkeypatch.setattr(postgresql, "enabled", by_functions)
+        with guard(customer, 25, idempotency_key="k"):
+            pass
+        sweep()
+        assert states() == ["committed"]
+        assert movements() == ["reserved", "committed"]
+        assert balance(customer) == (75, 0)
+        assert_books_balance()
+
+
+if connection.vendor == "sqlite":
+
+    def test_f69_a_reserve_whose_commit_meets_a_reader_is_tried_anew(
+        customer: Customer, joined: None
+    ) -> None:
+        """A reader keeps SQLite from writing a COMMIT, for as long as it reads."""
+        connection.close()
+        before = connection.settings_dict["OPTIONS"]
+        connection.settings_dict["OPTIONS"] = {**before, "timeout": 0.3}
+        reader = sqlite3.connect(
+            str(connection.settings_dict["NAME"]),
+            check_same_thread=False,
+            isolation_level=None,
+        )
+        reader.execute("BEGIN")
+        reading = reader.execute("SELECT * FROM auth_user")
+        reading.fetchone()
+
+        def leave() -> None:
+            reading.close()
+            reader.execute("COMMIT")
+            reader.close()
+
+        timer = threading.Timer(0.6, leave)
+        timer.start()
+        try:
+            with guard(customer, 25):
+                pass
+        finally:
+            timer.join()
+            connection.close()
+            connection.settings_dict["OPTIONS"] = before
+        assert states() == ["committed"]
+        assert balance(customer) == (75, 0)
+        assert_books_balance()
 
 
 if connection.vendor != "sqlite":

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from celery import current_app
+from celery import Task, current_app
 from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse
@@ -572,6 +572,11 @@ def test_a_slip_in_a_subclass_does_not_charge_its_base() -> None:
         {"base_guard_options": PRICE, "guard_options": PRICE},
         {"guard_options": PRICE, "form_options": {"unit": "cm"}},
         {"prices": PRICE},
+        {"render_options": {"unit": "px"}},
+        {"chart_options": {"unit": "px", "methods": ["linear"]}},
+        {"guarded": {"unit": "px"}},
+        {"guardian_fields": {"customer": "parent"}},
+        {"_guard_options": PRICE, "guard_options": PRICE},
         {"options": lambda self, request: HttpResponse()},
     ],
     ids=",".join,
@@ -690,3 +695,111 @@ def test_what_python_itself_suggests_is_not_said_twice() -> None:
     with pytest.raises(TypeError) as caught:
         right(ammount=3)
     assert str(caught.value) == f"{said} For example: right(3)"
+
+
+# Work that would be charged before it is done
+
+
+async def awaits(job_id: int) -> None:
+    ran.append("task")
+
+
+def yields(job_id: int) -> Iterator[int]:
+    ran.append("task")
+    yield job_id
+
+
+async def yields_async(job_id: int) -> Any:
+    ran.append("task")
+    yield job_id
+
+
+UNRUN = [awaits, yields, yields_async]
+
+
+@pytest.mark.parametrize("function", UNRUN, ids=lambda each: each.__name__)
+def test_f61_a_task_that_celery_would_not_run_is_refused(function: Any) -> None:
+    with pytest.raises(TypeError, match="async, or a generator") as told_so:
+        meterly_task("image_credits", 5)(function)
+    assert function.__name__ in str(told_so.value)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("function", UNRUN, ids=lambda each: each.__name__)
+def test_f61_a_task_that_returns_what_nobody_runs_is_released(
+    function: Any, user: User
+) -> None:
+    customer = fund(user)
+
+    # A call of something async, or a decorator, hides what it is.
+    def hides(job_id: int) -> Any:
+        return function(job_id)
+
+    hidden = meterly_task(
+        "image_credits", 5, customer=lambda job_id: user, name="tests.hidden"
+    )(hides)
+    with pytest.raises(TypeError, match=r"The task tests\.hidden is async"):
+        hidden.apply((1,), throw=True)
+    assert ran == []
+    assert states() == ["released"]
+    assert balance(customer) == (100, 0)
+
+
+class Success:
+    async def __call__(self, response: Any) -> bool:
+        return False
+
+
+async def asuccess(response: Any) -> bool:
+    return False
+
+
+def test_an_object_with_an_async_call_decides_nothing() -> None:
+    with pytest.raises(TypeError, match="success must be a sync function"):
+        meterly_guard("x", success=Success())  # type: ignore[arg-type]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    "success", [lambda r: asuccess(r), partial(asuccess)], ids=["lambda", "partial"]
+)
+def test_a_success_that_nobody_awaits_charges_nothing(
+    success: Any, user: User, request_: Any
+) -> None:
+    customer = fund(user)
+    with pytest.raises(TypeError, match="success must be a sync function"):
+        meterly_guard("image_credits", 5, success=success)(view)(request_)
+    assert "committed" not in states()
+    assert balance(customer) == (100, 0)
+
+
+@pytest.mark.parametrize("option", ["amount", "customer", "idempotency_key", "success"])
+@pytest.mark.parametrize("text", ["25", "abc", "no.such.thing"])
+def test_a_text_that_is_no_path_names_its_option(option: str, text: str) -> None:
+    with pytest.raises(ImportError, match=f"^views: {option} must be .*{text!r}"):
+        GuardOptions.of({option: text}, "views")
+
+
+def test_options_of_a_tasks_base_are_the_bases() -> None:
+    class Singleton(Task):
+        raise_on_duplicate = False
+
+    made = meterly_task(
+        "x", 5, base=Singleton, raise_on_duplicate=True, customer_id=7, threads=2
+    )(task)
+    assert made.raise_on_duplicate
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("enforcement", ["enforce", "shadow"])
+def test_a_resolver_that_returns_an_anonymous_user_names_nobody(
+    client: Any, settings: Any, enforcement: str
+) -> None:
+    settings.METERLY = {
+        **settings.METERLY,
+        "CUSTOMER_RESOLVER": lambda request: request.user,
+        "ENFORCEMENT": enforcement,
+    }
+    answer = client.post("/paid/", HTTP_ACCEPT="application/json")
+    assert answer.status_code == (401 if enforcement == "enforce" else 200)
+    assert states() == []

@@ -527,3 +527,14 @@ def test_tags_name_units(declared: None, settings: Any) -> None:
 def test_the_tag_says_what_it_takes(arguments: str) -> None:
     with pytest.raises(Exception, match='meterly_credits 25 "image_credits"'):
         rendered(f"{{% meterly_credits {arguments} %}}")
+
+
+@pytest.mark.parametrize("enforcement", ["enforce", "shadow"])
+def test_work_does_without_a_default_unit_that_is_not_declared(
+    customer: Customer, declare: Callable[..., None], enforcement: str
+) -> None:
+    declare(DEFAULT_UNIT=TYPO)
+    with guard(customer, 5, "image_credits", enforcement=enforcement):
+        pass
+    assert states() == ["committed"]
+    assert balance(customer) == (95, 0)

@@ -100,7 +100,11 @@ class Migration(migrations.Migration):
                     models.CheckConstraint(
                         condition=models.Q(owner=None) | models.Q(had_owner=True),
                         name="meterly_customer_had_owner",
-                    )
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("external_id", ""), _negated=True),
+                        name="meterly_customer_named",
+                    ),
                 ],
             },
         ),
