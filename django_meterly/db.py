@@ -243,16 +243,22 @@ def was_locked(exc: BaseException, handled: BaseException | None) -> bool:
 
 
 def bound_waits(using: str) -> None:
-    """Let no statement of the open transaction wait for a lock for ever.
+    """Let no statement of the ``atomic`` block just begun wait for a lock for ever.
 
-    Other databases have such a limit; PostgreSQL's default is none.
+    Other databases have such a limit; PostgreSQL's default is none. A shorter limit of
+    the project's stays. Does nothing in somebody else's transaction: the limit would
+    outlive the block.
     """
     connection = connections[using]
-    if connection.vendor == "postgresql":
+    if connection.vendor == "postgresql" and not connection.savepoint_ids:
+        limit = f"{LOCK_SECONDS * 1000:.0f}ms"
         with connection.cursor() as cursor:
             cursor.execute(
-                "SELECT set_config('lock_timeout', %s, true)",
-                [f"{LOCK_SECONDS * 1000:.0f}ms"],
+                "SELECT set_config('lock_timeout', %s, true) WHERE "
+                # Zero is for ever.
+                "current_setting('lock_timeout')::interval "
+                "NOT BETWEEN '1ms'::interval AND %s::interval",
+                [limit, limit],
             )
 
 

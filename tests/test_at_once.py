@@ -27,6 +27,7 @@ from django_meterly import (
     MeterlyUnavailableError,
     db,
     get_client,
+    grants,
     guard,
     journal,
     signals,
@@ -624,3 +625,31 @@ def test_f71_a_row_locked_once_its_batch_was_chosen_leaves_the_others(
 
     done = journal.settle_due(get_client(), on_row=lock_the_next)
     assert (done.settled, done.outage) == (3, False)
+
+
+@pytest.mark.parametrize(
+    ("own", "bounded"), [("0", "5s"), ("1min", "5s"), ("5s", "5s"), ("20ms", "20ms")]
+)
+def test_f71_the_limit_is_of_our_own_transactions_and_lengthens_none(
+    customer: Customer, own: str, bounded: str
+) -> None:
+    def limit() -> str:
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW lock_timeout")
+            return str(cursor.fetchone()[0])
+
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = '{own}'")
+    with transaction.atomic():
+        db.bound_waits("default")
+        assert limit() == bounded
+    assert limit() == own
+    release_due(customer)
+    with transaction.atomic():
+        # The limit would last as long as the caller's transaction.
+        assert journal.settle_due(get_client()).settled == 1
+        journal.retry_stuck(Reservation.objects.all())
+        grants.settle_due(get_client())
+        operations.expire_due()
+        assert limit() == own
+    connection.close()
