@@ -35,7 +35,7 @@ from django_meterly import (
 from django_meterly.db import from_now
 from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Account, Hold
-from django_meterly.models import Customer, Reservation
+from django_meterly.models import Customer, Grant, Reservation
 from django_meterly.testing import assert_books_balance, lapse_leases
 from tests.books import balance, fund, movements, states
 from tests.children import PATIENCE
@@ -625,6 +625,53 @@ def test_f71_a_row_locked_once_its_batch_was_chosen_leaves_the_others(
 
     done = journal.settle_due(get_client(), on_row=lock_the_next)
     assert (done.settled, done.outage) == (3, False)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "what"),
+    [
+        ("joined", "account"),
+        ("joined", "grant"),
+        ("joined", "chosen grant"),
+        ("remote", "grant"),
+        ("remote", "chosen grant"),
+    ],
+)
+def test_f71_what_is_locked_of_some_grants_leaves_the_others(
+    customer: Customer,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    locked: Any,
+    ledger: str,
+    what: str,
+) -> None:
+    request.getfixturevalue(ledger)
+    monkeypatch.setattr(db, "LOCK_SECONDS", 0.2)
+    # In whatever order, OUTAGE_AFTER of them come in a row.
+    count = 2 * journal.OUTAGE_AFTER + 1
+    payers = [*[customer] * count, *(fund(f"team_{number}") for number in range(2))]
+    rows = [
+        grants.grant(None, payer, 5, "image_credits", reason="r", reference=f"{number}")
+        for number, payer in enumerate(payers)
+    ]
+    mine = Grant.objects.filter(pk__in=[row.pk for row, _ in rows[:count]])
+    if what == "account":
+        locked(account_of(customer))
+    elif what == "grant":
+        locked(mine)
+    else:
+        unlocked = grants.unlocked
+
+        def choose_all(rows: Any) -> Any:
+            monkeypatch.setattr(grants, "unlocked", unlocked)
+            locked(mine)
+            return rows
+
+        monkeypatch.setattr(grants, "unlocked", choose_all)
+    asked = grants.settle_due(get_client())
+    assert asked == (2 if what == "grant" else 2 + count)
+    assert Grant.objects.filter(state="granted").count() == 2
+    assert set(mine.values_list("state", flat=True)) == {"pending"}
 
 
 @pytest.mark.parametrize(
