@@ -29,7 +29,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from django.db.backends.base.base import BaseDatabaseWrapper
     from django.db.models import QuerySet
@@ -41,6 +41,10 @@ LOCK_SECONDS = 5
 
 #: PostgreSQL: the transaction has failed before.
 ABORTED_STATE = "25P02"
+#: PostgreSQL: serialization failure, deadlock.
+GAVE_WAY_STATES = {"40001", "40P01"}
+#: MySQL: lock wait time-out, deadlock; MariaDB: row changed since the snapshot.
+GAVE_WAY = {1205, 1213, 1020}
 #: A server, or a transaction, that only reads: PostgreSQL's state and MySQL's numbers.
 READ_ONLY_STATE, READ_ONLY = "25006", {1290, 1792, 1836}
 
@@ -142,6 +146,20 @@ def error_codes(exc: BaseException) -> tuple[Any, Any]:
     return sqlstate, next(iter(arguments), None)
 
 
+def causes(
+    exc: BaseException | None, handled: BaseException | None
+) -> Iterator[Exception]:
+    """Yield *exc* and what it comes from, the last first.
+
+    The error may have been reported as another one, or have broken the transaction that
+    was to record it. An exception that was *handled* before is the caller's: it and
+    what is behind it are left out.
+    """
+    while isinstance(exc, Exception) and exc is not handled:
+        yield exc
+        exc = exc.__cause__ or exc.__context__
+
+
 def missing_tables(label: str, databases: Collection[str]) -> list[CheckMessage]:
     """Return warnings about tables of the app *label* that *databases* lack.
 
@@ -193,13 +211,10 @@ def is_outage(exc: BaseException) -> bool:
 def gave_way(exc: BaseException) -> bool:
     """Return whether *exc* ended a transaction that may be tried again."""
     sqlstate, number = error_codes(exc)
-    if sqlstate in {"40001", "40P01"}:  # serialization failure, deadlock
+    if sqlstate in GAVE_WAY_STATES or number in GAVE_WAY:
         return True
     # The low byte is SQLite's primary code: 5 busy, 6 locked.
-    if getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF in {5, 6}:
-        return True
-    # MySQL: lock wait time-out, deadlock; MariaDB: row changed since the snapshot.
-    return number in {1205, 1213, 1020}
+    return getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF in {5, 6}
 
 
 def refuses_rows(using: str, exc: Exception) -> bool:
@@ -213,25 +228,37 @@ def refuses_rows(using: str, exc: Exception) -> bool:
     return connection.connection is not None and connection.is_usable()
 
 
-def was_locked(exc: BaseException) -> bool:
-    """Return whether *exc* says that a row was locked for too long."""
-    if not isinstance(exc, DatabaseError):
-        return False
-    sqlstate, number = error_codes(exc)
-    return bool(sqlstate == "55P03" or number == 1205)
+def was_locked(exc: BaseException, handled: BaseException | None) -> bool:
+    """Return whether *exc* comes from somebody who is at the same row.
+
+    It was locked for too long, or the transaction had to give way to another. Not on
+    SQLite, which locks all rows at once. See ``causes`` for *handled*.
+    """
+    for each in causes(exc, handled):
+        if isinstance(each, DatabaseError):
+            sqlstate, number = error_codes(each)
+            if sqlstate in {"55P03", *GAVE_WAY_STATES} or number in GAVE_WAY:
+                return True
+    return False
 
 
 def bound_waits(using: str) -> None:
-    """Let no statement of the open transaction wait for a lock for ever.
+    """Let no statement of the ``atomic`` block just begun wait for a lock for ever.
 
-    Other databases have such a limit; PostgreSQL's default is none.
+    Other databases have such a limit; PostgreSQL's default is none. A shorter limit of
+    the project's stays. Does nothing in somebody else's transaction: the limit would
+    outlive the block.
     """
     connection = connections[using]
-    if connection.vendor == "postgresql":
+    if connection.vendor == "postgresql" and not connection.savepoint_ids:
+        limit = f"{LOCK_SECONDS * 1000:.0f}ms"
         with connection.cursor() as cursor:
             cursor.execute(
-                "SELECT set_config('lock_timeout', %s, true)",
-                [f"{LOCK_SECONDS * 1000:.0f}ms"],
+                "SELECT set_config('lock_timeout', %s, true) WHERE "
+                # Zero is for ever.
+                "current_setting('lock_timeout')::interval "
+                "NOT BETWEEN '1ms'::interval AND %s::interval",
+                [limit, limit],
             )
 
 

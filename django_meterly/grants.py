@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
 from django.db import Error, IntegrityError, router, transaction
+from django.db.models import F
 
 from . import signals, units
-from .db import refuses_rows
+from .db import bound_waits, refuses_rows, unlocked, was_locked
 from .errors import (
     OUTAGE,
     MeterlyApiError,
@@ -25,6 +26,7 @@ from .journal import (
     collect,
     in_transaction,
     refused_by_database,
+    taking,
 )
 from .models import MAX_REASON_LENGTH, Customer, Grant
 from .transports.base import check_amount, check_description, check_text
@@ -132,8 +134,14 @@ def _conflict(first: Grant) -> MeterlyReferenceConflictError:
 def settle(client: MeterlyClient, row: Grant) -> bool:
     """Ask the ledger for a pending grant, and record its answer.
 
-    Returns whether the ledger could be asked.
+    Returns whether the ledger could be asked, or would have been but for a lock.
     """
+    asked = _ask(client, row)
+    _collect(client, row)
+    return asked
+
+
+def _ask(client: MeterlyClient, row: Grant) -> bool:
     handled = sys.exception()
     try:
         answer = client.grant_credits(
@@ -148,7 +156,7 @@ def settle(client: MeterlyClient, row: Grant) -> bool:
         refusal = refused_by_database(exc, handled)
         _record(row, State.PENDING, str(refusal or exc))
         logger.info("Grant %s is still pending: %s", row.pk, refusal or exc)
-        return refusal is not None
+        return refusal is not None or was_locked(exc, handled)
     except MeterlyApiError as exc:
         _record(row, State.REFUSED, str(exc))
         logger.warning("Grant %s was refused: %s", row.pk, exc)
@@ -161,12 +169,13 @@ def settle(client: MeterlyClient, row: Grant) -> bool:
         logger.warning("Grant %s is still pending: %s", row.pk, exc)
     else:
         _record(row, State.GRANTED, "")
-        _collect(client, row)
     return True
 
 
 def _collect(client: MeterlyClient, row: Grant) -> None:
-    """Have what the customer owes paid from the grant."""
+    """Have what the customer owes paid from the grant, if it was granted."""
+    if row.state != State.GRANTED:
+        return
     try:
         using = router.db_for_write(Customer)
         row.customer.refresh_from_db(using=using, fields=["owes"])
@@ -194,23 +203,50 @@ def settle_due(client: MeterlyClient) -> int:
     wait for the next run. A grant that cannot be settled is logged, and left.
     """
     using = router.db_for_write(Grant)
-    pending = (
-        Grant.objects.using(using)
-        .filter(state=State.PENDING)
-        .select_related("customer")
+    pending = Grant.objects.using(using).filter(state=State.PENDING)
+    with transaction.atomic(using=using):
         # A grant the ledger cannot answer must not stand in the others' way.
-        .order_by("?")[:BATCH]
-    )
+        free = unlocked(pending).order_by("?").values_list("pk", flat=True)[:BATCH]
+        pks = list(free)
     asked = unreached = 0
-    for row in pending:
+    handled = sys.exception()
+    for row in pending.filter(pk__in=pks).select_related("customer").order_by("?"):
         asked += 1
         try:
-            unreached = 0 if settle(client, row) else unreached + 1
+            with taking(client, using, partial(_take, row)) as taken:
+                reached = not taken or _ask(client, row)
+            unreached = 0 if reached else unreached + 1
+            # Afterwards: a guard locks the customer before the account.
+            _collect(client, row)
         except Exception as exc:
             # Whatever is wrong with one grant, it must not stop the others.
             if not refuses_rows(using, exc):
                 raise
             logger.exception("Grant %s could not be settled", row.pk)
+            if not was_locked(exc, handled):
+                refusal = refused_by_database(exc, handled)
+                outage = isinstance(exc, Error) and refusal is None
+                unreached = unreached + 1 if outage else 0
+                _record_refusal(row, refusal or exc)
         if unreached == OUTAGE_AFTER:
             break
     return asked
+
+
+def _take(row: Grant) -> bool:
+    """Lock *row*; return whether it is still pending."""
+    pending = Grant.objects.filter(pk=row.pk, state=State.PENDING)
+    return bool(pending.update(last_error=F("last_error")))
+
+
+def _record_refusal(row: Grant, refusal: Exception) -> None:
+    """Record why *row* is still pending: what did so before was rolled back."""
+    using = router.db_for_write(Grant)
+    try:
+        with transaction.atomic(using=using):
+            bound_waits(using)
+            _record(row, State.PENDING, str(refusal))
+    except Error as exc:
+        if not refuses_rows(using, exc):
+            raise
+        logger.exception("Grant %s cannot be changed", row.pk)

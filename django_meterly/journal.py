@@ -46,7 +46,7 @@ import random
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,6 +67,7 @@ from .conf import meterly_settings
 from .db import (
     DatabaseNow,
     bound_waits,
+    causes,
     change_in_batches,
     error_codes,
     from_now,
@@ -499,6 +500,7 @@ def _reserve_by_intent(
     connection = connections[using]
     ours = not connection.in_atomic_block and connection.get_autocommit()
     until = time.monotonic() + SETTLE_TIMEOUT
+    handled = sys.exception()
     while True:
         try:
             with _opened(using, row):
@@ -508,7 +510,7 @@ def _reserve_by_intent(
         except (Error, MeterlyUnknownOutcomeError) as exc:
             # The ledger may have reported it as an outcome that is not known. It was
             # rolled back.
-            gave = gave_way(exc) or (exc.__cause__ and gave_way(exc.__cause__))
+            gave = any(map(gave_way, causes(exc, handled)))
             if not gave or not ours or time.monotonic() > until:
                 raise
         # Jitter: those who met once are not to meet again.
@@ -1071,7 +1073,8 @@ def settle(
     except OUTAGE as exc:
         if refusal := refused_by_database(exc, handled):
             return _postpone(row, refusal, Outcome.REFUSED)
-        return _postpone(row, exc, Outcome.UNREACHED)
+        locked = was_locked(exc, handled)
+        return _postpone(row, exc, Outcome.LEFT if locked else Outcome.UNREACHED)
     except MeterlyApiError as exc:
         return _postpone(row, exc, Outcome.REFUSED)
     return Outcome.ANSWERED
@@ -1346,7 +1349,7 @@ def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reserv
             if refusal is None:
                 raise MeterlyUnavailableError(f"The database failed: {exc}") from exc
             outcome = _postpone(row, refusal, Outcome.REFUSED)
-        if outcome is Outcome.UNREACHED:
+        if outcome in {Outcome.UNREACHED, Outcome.LEFT}:
             raise MeterlyUnavailableError(f"The debt {row.pk} cannot be asked for.")
         if row.state == State.UNBILLED:
             left = debts.filter(unit=unit).exclude(pk=row.pk)
@@ -1487,20 +1490,34 @@ def settle_due(
             return done
 
 
+@contextmanager
+def taking(
+    client: MeterlyClient, using: str, take: Callable[[], bool]
+) -> Iterator[bool]:
+    """Call *take*, which writes to a row of *using*; yield what it returns.
+
+    With a ledger in *using*, the block is one transaction, which begins with that
+    write. With another, the write is a transaction of its own. Neither waits for ever.
+    """
+    transport = client.transport
+    joins = transport.joins(using)
+    with transport.unit_of_work(using):
+        with nullcontext() if joins else transaction.atomic(using=using):
+            bound_waits(using)
+            taken = take()
+        yield taken
+
+
 def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome | None:
     """Try *row*; return what became of it, or ``None`` if it is somebody else's."""
     handled = sys.exception()
     try:
-        # Taken inside: with a ledger in the same database all of it is one
-        # transaction, which begins with a write.
-        with client.transport.unit_of_work(using):
-            if connections[using].in_atomic_block:
-                bound_waits(using)
-            return _settle_taken(client, row) if _take(using, row) else None
+        with taking(client, using, lambda: _take(using, row)) as taken:
+            return _settle_taken(client, row) if taken else None
     except Exception as exc:
         # Whatever is wrong with one row, it must not stop the others.
         logger.exception("Reservation %s could not be settled", row.pk)
-        if was_locked(exc):
+        if was_locked(exc, handled):
             return Outcome.LEFT
         refusal = refused_by_database(exc, handled)
         try:
@@ -1526,17 +1543,14 @@ def refused_by_database(
 ) -> Exception | None:
     """Return what *exc* comes from if a database in reach refuses what a row asks.
 
-    A constraint or a trigger on an account, for example. The error may have been
-    reported as another one, or have broken the transaction that was to record it. An
-    exception that was *handled* before is the caller's, and says nothing of the row.
+    A constraint or a trigger on an account, for example. See ``causes`` for *handled*.
     """
-    while isinstance(exc, Exception) and exc is not handled:
-        sqlstate, number = error_codes(exc)
+    for each in causes(exc, handled):
+        sqlstate, number = error_codes(each)
         # RAISE EXCEPTION in PostgreSQL, and SIGNAL in MySQL.
         raised = sqlstate == "P0001" or number == 1644
-        if raised or isinstance(exc, IntegrityError | DataError):
-            return exc
-        exc = exc.__cause__ or exc.__context__
+        if raised or isinstance(each, IntegrityError | DataError):
+            return each
     return None
 
 
@@ -1559,7 +1573,7 @@ def _take(using: str, row: Reservation) -> bool:
 
 def _settle_taken(client: MeterlyClient, row: Reservation) -> Outcome:
     outcome = settle(client, row, timeout=None)
-    if row.state != State.UNBILLED or outcome is Outcome.UNREACHED:
+    if row.state != State.UNBILLED or outcome in {Outcome.UNREACHED, Outcome.LEFT}:
         return outcome
     over = from_now(-meterly_settings.JOURNAL_RETENTION)
     debt = Reservation.objects.using(alias()).filter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +27,7 @@ from django_meterly import (
     MeterlyUnavailableError,
     db,
     get_client,
+    grants,
     guard,
     journal,
     signals,
@@ -33,7 +35,7 @@ from django_meterly import (
 from django_meterly.db import from_now
 from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Account, Hold
-from django_meterly.models import Customer, Reservation
+from django_meterly.models import Customer, Grant, Reservation
 from django_meterly.testing import assert_books_balance, lapse_leases
 from tests.books import balance, fund, movements, states
 from tests.children import PATIENCE
@@ -537,3 +539,164 @@ def test_f71_a_locked_account_leaves_the_others(
         assert (done.settled, done.outage) == (3, False)
     else:
         assert operations.expire_due() == 3
+
+
+def release_due(*payers: Customer) -> None:
+    """Have a hold of each payer's wait for its release, due now."""
+    for payer in payers:
+        guard(payer, 1).reserve()
+    lapse_leases()
+    journal.record_lapsed()
+    lapse_leases()
+
+
+def account_of(customer: Customer) -> Any:
+    return Account.objects.filter(customer__public_id=customer.customer_id)
+
+
+def test_f71_many_rows_of_a_locked_account_are_no_outage(
+    customer: Customer, monkeypatch: pytest.MonkeyPatch, locked: Any
+) -> None:
+    monkeypatch.setattr(db, "LOCK_SECONDS", 0.1)
+    others = [fund(f"team_{number}") for number in range(3)]
+    # In whatever order, OUTAGE_AFTER of them come in a row.
+    count = 3 * journal.OUTAGE_AFTER
+    release_due(*[customer] * count, *others)
+    locked(account_of(customer))
+    done = journal.settle_due(get_client())
+    assert (done.settled, done.outage) == (3, False)
+    left = Reservation.objects.filter(customer=customer)
+    # As they were: the next round has them.
+    assert set(left.values_list("settle_attempts", "last_error")) == {(0, "")}
+    assert left.due().count() == count
+
+
+@contextmanager
+def changing_meanwhile(rows: Any, **fields: Any) -> Iterator[None]:
+    """Have somebody else change *rows* once a transaction of ours has begun to write.
+
+    All transactions are at REPEATABLE READ: ours will have to give way.
+    """
+
+    def change(execute: Any, sql: str, *rest: Any) -> Any:
+        result = execute(sql, *rest)
+        if sql.startswith("UPDATE") and connection.in_atomic_block:
+            in_a_thread(lambda: rows.update(**fields)).join()
+        return result
+
+    name = connection.ops.quote_name(connection.settings_dict["NAME"])
+    setting = f"ALTER DATABASE {name} %s default_transaction_isolation"
+    with connection.cursor() as cursor:
+        cursor.execute(setting % "SET" + " = 'repeatable read'")
+    connection.close()
+    try:
+        with connection.execute_wrapper(change):
+            yield
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute(setting % "RESET")
+        connection.close()
+
+
+def test_f69_rows_of_a_busy_account_are_no_outage(customer: Customer) -> None:
+    release_due(*[customer] * (2 * journal.OUTAGE_AFTER))
+    with changing_meanwhile(account_of(customer), balance=100):
+        done = journal.settle_due(get_client())
+    assert (done.settled, done.outage) == (0, False)
+    assert Reservation.objects.due().count() == 2 * journal.OUTAGE_AFTER
+    assert journal.settle_due(get_client()).settled == 2 * journal.OUTAGE_AFTER
+    assert_books_balance()
+
+
+def test_f71_a_row_locked_once_its_batch_was_chosen_leaves_the_others(
+    customer: Customer,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    locked: Any,
+) -> None:
+    request.getfixturevalue("remote")
+    monkeypatch.setattr(db, "LOCK_SECONDS", 0.2)
+    release_due(*[customer] * 4)
+
+    def lock_the_next(number: int) -> None:
+        if number == 1:
+            pks = list(Reservation.objects.due().values_list("pk", flat=True)[:1])
+            locked(Reservation.objects.filter(pk__in=pks))
+
+    done = journal.settle_due(get_client(), on_row=lock_the_next)
+    assert (done.settled, done.outage) == (3, False)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "what"),
+    [
+        ("joined", "account"),
+        ("joined", "grant"),
+        ("joined", "chosen grant"),
+        ("remote", "grant"),
+        ("remote", "chosen grant"),
+    ],
+)
+def test_f71_what_is_locked_of_some_grants_leaves_the_others(
+    customer: Customer,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    locked: Any,
+    ledger: str,
+    what: str,
+) -> None:
+    request.getfixturevalue(ledger)
+    monkeypatch.setattr(db, "LOCK_SECONDS", 0.2)
+    # In whatever order, OUTAGE_AFTER of them come in a row.
+    count = 2 * journal.OUTAGE_AFTER + 1
+    payers = [*[customer] * count, *(fund(f"team_{number}") for number in range(2))]
+    rows = [
+        grants.grant(None, payer, 5, "image_credits", reason="r", reference=f"{number}")
+        for number, payer in enumerate(payers)
+    ]
+    mine = Grant.objects.filter(pk__in=[row.pk for row, _ in rows[:count]])
+    if what == "account":
+        locked(account_of(customer))
+    elif what == "grant":
+        locked(mine)
+    else:
+        unlocked = grants.unlocked
+
+        def choose_all(rows: Any) -> Any:
+            monkeypatch.setattr(grants, "unlocked", unlocked)
+            locked(mine)
+            return rows
+
+        monkeypatch.setattr(grants, "unlocked", choose_all)
+    asked = grants.settle_due(get_client())
+    assert asked == (2 if what == "grant" else 2 + count)
+    assert Grant.objects.filter(state="granted").count() == 2
+    assert set(mine.values_list("state", flat=True)) == {"pending"}
+
+
+@pytest.mark.parametrize(
+    ("own", "bounded"), [("0", "5s"), ("1min", "5s"), ("5s", "5s"), ("20ms", "20ms")]
+)
+def test_f71_the_limit_is_of_our_own_transactions_and_lengthens_none(
+    customer: Customer, own: str, bounded: str
+) -> None:
+    def limit() -> str:
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW lock_timeout")
+            return str(cursor.fetchone()[0])
+
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = '{own}'")
+    with transaction.atomic():
+        db.bound_waits("default")
+        assert limit() == bounded
+    assert limit() == own
+    release_due(customer)
+    with transaction.atomic():
+        # The limit would last as long as the caller's transaction.
+        assert journal.settle_due(get_client()).settled == 1
+        journal.retry_stuck(Reservation.objects.all())
+        grants.settle_due(get_client())
+        operations.expire_due()
+        assert limit() == own
+    connection.close()

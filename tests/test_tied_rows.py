@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import threading
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from django.apps import apps
 from django.contrib.auth.models import User
-from django.db import connection, models
+from django.db import connection, models, transaction
 from django.db.models import signals as model_signals
 from django.dispatch import Signal
 from django.test.utils import CaptureQueriesContext
@@ -22,6 +23,7 @@ from django_meterly.ledger.models import Account, Entry, Hold, Record
 from django_meterly.models import Customer, Grant, LowBalance, Reservation
 from django_meterly.testing import assert_books_balance, lapse_leases
 from tests.books import balance, fund, states
+from tests.children import PATIENCE
 from tests.refusing import refused
 
 if TYPE_CHECKING:
@@ -357,6 +359,41 @@ def test_f71_a_low_balance_that_cannot_be_recorded_leaves_the_others(
         signals.low_balance.disconnect(note)
     assert states() == ["committed"] * 3
     assert set(announced) == {customers[0], customers[2]}
+
+
+if connection.vendor == "mysql":
+
+    def test_f71_many_rows_of_a_locked_account_are_no_outage(joined: None) -> None:
+        payers = [fund(f"team_{number}") for number in range(3)]
+        # In whatever order, OUTAGE_AFTER of them come in a row.
+        count = 2 * journal.OUTAGE_AFTER + 1
+        for payer in (*[payers[0]] * count, *payers[1:]):
+            guard(payer, 1).reserve()
+        lapse_leases()
+        journal.record_lapsed()
+        lapse_leases()
+        account = Account.objects.filter(customer__public_id=payers[0].customer_id)
+        locked, over = threading.Event(), threading.Event()
+
+        def lock() -> None:
+            with transaction.atomic():
+                assert account.select_for_update().get()
+                locked.set()
+                over.wait(PATIENCE)
+            connection.close()
+
+        thread = threading.Thread(target=lock)
+        thread.start()
+        try:
+            assert locked.wait(PATIENCE)
+            with connection.cursor() as cursor:
+                cursor.execute("SET SESSION innodb_lock_wait_timeout = 1")
+            done = journal.settle_due(get_client())
+            assert (done.settled, done.outage) == (2, False)
+        finally:
+            over.set()
+            thread.join()
+            connection.close()
 
 
 # Grants

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+import sys
 import time
 from dataclasses import dataclass
 from itertools import groupby
@@ -909,12 +910,13 @@ def expire_due(batch_size: int = 1000) -> int:
 
 def _expire_or_leave(account_id: int, holds: list[Hold], left: list[int]) -> int:
     """Expire *holds*; add to *left* what cannot be expired. Return how many were."""
+    handled = sys.exception()
     try:
         return _expire_soon(account_id, holds)
     except DatabaseError as exc:
         if not refuses_rows(write_alias(), exc):
             raise
-        if len(holds) > 1 and not was_locked(exc):
+        if len(holds) > 1 and not was_locked(exc, handled):
             # One of them is refused, or the account's row is.
             return sum(_expire_or_leave(account_id, [hold], left) for hold in holds)
         pks = [hold.pk for hold in holds]
