@@ -267,6 +267,20 @@ def _units(value: Any, name: str) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
+def text_of(value: str | Promise, name: str) -> str:
+    """Return a text that may be lazy; ``ValueError`` if it cannot be evaluated.
+
+    For example, ``reverse_lazy("typo")`` fails only here, and in its own way.
+    """
+    try:
+        return str(value)
+    except Exception as exc:
+        why = clean_text(str(exc), 300)
+        raise ValueError(
+            f"{name} cannot be evaluated: {type(exc).__name__}: {why}"
+        ) from exc
+
+
 def _unit(value: Any, name: str) -> str | None:
     return None if value is None else check_unit(value, name)
 
@@ -351,11 +365,12 @@ def _link(value: Any, name: str) -> str | None:
     Nobody else's text gets into a setting, but a setting gets into pages: browsers
     drop spaces and control characters, and read ``\\`` as ``/``.
     """
-    # Nothing, or a text that is empty: what an unset variable leaves.
-    if value is None or value == "":
-        return None
     # A number, say, is no link, and may be too long for str().
-    link = str(value) if isinstance(value, str | Promise) else ""
+    text = text_of(value, name) if isinstance(value, str | Promise) else None
+    # Nothing, or a text that is empty: what an unset variable leaves.
+    if value is None or text == "":
+        return None
+    link = text or ""
     if link.startswith("/"):
         safe = not link.startswith("//")
     else:
