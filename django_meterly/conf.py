@@ -94,7 +94,8 @@ FUNCTIONS = ("TRANSPORT", "SIGNER", "CUSTOMER_RESOLVER", "EXTERNAL_ID")
 #: Variables that Kubernetes and Docker make for a service whose name begins with
 #: "meterly": ``METERLY_SERVICE_HOST``, ``METERLY_PORT_80_TCP_ADDR``, ``METERLY_NAME``.
 PLATFORM = re.compile(
-    r"(?:.+_)?(?:SERVICE_(?:HOST|PORT(?:_.+)?)|NAME|ENV_.+|"
+    # METERLY_TRANS_PORT is a misspelled TRANSPORT.
+    r"(?!TRANS_PORT$)(?:.+_)?(?:SERVICE_(?:HOST|PORT(?:_.+)?)|NAME|ENV_.+|"
     r"PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|ADDR|PORT)(?:_.+)?)?)?)"
 )
 #: How alike a variable's name and a setting's have to be to be called a typo.
@@ -457,12 +458,15 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
                     f"The environment variable {variable} names a file, which only "
                     "environ.FileAwareEnv() reads. Use it in place of environ.Env()."
                 )
+        elif PLATFORM.fullmatch(name):
+            # Of a service "meterly-reservation-ttl", for example: this is no typo.
+            continue
         elif meant := suggestion(name, DEFAULTS, TYPO):
             raise ImproperlyConfigured(
                 f"The environment variable {variable} names no setting of "
                 f"METERLY.{meant}"
             )
-        elif not PLATFORM.fullmatch(name):
+        else:
             ignored_variables[variable] = name
     return values
 

@@ -390,6 +390,13 @@ PLATFORMS = {
     "METERLY_WEB_SERVICE_HOST": "10.0.0.12",
     "METERLY_LEDGER_PORT_8000_TCP": "tcp://10.0.0.13:8000",
     "METERLY_DB_1_ENV_POSTGRES_USER": "x",
+    # Services whose names are nearly those of settings.
+    "METERLY_RESERVATION_TTL_PORT": "tcp://10.0.0.14:80",
+    "METERLY_RESERVATION_TTL_NAME": "/web/meterly-reservation-ttl",
+    "METERLY_MAX_SETTLE_ATTEMPTS_PORT": "tcp://10.0.0.15:80",
+    "METERLY_LOW_BALANCE_COOLDOWN_NAME": "/web/meterly-low-balance-cooldown",
+    "METERLY_CUSTOMER_RESOLVER_PORT": "tcp://10.0.0.16:80",
+    "METERLY_TRANSPORT_PORT": "tcp://10.0.0.17:80",
 }
 
 
@@ -407,6 +414,7 @@ def test_f65_variables_that_platforms_make_are_ignored(
         *(("BASE_ULR", "BASE_URL"), ("API_KEYY", "API_KEY"), ("APIKEY", "API_KEY")),
         *(("api_key", "API_KEY"), ("TOPUP_URL", "TOP_UP_URL"), ("DEADLIN", "DEADLINE")),
         *(("TRANSPRT", "TRANSPORT"), ("GUARDED_VIEW", "GUARDED_VIEWS")),
+        ("TRANS_PORT", "TRANSPORT"),
         *(("LOW_BALANCES", "LOW_BALANCE"), ("OVERAGES", "OVERAGE")),
         ("CUSTOMER_RESOLVER_", "CUSTOMER_RESOLVER"),
         ("ALLOW_INSECURE_HTPP", "ALLOW_INSECURE_HTTP"),
