@@ -577,6 +577,22 @@ def test_tags_name_units(declared: None, settings: Any) -> None:
     assert rendered("{{ unit|meterly_unit }}", unit="tokens") == "tokens"
 
 
+@pytest.mark.parametrize("unit", ["image_credits", "account.unit", "nothing", "empty"])
+@pytest.mark.parametrize("invalid", ["", "INVALID"])
+def test_the_tag_refuses_a_unit_that_is_no_text(
+    settings: Any, unit: str, invalid: str
+) -> None:
+    (engine,) = settings.TEMPLATES
+    options = {**engine["OPTIONS"], "string_if_invalid": invalid}
+    settings.TEMPLATES = [{**engine, "OPTIONS": options}]
+    values = {"account": {"unit": 5}, "nothing": None, "empty": ""}
+    with pytest.raises(ValueError, match=f"The unit {unit} of .* quotes around"):
+        rendered(f"{{% meterly_credits 25 {unit} %}}", **values)
+    source = f'{{% meterly_credits 25 {unit}|default:"tokens" %}}'
+    if unit != "account.unit":
+        assert rendered(source, **values) == "25 tokens"
+
+
 @pytest.mark.parametrize("arguments", ["", "25", '25 "tokens" 3'])
 def test_the_tag_says_what_it_takes(arguments: str) -> None:
     with pytest.raises(Exception, match='meterly_credits 25 "image_credits"'):
