@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from .conf import (
     ignored_variables,
     meterly_settings,
     suggestion,
+    text_of,
 )
 from .db import missing_tables
 from .execution import class_of, handlers, is_guarded
 from .middleware import MIDDLEWARE, is_installed, key_for, named_patterns
 from .mixins import MeterlyGuardMixin
-from .options import GuardOptions
+from .options import GuardOptions, _cannot_take, _takes
 from .resolvers import request_user
 from .transports.base import MAX_TTL_SECONDS, shown
 
@@ -89,22 +91,32 @@ _VALUE_IDS = {
 }
 
 
+#: What the functions that settings name are called with.
+_ARGUMENTS = {"CUSTOMER_RESOLVER": "request", "EXTERNAL_ID": "owner"}
+
+
 def _check_values(skipped: set[str]) -> Iterator[CheckMessage]:
     for name in DEFAULTS:
         if name in skipped:
             continue
         try:
-            getattr(meterly_settings, name)
+            value = getattr(meterly_settings, name)
         except ImproperlyConfigured as exc:
             yield Error(str(exc), id=_VALUE_IDS.get(name, "meterly.E003"))
+            continue
+        given = _ARGUMENTS.get(name)
+        if given is not None and not _takes(value, [given]):
+            refused = _cannot_take(f"METERLY[{name!r}]", value, given)
+            yield Error(str(refused), id=_VALUE_IDS[name])
 
 
 def _check_together() -> Iterator[CheckMessage]:
     for unit, people_say in meterly_settings.UNITS.items():
-        if not str(people_say).strip():
-            yield Error(
-                f"METERLY['UNITS'] gives {unit!r} an empty name.", id="meterly.E003"
-            )
+        try:
+            if not text_of(people_say, f"METERLY['UNITS'][{unit!r}]").strip():
+                raise ValueError(f"METERLY['UNITS'] gives {unit!r} an empty name.")
+        except ValueError as exc:
+            yield Error(str(exc), id="meterly.E003")
     typed = [(unit, "METERLY['LOW_BALANCE']") for unit in meterly_settings.LOW_BALANCE]
     if meterly_settings.DEFAULT_UNIT is not None:
         typed.append((meterly_settings.DEFAULT_UNIT, "METERLY['DEFAULT_UNIT']"))
@@ -458,25 +470,43 @@ def _holds() -> Iterator[tuple[str, int]]:
 
 @register("meterly", Tags.urls)
 def check_units(**kwargs: Any) -> list[CheckMessage]:
-    """Refuse guards of units that ``UNITS`` does not declare, or recommend it."""
+    """Refuse guards without a unit, or of one that ``UNITS`` does not declare.
+
+    Without ``UNITS``, recommend it.
+    """
     try:
         declared = meterly_settings.UNITS
-        usual = meterly_settings.DEFAULT_UNIT or "image_credits"
-        named = [(name, options.unit) for name, options in _guards() if options.unit]
+        usual = meterly_settings.DEFAULT_UNIT
+        guards = [(name, options.unit) for name, options in _guards()]
+        # A task that is only handed off settles what a view has reserved.
+        handed_off = {
+            _named(task) for task in _tasks() if task.meterly_options.customer is None
+        }
     except (ImproperlyConfigured, ImportError, TypeError, ValueError, AttributeError):
         return []  # The others report it.
+    errors: list[CheckMessage] = [
+        Error(
+            f"{name} names no unit, and METERLY['DEFAULT_UNIT'] is not set: it refuses "
+            "to work.",
+            hint='Name its unit, for example "image_credits", or set DEFAULT_UNIT.',
+            id="meterly.E015",
+        )
+        for name, unit in guards
+        if unit is None and usual is None and name not in handed_off
+    ]
+    named = [(name, unit) for name, unit in guards if unit is not None]
     if not declared:
-        found = sorted({usual, *(unit for _, unit in named)})
+        found = sorted({usual or "image_credits", *(unit for _, unit in named)})
         example = {unit: unit.replace("_", " ") for unit in found}
         return [
+            *errors,
             Info(
                 "METERLY['UNITS'] declares no units: a typo in a unit's name is a new "
                 "unit.",
                 hint=f"Set METERLY['UNITS'] = {example}, with names for people.",
                 id="meterly.I001",
-            )
+            ),
         ]
-    errors: list[CheckMessage] = []
     for name, unit in named:
         try:
             units.check_declared(unit)
@@ -500,14 +530,19 @@ def _guards() -> list[tuple[str, GuardOptions]]:
                 for each in (view, *handlers(view).values())
                 if hasattr(each, "meterly_options")
             ]
-    if "celery" in sys.modules:
-        from .tasks import guarded_tasks
+    return guards + [(_named(task), task.meterly_options) for task in _tasks()]
 
-        guards += [
-            (f"The task {task.name!r}", task.meterly_options)
-            for task in guarded_tasks()
-        ]
-    return guards
+
+def _tasks() -> list[Any]:
+    if "celery" not in sys.modules:
+        return []
+    from .tasks import guarded_tasks
+
+    return guarded_tasks()
+
+
+def _named(task: Any) -> str:
+    return f"The task {task.name!r}"
 
 
 def _guards_nothing(view: Any) -> str:
@@ -519,7 +554,7 @@ def _guards_nothing(view: Any) -> str:
     if cls is None or is_guarded(view):
         return ""
     if not issubclass(cls, MeterlyGuardMixin):
-        if isinstance(getattr(cls, "guard_options", None), dict):
+        if isinstance(getattr(cls, "guard_options", None), Mapping):
             return "has guard_options, but not MeterlyGuardMixin."
         return ""
     members = (getattr_static(cls, name) for name in dir(cls))

@@ -94,7 +94,8 @@ FUNCTIONS = ("TRANSPORT", "SIGNER", "CUSTOMER_RESOLVER", "EXTERNAL_ID")
 #: Variables that Kubernetes and Docker make for a service whose name begins with
 #: "meterly": ``METERLY_SERVICE_HOST``, ``METERLY_PORT_80_TCP_ADDR``, ``METERLY_NAME``.
 PLATFORM = re.compile(
-    r"(?:.+_)?(?:SERVICE_(?:HOST|PORT(?:_.+)?)|NAME|ENV_.+|"
+    # METERLY_TRANS_PORT is a misspelled TRANSPORT.
+    r"(?!TRANS_PORT$)(?:.+_)?(?:SERVICE_(?:HOST|PORT(?:_.+)?)|NAME|ENV_.+|"
     r"PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|ADDR|PORT)(?:_.+)?)?)?)"
 )
 #: How alike a variable's name and a setting's have to be to be called a typo.
@@ -267,6 +268,20 @@ def _units(value: Any, name: str) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
+def text_of(value: str | Promise, name: str) -> str:
+    """Return a text that may be lazy; ``ValueError`` if it cannot be evaluated.
+
+    For example, ``reverse_lazy("typo")`` fails only here, and in its own way.
+    """
+    try:
+        return str(value)
+    except Exception as exc:
+        why = clean_text(str(exc), 300)
+        raise ValueError(
+            f"{name} cannot be evaluated: {type(exc).__name__}: {why}"
+        ) from exc
+
+
 def _unit(value: Any, name: str) -> str | None:
     return None if value is None else check_unit(value, name)
 
@@ -351,11 +366,12 @@ def _link(value: Any, name: str) -> str | None:
     Nobody else's text gets into a setting, but a setting gets into pages: browsers
     drop spaces and control characters, and read ``\\`` as ``/``.
     """
-    # Nothing, or a text that is empty: what an unset variable leaves.
-    if value is None or value == "":
-        return None
     # A number, say, is no link, and may be too long for str().
-    link = str(value) if isinstance(value, str | Promise) else ""
+    text = text_of(value, name) if isinstance(value, str | Promise) else None
+    # Nothing, or a text that is empty: what an unset variable leaves.
+    if value is None or text == "":
+        return None
+    link = text or ""
     if link.startswith("/"):
         safe = not link.startswith("//")
     else:
@@ -442,12 +458,15 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
                     f"The environment variable {variable} names a file, which only "
                     "environ.FileAwareEnv() reads. Use it in place of environ.Env()."
                 )
+        elif PLATFORM.fullmatch(name):
+            # Of a service "meterly-reservation-ttl", for example: this is no typo.
+            continue
         elif meant := suggestion(name, DEFAULTS, TYPO):
             raise ImproperlyConfigured(
                 f"The environment variable {variable} names no setting of "
                 f"METERLY.{meant}"
             )
-        elif not PLATFORM.fullmatch(name):
+        else:
             ignored_variables[variable] = name
     return values
 

@@ -8,6 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.contrib.auth import get_user_model
 from django.db import Error, IntegrityError, router, transaction
 from django.db.models import F
 
@@ -29,7 +31,7 @@ from .journal import (
     taking,
 )
 from .models import MAX_REASON_LENGTH, Customer, Grant
-from .transports.base import check_amount, check_description, check_text
+from .transports.base import check_amount, check_description, check_text, shown
 
 if TYPE_CHECKING:
     from .client import MeterlyClient
@@ -63,13 +65,19 @@ def grant(
     Raises ``MeterlyReferenceConflictError`` if the reference was used for another
     amount, or if the ledger has refused its grant: that is final, and another grant
     takes another reference. Raises ``ValueError`` for arguments out of bounds, a unit
-    that ``UNITS`` does not declare, and an empty *reason*.
+    that ``UNITS`` does not declare, and an empty *reason*. Raises ``TypeError`` if
+    *actor* is neither a user nor ``None``.
     """
     check_amount(amount)
     units.check_declared(unit)
     check_text(reference, "reference")
     if not check_description(reason, "reason", length=MAX_REASON_LENGTH).strip():
         raise ValueError("Give a reason: it is kept with the grant.")
+    if actor is not None and not isinstance(actor, get_user_model()):
+        raise TypeError(
+            f"actor must be the user who grants (a {settings.AUTH_USER_MODEL}) or "
+            f"None, not {shown(actor)}."
+        )
     customer = Customer.objects.resolve(customer)
     using = router.db_for_write(Grant)
     try:

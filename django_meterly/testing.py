@@ -45,7 +45,7 @@ from .errors import (
     MeterlyUsageError,
 )
 from .models import Customer, Reservation
-from .transports.base import ROUTES, Call, Transport, check_amount
+from .transports.base import ROUTES, Call, Transport, check_amount, check_unit
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -89,18 +89,36 @@ class _Block(TestContextDecorator, Generic[T]):
 
     #: What a function that stands for the owner gets: the test, if there is one.
     _arguments: tuple[Any, ...] = ()
+    #: A block keeps one beginning, so it cannot begin again before it ends.
+    _entered = False
+    #: Whether an exception from the block leaves something to be undone.
+    _ends_after_an_exception = True
 
     def enable(self) -> T:
         raise NotImplementedError
 
     def __enter__(self) -> T:  # type: ignore[override]
+        name = type(self).__name__
+        if self._entered:
+            raise _entered_twice(name)
         try:
-            return self.enable()
+            begun = self.enable()
         except SynchronousOnlyOperation as exc:
-            name = type(self).__name__
             raise SynchronousOnlyOperation(
                 f"In async code, write 'async with {name}(...)'."
             ) from exc
+        self._entered = True
+        return begun
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._entered = False
+        if exc_type is None or self._ends_after_an_exception:
+            self.disable()
 
     async def __aenter__(self) -> T:
         return await sync_to_async(self.__enter__)()
@@ -152,6 +170,7 @@ class _Block(TestContextDecorator, Generic[T]):
 
     def _for(self, *arguments: Any) -> Self:
         block = copy(self)
+        block._entered = False
         block._arguments = arguments
         return block
 
@@ -159,6 +178,13 @@ class _Block(TestContextDecorator, Generic[T]):
         if callable(owner):
             owner = owner(*self._arguments)
         return Customer.objects.resolve(owner)
+
+
+def _entered_twice(name: str) -> MeterlyUsageError:
+    return MeterlyUsageError(
+        f"This {name}(...) has been entered already: write a second {name}(...) for "
+        "the block inside."
+    )
 
 
 # Settings
@@ -173,7 +199,8 @@ class override_meterly(override_settings):  # noqa: N801
             ...
 
     It decorates what ``override_settings`` decorates. Raises ``ImproperlyConfigured``
-    for a name that is not a setting.
+    for a name that is not a setting, and ``MeterlyUsageError`` if one object is entered
+    twice at once.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -187,6 +214,9 @@ class override_meterly(override_settings):  # noqa: N801
         self._values = values
 
     def enable(self) -> None:
+        if hasattr(self, "wrapped"):
+            # Django would never find the way back to the first settings.
+            raise _entered_twice(type(self).__name__)
         self.options = {"METERLY": {**meterly_settings.as_dict(), **self._values}}
         super().enable()
 
@@ -223,8 +253,10 @@ class override_credits(_Block[Customer]):  # noqa: N801
     ``Customer``.
 
     The credits are added and used by calls to the embedded ledger, so the books
-    balance. Raises ``MeterlyUsageError`` if the ledger is not the embedded one,
-    ``TypeError`` without any unit, and ``ValueError`` for an invalid unit or amount.
+    balance. Raises ``MeterlyUsageError`` if the ledger is not the embedded one, and if
+    one object is entered twice at once. Raises ``TypeError`` without any unit,
+    ``ValueError`` for an invalid unit or amount and, when the block begins, for a unit
+    that ``UNITS`` does not declare: tests may override the setting.
     """
 
     def __init__(self, owner: Any, /, **credits: int) -> None:  # noqa: A002
@@ -233,13 +265,15 @@ class override_credits(_Block[Customer]):  # noqa: N801
                 "Name the credits: override_credits(user, image_credits=100)."
             )
         for unit, amount in credits.items():
-            check_amount(amount, units.check_declared(unit), minimum=0)
+            check_amount(amount, check_unit(unit), minimum=0)
         super().__init__()
         self._owner = owner
         self._credits = credits
 
     def enable(self) -> Customer:
         self._client = _embedded("override_credits()")
+        for unit in self._credits:
+            units.check_declared(unit)
         customer = self._customer(self._owner)
         unit = next(iter(self._credits))
         self._id = customer.register(self._client, unit)
@@ -320,14 +354,16 @@ class assert_charged(_Block[None]):  # noqa: N801
     of the block. An exception from the block goes on as it is.
     """
 
+    _ends_after_an_exception = False
+
     def __init__(self, owner: Any, amount: int, unit: str | None = None) -> None:
         super().__init__()
         self._owner = owner
         self._amount = check_amount(amount, minimum=0)
-        self._unit = None if unit is None else units.check_declared(unit)
+        self._unit = None if unit is None else check_unit(unit)
 
     def enable(self) -> None:
-        unit = self._unit or meterly_settings.DEFAULT_UNIT
+        unit = self._unit or units.default()
         if unit is None:
             raise ImproperlyConfigured(
                 'Name a unit: assert_charged(user, 25, unit="image_credits"), or set '
@@ -338,18 +374,11 @@ class assert_charged(_Block[None]):  # noqa: N801
     def _begin(self, unit: str | None) -> None:
         self._counted = unit
         self._client = _embedded(f"{type(self).__name__}()")
+        if unit is not None:
+            units.check_declared(unit)
         self._payer = self._customer(self._owner)
         self._last = next(_entries(self._client, self._payer), None)
         self._known = dict(self._rows().values_list("pk", "state"))
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc_type is None:
-            self.disable()
 
     def disable(self) -> None:
         self._payer.refresh_from_db(fields=["customer_id"])
@@ -759,11 +788,12 @@ def _checked(fault: Any) -> Fault:
             f"A fault is one of {', '.join(WORDS)}, an exception, a function or "
             f"Altered, not {fault!r}."
         )
-    if not (
-        fault is None
-        or isinstance(fault, str | BaseException | Altered)
-        or callable(fault)
-    ):
+    if isinstance(fault, type):
+        known = issubclass(fault, BaseException)
+    else:
+        known = isinstance(fault, str | BaseException | Altered | None)
+        known = known or callable(fault)
+    if not known:
         raise ValueError(f"{fault!r} is not a fault.")
     return cast("Fault", fault)
 

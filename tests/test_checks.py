@@ -4,6 +4,7 @@ import dataclasses
 import datetime as dt
 from contextlib import contextmanager
 from functools import wraps
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -438,6 +439,10 @@ class WithoutMixin(guarded_urls.Writes):
     guard_options = COSTS
 
 
+class OtherMapping(guarded_urls.Writes):
+    guard_options = MappingProxyType(COSTS)
+
+
 class GuardedSet(MeterlyGuardMixin, guarded_urls.Posters):
     create = guarded_urls.guarded(guarded_urls.Posters.create)
 
@@ -449,6 +454,7 @@ UNGUARDED = [
     (BareSet.as_view({"post": "create"}), "has MeterlyGuardMixin, but no guard_opt"),
     (Cleared.as_view(), "has MeterlyGuardMixin, but no guard_options"),
     (WithoutMixin.as_view(), "has guard_options, but not MeterlyGuardMixin."),
+    (OtherMapping.as_view(), "has guard_options, but not MeterlyGuardMixin."),
     (csrf_exempt(Bare.as_view()), "has MeterlyGuardMixin, but no guard_options"),
 ]
 GUARDED = [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.contrib.auth.models import AnonymousUser, Group, User
 from django.db import connection, transaction
 
 from django_meterly import get_client, grants
@@ -18,8 +19,6 @@ from django_meterly.testing import assert_books_balance
 from tests.books import balance, fund
 
 if TYPE_CHECKING:
-    from django.contrib.auth.models import User
-
     from django_meterly.testing import faults
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -54,6 +53,19 @@ def test_another_amount_under_the_reference_is_a_conflict(
     assert Grant.objects.get().amount == 25
     assert balance(customer) == (125, 0)
     assert_books_balance()
+
+
+@pytest.mark.parametrize(
+    "actor", [1, "alice", User, AnonymousUser(), Group(pk=1)], ids=repr
+)
+def test_an_actor_that_is_no_user_is_refused_before_anything_is_written(
+    actor: Any,
+) -> None:
+    for function in (grants.grant, async_to_sync(grants.agrant)):
+        with pytest.raises(TypeError, match=r"actor must be the user .*auth\.User"):
+            function(get_client(), "team_7", 5, "tokens", **MEANT, actor=actor)
+    assert not Customer.objects.exists()
+    assert get_client().find_customer("team_7") is None
 
 
 def test_another_unit_customer_or_reference_is_another_grant(

@@ -45,6 +45,8 @@ def short(available: int = 5, reserved: int = 0) -> MeterlyInsufficientCreditsEr
 CASES = [
     (short(), 402, "insufficient_credits"),
     (short(reserved=40), 402, "insufficient_credits"),
+    # A project's own, which says nothing about its unit.
+    (MeterlyInsufficientCreditsError(), 402, "insufficient_credits"),
     (MeterlyUnavailableError(retry_after=7), 503, "unavailable"),
     (MeterlyDuplicateError(state="reserved", in_progress=True), 409, "duplicate"),
     (MeterlyDuplicateError(state="committed", reference="poster-7"), 409, "duplicate"),

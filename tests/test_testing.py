@@ -286,6 +286,60 @@ def test_credits_that_nobody_can_have_are_refused(
         override_credits("user_1", **credits)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: override_credits("user_1", minutes=5),
+        lambda: assert_charged("user_1", 0, "minutes"),
+        lambda: assert_not_charged("user_1", "minutes"),
+    ],
+)
+def test_a_unit_may_be_declared_after_the_block_was_written(block: Any) -> None:
+    ran: list[int] = []
+    with override_meterly(UNITS={"image_credits": "image credits"}):
+        decorated = block()(lambda: ran.append(1))
+    override_meterly(UNITS={"minutes": "minutes"})(decorated)()
+    assert ran == [1]
+    with (
+        override_meterly(UNITS={"minute": "minutes"}),
+        pytest.raises(ValueError, match="Did you mean 'minute'"),
+    ):
+        decorated()
+    assert ran == [1]
+
+
+def test_an_assertion_refuses_what_is_no_unit() -> None:
+    with pytest.raises(ValueError, match="'image credits'"):
+        assert_charged("user_1", 5, "image credits")
+    with pytest.raises(ValueError, match="'image credits'"):
+        assert_not_charged("user_1", "image credits")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: override_credits("user_1", image_credits=10),
+        lambda: assert_charged("user_1", 0),
+        lambda: assert_not_charged("user_1"),
+        lambda: faults("lost"),
+        lambda: override_meterly(ENFORCEMENT="off"),
+    ],
+)
+def test_a_block_is_entered_once_at_a_time(block: Any) -> None:
+    customer = fund("user_1", 3)
+    before = django_settings.METERLY
+    one = block()
+    for _ in range(2):
+        with one, pytest.raises(MeterlyUsageError, match="entered already"), one:
+            pass
+        assert django_settings.METERLY is before
+        assert FaultyTransport.lines == []
+        assert balance(customer) == (3, 0)
+        # An exception ends it as well.
+        with pytest.raises(KeyError), one:
+            raise KeyError
+
+
 # Decorators, and the classes of tests
 
 
@@ -1015,6 +1069,8 @@ def test_the_ledger_at_the_far_end_is_the_one_of_the_settings() -> None:
         ),
         ({"commit_reservation": ["lost", "lots"]}, ValueError, "'lots'"),
         ({"commit_reservation": 3}, ValueError, "3 is not a fault"),
+        ({"commit_reservation": int}, ValueError, "'int'> is not a fault"),
+        ({"commit_reservation": [Altered]}, ValueError, "Altered'> is not a fault"),
         ({"everything": ["lost"]}, ValueError, "is not a fault"),
     ],
 )

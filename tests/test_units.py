@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from asgiref.sync import async_to_sync
+from celery import current_app
 from django.contrib import admin
 from django.core.exceptions import ImproperlyConfigured
 from django.template import Context, Template
@@ -355,6 +356,59 @@ def test_checks_find_the_guards_of_undeclared_units(
         assert "Did you mean 'image_credits'?" in error.msg
 
 
+def without_a_unit() -> list[str]:
+    """Return where ``meterly.E015`` is found, but for the tasks of other files."""
+    return [
+        message.msg.partition(" names no unit")[0]
+        for message in checks.check_units()
+        if message.id == "meterly.E015"
+        and ("The task" not in message.msg or "tests.unitless" in message.msg)
+    ]
+
+
+def test_checks_find_the_guards_without_a_unit(
+    declare: Callable[..., None], settings: Any
+) -> None:
+    @meterly_task(amount=5, customer=lambda: "user_1", name="tests.unitless")
+    def task() -> None: ...
+
+    # It settles what a view has reserved.
+    @meterly_task(amount=5, name="tests.unitless_too")
+    def handed_off() -> None: ...
+
+    class Mixed(MeterlyGuardMixin, View):
+        guard_options = {"amount": 5}
+        post = staticmethod(work)
+
+    class Handled(MeterlyGuardMixin, View):
+        post = meterly_guard(amount=5)(Handler.post)
+
+    views = {
+        "function": meterly_guard(amount=5)(work),
+        "mixin": Mixed.as_view(),
+        "handler": Handled.as_view(),
+    }
+    urlpatterns = [path(f"{name}/", view, name=name) for name, view in views.items()]
+    urlpatterns.append(path("settings/", work, name="settings"))
+    settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
+    found, options = {}, {"settings": {"amount": 5}}
+    try:
+        for units in ({}, UNITS):
+            declare(units, DEFAULT_UNIT="image_credits", GUARDED_VIEWS=options)
+            assert without_a_unit() == []
+            declare(units, DEFAULT_UNIT=None)
+            found[len(units)] = without_a_unit()
+    finally:
+        for name in ("tests.unitless", "tests.unitless_too"):
+            current_app.tasks.pop(name)
+    where = [
+        "METERLY['GUARDED_VIEWS']['settings']",
+        *(f"The view {name!r}" for name in views),
+        "The task 'tests.unitless'",
+    ]
+    assert found == {0: where, len(UNITS): where}
+
+
 def test_a_project_without_units_is_recommended_to_declare_those_it_has(
     declare: Callable[..., None],
 ) -> None:
@@ -521,6 +575,22 @@ def test_tags_name_units(declared: None, settings: Any) -> None:
     removed = {"available": 1, "credit_unit": "<b>"}
     assert rendered(source, account=removed) == "1 &lt;b&gt;"
     assert rendered("{{ unit|meterly_unit }}", unit="tokens") == "tokens"
+
+
+@pytest.mark.parametrize("unit", ["image_credits", "account.unit", "nothing", "empty"])
+@pytest.mark.parametrize("invalid", ["", "INVALID"])
+def test_the_tag_refuses_a_unit_that_is_no_text(
+    settings: Any, unit: str, invalid: str
+) -> None:
+    (engine,) = settings.TEMPLATES
+    options = {**engine["OPTIONS"], "string_if_invalid": invalid}
+    settings.TEMPLATES = [{**engine, "OPTIONS": options}]
+    values = {"account": {"unit": 5}, "nothing": None, "empty": ""}
+    with pytest.raises(ValueError, match=f"The unit {unit} of .* quotes around"):
+        rendered(f"{{% meterly_credits 25 {unit} %}}", **values)
+    source = f'{{% meterly_credits 25 {unit}|default:"tokens" %}}'
+    if unit != "account.unit":
+        assert rendered(source, **values) == "25 tokens"
 
 
 @pytest.mark.parametrize("arguments", ["", "25", '25 "tokens" 3'])

@@ -10,6 +10,7 @@ from rest_framework.permissions import BasePermission
 from .. import units
 from ..errors import OUTAGE, MeterlyUnavailableError
 from ..methods import costs
+from ..transports.base import check_amount
 from .balances import balances_of
 from .exceptions import complete_answers, counterpart
 
@@ -26,7 +27,8 @@ class HasCredits(BasePermission):
     or a job reserves. Methods that guards charge nothing for pass. Subclass it for
     another *amount* or *unit* (``DEFAULT_UNIT`` by default; one of ``UNITS``).
 
-    A ledger that cannot be asked is a 503.
+    A ledger that cannot be asked is a 503. An invalid *amount* or *unit* is a
+    ``ValueError``.
     """
 
     message = _("You have no credits left for this.")
@@ -37,6 +39,7 @@ class HasCredits(BasePermission):
     def has_permission(self, request: Request, view: APIView) -> bool:
         if not costs(request.method, None):
             return True
+        amount = check_amount(self.amount, f"{type(self).__name__}.amount", minimum=0)
         unit = units.check_declared(self.unit) if self.unit else units.default()
         try:
             balances = balances_of(request)
@@ -44,6 +47,6 @@ class HasCredits(BasePermission):
             complete_answers(view)
             raise counterpart(MeterlyUnavailableError(str(exc))) from exc
         return any(
-            balance.credit_unit == unit and balance.available >= self.amount
+            balance.credit_unit == unit and balance.available >= amount
             for balance in balances or ()
         )

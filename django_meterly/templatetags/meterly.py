@@ -11,6 +11,7 @@ from django.utils.html import format_html
 
 from .. import units
 from ..keys import FORM_FIELD
+from ..transports.base import shown
 
 if TYPE_CHECKING:
     from django.template.base import FilterExpression, Parser, Token
@@ -46,7 +47,8 @@ def meterly_credits(parser: Parser, token: Token) -> CreditsNode:
 
     ``{% meterly_credits 25 "image_credits" %}`` renders "25 image credits". Raises
     ``ValueError`` for a unit that is typed there and that ``UNITS`` does not declare. A
-    variable may be another unit, of a balance for example: it is shown as it is.
+    variable may be another unit, of a balance for example: it is shown as it is. If it
+    is empty, or not a text, that is a ``ValueError``, too.
     """
     name, *arguments = token.split_contents()
     if len(arguments) != 2:
@@ -62,8 +64,15 @@ class CreditsNode(template.Node):
         self.unit = unit
 
     def render(self, context: Any) -> Any:
-        unit = self.unit.resolve(context)
+        # A variable that is not there is None.
+        unit = self.unit.resolve(context, ignore_failures=True)
         if not self.unit.is_var:
             units.check_declared(unit)
+        elif not isinstance(unit, str) or not unit:
+            raise ValueError(
+                f"The unit {self.unit.token} of meterly_credits must be a text, not "
+                f"{shown(unit)}. Put quotes around a unit that is no variable: "
+                '{% meterly_credits 25 "image_credits" %}.'
+            )
         counted = units.counted(self.amount.resolve(context), unit)
         return render_value_in_context(counted, context)

@@ -124,6 +124,16 @@ def test_a_ledger_out_of_reach_is_a_503(
         assert response.json()["code"] == "unavailable"
 
 
+@pytest.mark.parametrize("amount", ["5", None, 2.5, True, -1], ids=repr)
+def test_an_amount_that_nobody_can_have_is_an_error_that_names_it(
+    by_token: APIClient, monkeypatch: pytest.MonkeyPatch, user: User, amount: Any
+) -> None:
+    fund(user, 10)
+    monkeypatch.setattr(HasTen, "amount", amount)
+    with pytest.raises(ValueError, match=r"^HasTen\.amount must be "):
+        by_token.post("/gated/")
+
+
 def test_has_credits_reads_and_holds_nothing(
     by_token: APIClient, user: User, any_ledger: Any
 ) -> None:
