@@ -56,7 +56,9 @@ def test_another_amount_under_the_reference_is_a_conflict(
 
 
 @pytest.mark.parametrize(
-    "actor", [1, "alice", User, AnonymousUser(), Group(pk=1)], ids=repr
+    "actor",
+    [1, "alice", User, AnonymousUser(), Group(pk=1)],
+    ids=lambda actor: type(actor).__name__,
 )
 def test_an_actor_that_is_no_user_is_refused_before_anything_is_written(
     actor: Any,
