@@ -1111,7 +1111,7 @@ def test_f51_grant_to_a_new_customer_does_not_store_the_id_of_another(
     remote: faults, customer: Customer
 ) -> None:
     theirs = customer.customer_id
-    other = Customer.objects.resolve("user_2")
+    other = Customer.objects.resolve("somebody-else")
     # In the balance, too: only the customer's own record shows that it is another's.
     remote.meet(
         "grant_credits",
