@@ -34,16 +34,6 @@ R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 # refuses variables that name none.
 NO_SKIP = os.environ.pop("METERLY_TEST_NO_SKIP", "") == "1"
 
-#: Files with tests that take seconds, although they are not slow.
-LONG = {
-    "test_books.py",
-    "test_documentation.py",
-    "test_projects.py",
-    "test_quickstart.py",
-    "test_testing_page.py",
-    "test_verify.py",
-}
-
 # What only PostgreSQL does.
 collect_ignore = [] if connection.vendor == "postgresql" else ["test_at_once.py"]
 
@@ -73,12 +63,7 @@ def pytest_make_collect_report() -> Generator[
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The long ones begin first: at the end, nobody waits for one of them.
-    items.sort(
-        key=lambda item: (
-            item.get_closest_marker("slow") is None,
-            item.path.name not in LONG,
-        )
-    )
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

@@ -382,7 +382,10 @@ INSTALLED_APPS = [
     "django_meterly.ledger",
     "plain",
 ]
-METERLY = {"TRANSPORT": "django_meterly.ledger.transport.LedgerTransport"}
+METERLY = {
+    "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
+    "UNITS": {"credits": "credits"},
+}
 """
 
 TESTS = """
