@@ -46,7 +46,7 @@ from django_meterly import (
 )
 from django_meterly.conf import meterly_settings
 from django_meterly.errors import MeterlyRateLimitedError
-from django_meterly.ledger.models import Entry, Hold
+from django_meterly.ledger.models import Entry, Hold, Workspace
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Customer, Reservation
 from django_meterly.testing import (
@@ -446,6 +446,12 @@ class ForTheClassTestCase(TestCase):
         assert self.client.post("/paid/").status_code == 402
 
     test_and_another = test_one_request
+
+    @classmethod
+    def doClassCleanups(cls) -> None:  # noqa: N802
+        super().doClassCleanups()
+        # The class was rolled back before its blocks ended: they leave nothing.
+        assert not Workspace.objects.exists()
 
 
 def test_other_classes_cannot_be_decorated() -> None:

@@ -184,10 +184,7 @@ def test_the_admins_pages_speak_german(german: Any, joined: None) -> None:
     page = german.post(url, {"amount": "5", "unit": "?", "reason": ""})
     assert "Eine Einheit besteht aus" in page.content.decode()
     key = ApiKey.objects.create(
-        workspace=Workspace.objects.get(name="default"),
-        name="ci",
-        prefix="mk_",
-        key_hash="0" * 64,
+        workspace=Workspace.objects.get(), name="ci", prefix="mk_", key_hash="0" * 64
     )
     page = german.post(
         "/admin/meterly_ledger/apikey/",

@@ -116,7 +116,7 @@ def test_f56_a_wrong_value_is_refused_and_creates_nothing(arguments, message):
     with pytest.raises(CommandError, match=message):
         run("create", *arguments)
     assert not ApiKey.objects.exists()
-    assert not Workspace.objects.exclude(name="default").exists()
+    assert not Workspace.objects.exists()
 
 
 def test_f56_a_test_key_is_one_of_a_test_workspace_that_is_created(settings):
@@ -124,7 +124,7 @@ def test_f56_a_test_key_is_one_of_a_test_workspace_that_is_created(settings):
     bearer, hmac = (run("create", "x", "--test", *kind)[0] for kind in ([], ["--hmac"]))
     assert bearer.startswith("mk_test_")
     assert hmac.startswith("mk_hmac_test")
-    workspace = Workspace.objects.exclude(name="default").get()
+    workspace = Workspace.objects.get()
     assert (workspace.name, workspace.is_test) == ("shop-test", True)
     run("create", "x", "--test", "--workspace", "sandbox")
     assert Workspace.objects.get(name="sandbox").is_test
