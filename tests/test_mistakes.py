@@ -736,9 +736,12 @@ def test_f61_a_task_that_returns_what_nobody_runs_is_released(
         return function(job_id)
 
     hidden = meterly_task(
-        "image_credits", 5, customer=lambda job_id: user, name="tests.hidden"
+        "image_credits",
+        5,
+        customer=lambda job_id: user,
+        name=f"tests.hidden_{function.__name__}",
     )(hides)
-    with pytest.raises(TypeError, match=r"The task tests\.hidden is async"):
+    with pytest.raises(TypeError, match=r"The task tests\.hidden_\w+ is async"):
         hidden.apply((1,), throw=True)
     assert ran == []
     assert states() == ["released"]
