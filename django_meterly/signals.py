@@ -7,6 +7,9 @@ hurts nobody. ``docs/signals.md`` describes them all.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from django.dispatch import Signal
 
 #: Credits are held, and the work runs. Sends *reservation*.
@@ -45,3 +48,21 @@ ledger_unreachable = Signal()
 
 #: The ledger answers this process again.
 ledger_reachable = Signal()
+
+
+def announce(signal: Signal, sender: Any, *, using: str, **facts: Any) -> None:
+    """Send *signal* once the transaction on *using* is committed, if there is one.
+
+    Whatever the receivers do, it hurts nobody.
+    """
+    if not signal.has_listeners(sender):
+        return
+    # Only here: clients without a Django project import this module, too.
+    from django.db import connections, transaction
+
+    send = functools.partial(signal.send_robust, sender=sender, **facts)
+    if connections[using].in_atomic_block:
+        transaction.on_commit(send, using=using, robust=True)
+    else:
+        # Without asking a database that may be out of reach.
+        send()
