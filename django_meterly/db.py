@@ -414,8 +414,8 @@ READS_COMMITTED = (
 def reads_committed(using: str) -> bool:
     """Return whether the transaction on *using* sees what others commit meanwhile.
 
-    The server knows: the level may be set there, for the database, for the role, or by
-    a statement.
+    Only the server knows the isolation level: it may be set there for the database, for
+    the role, or by a statement.
     """
     connection: Any = connections[using]
     if connection.vendor == "postgresql":
@@ -438,9 +438,9 @@ def on_live_connection(
     """Run *query*, once more on a new connection if the present one is dead.
 
     If the database cannot serve for another reason, or cannot be reached, *query* is
-    tried again for *patience* seconds; for two if it had to give way to another. Only
-    outside a transaction: inside one the lost connection took the transaction's other
-    changes with it.
+    tried again for *patience* seconds. After a deadlock, for example, it is tried again
+    for at least ``GIVE_WAY_SECONDS``. Inside a transaction it is never tried again,
+    because the transaction's other changes are lost.
     """
     connection = connections[using]
     begun = time.monotonic()
@@ -455,7 +455,7 @@ def on_live_connection(
             if connection.in_atomic_block or not is_outage(exc):
                 raise
             dead = before is not None and (
-                # Leaving an atomic block, Django has closed a dead one already.
+                # Django closes a dead connection when it leaves an atomic block.
                 connection.connection is not before
                 or is_read_only(exc)
                 or not connection.is_usable()
@@ -467,7 +467,7 @@ def on_live_connection(
         if dead:
             reconnect(connection)
         if replaced or not dead:
-            # Jitter: those who met once are not to meet again.
+            # Jitter: processes that collided once should not collide again.
             time.sleep(random.uniform(0, PAUSE))  # noqa: S311
         replaced = replaced or dead
 

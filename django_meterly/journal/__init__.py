@@ -1,12 +1,12 @@
 """Every state change of a ``Reservation``, and the sweeper that finishes them.
 
-The journal is what makes the promise good: a row is written before the ledger
-is asked, a decision is recorded before the ledger hears of it, and any process that
-finds a decided row may carry it out, because every call is sent with the key
-that belongs to the row. When the ledger shares the journal's transaction, each step
-commits with its outcome: ``intent`` and pending states are visible only after a
-failure. Each transition is one conditional UPDATE; the number of rows it changed
-says whether it happened::
+The journal keeps the promise that no credit is lost, spent twice or given away. A row is
+written before the ledger is asked. A decision is recorded before the ledger hears of
+it. Any process that finds a decided row may carry it out, because every call is sent
+with an idempotency key that belongs to the row. When the ledger shares the journal's
+transaction, each step commits with its outcome: ``intent`` and pending states are
+visible only after a failure. Each transition is one conditional UPDATE; the number of
+rows it changed says whether it happened::
 
      intent ──────────┬────────► denied
        │ reserve      ├────────► failed
@@ -21,20 +21,21 @@ says whether it happened::
 
 A row that runs *on trust* (``ON_UNAVAILABLE``) is ``reserved`` without a
 reservation id. That column is written once: with the hold's id, or with
-``NO_HOLD`` when the ledger has refused the reserve. Only the hold that stands there
-is committed, and only a row with ``NO_HOLD`` is charged without one.
+``NO_HOLD`` when the ledger has refused the reserve. Only the hold with that id is
+committed, and only a row with ``NO_HOLD`` is charged by a direct debit alone.
 
-A ``reserved`` row with a ``charge`` is *presumed*: its work has returned well, and its
-response is still to be rendered or sent. It lapses to commit, not to release.
+A ``reserved`` row with a ``charge`` is *presumed*: its handler has returned, but its
+response is not rendered or sent yet. Its lease lapses to commit, not to release.
 
-The row's *fence* says who may decide. An even number belongs to the process that
-works under it. An odd number means that the work is offered and not yet claimed. To
-offer, to claim and to withdraw are conditional UPDATEs, too.
+The row's *fence* says who may decide. A process that works on the row holds an even
+fence. An odd fence means that the work is offered, and that nobody has claimed it yet.
+For example, a view reserves with fence 0, offers its work with fence 1, and the worker
+claims it with fence 2. Each of these steps is a conditional UPDATE, too.
 
-A key may have several *attempts*, and is charged once. An attempt that lapsed may
-still succeed while a later one is at work. Then the row stays ``released`` and notes
-its ``charge``, and the sweeper asks again: the charge is owed if the later attempt
-comes to nothing, and dropped if that one is charged.
+A key may have several *attempts*, and is charged once. An attempt that lapsed may still
+succeed while a later one is running. Then its row stays ``released`` and notes its
+``charge``. Later the sweeper decides: if the later attempt is charged, the noted charge
+is dropped; otherwise it is owed.
 
 The rooms: ``opening`` reserves, ``deciding`` records how the work ended, ``settling``
 carries that out at the ledger, ``offering`` hands work to another process, ``debts``

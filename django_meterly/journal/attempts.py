@@ -10,9 +10,10 @@ from .rows import State, alias
 
 
 def number(using: str, row: Reservation) -> None:
-    """Let *row* be the next attempt at its key, with a fence above the last one's.
+    """Make *row* the next attempt at its key, with a fence above the last one's.
 
-    Raises ``MeterlyDuplicateError`` and ``MeterlyIdempotencyMismatchError``.
+    Raises ``MeterlyDuplicateError`` if the last attempt may still be charged, and
+    ``MeterlyIdempotencyMismatchError`` if the key was used for something else.
     """
     last = (
         Reservation.objects.using(using)
@@ -23,7 +24,7 @@ def number(using: str, row: Reservation) -> None:
     if last is None:
         return
     given_up = (*State.free(), State.RELEASE_PENDING)
-    # Nothing came of an attempt that was given up: the next may cost another amount.
+    # A given-up attempt charged nothing, so the next one may cost another amount.
     if (
         last.name != row.name
         or last.unit != row.unit
@@ -41,21 +42,21 @@ def number(using: str, row: Reservation) -> None:
 
 
 def standing(using: str, row: Reservation) -> list[Reservation]:
-    """Lock the attempts at the key of *row*; return the others that stand.
+    """Lock the attempts at the key of *row*; return the others that may be charged.
 
-    Part of the transaction that is open. Until it ends, no attempt at this key is
-    opened, and none of those that were released is charged.
+    The locks last until the open transaction ends. Until then nobody opens another
+    attempt at this key, and nobody charges one that was released.
     """
     attempts = (
         Reservation.objects.using(using)
         .filter(customer=row.customer_id, key=row.key)
-        # Of these nothing ever comes, and there may be many.
+        # These are never charged, and there may be many.
         .exclude(state__in=[State.DENIED, State.FAILED])
     )
-    # This locks them on every database, and on SQLite before anything is read.
+    # An UPDATE locks them on every database, and on SQLite before the first read.
     attempts.update(fence=F("fence"))
     others = attempts.standing().exclude(pk=row.pk).order_by("attempt")
-    # Locked once more: MySQL reads what is true now, not when the transaction began.
+    # FOR UPDATE makes MySQL read the present rows and not its older snapshot.
     return list(others.select_for_update())
 
 
@@ -68,14 +69,15 @@ def is_tried_again(row: Reservation) -> bool:
 
 
 def in_the_way(customer: Customer, key: str) -> MeterlyDuplicateError | None:
-    """Return why *key* cannot be tried now; ``None`` if nothing came of it yet."""
+    """Return why *key* cannot be tried now; ``None`` if it is free."""
     rows = Reservation.objects.using(alias()).filter(customer=customer, key=key)
     row = rows.standing().order_by("-attempt").first()
     return None if row is None else refusal(row)
 
 
 def refusal(row: Reservation) -> MeterlyDuplicateError:
-    # One that was released stands for a success that is noted.
+    """Return the error for a key that the attempt *row* uses."""
+    # A released attempt that may be charged has noted a late success.
     in_progress = row.state in (*State.open(), State.RELEASE_PENDING, State.RELEASED)
     return MeterlyDuplicateError(
         f"The idempotency key {row.key!r} "

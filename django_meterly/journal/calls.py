@@ -1,4 +1,8 @@
-"""The calls of a row at the ledger: the same key and body in every process."""
+"""The calls of a row at the ledger.
+
+Every process derives the same idempotency key and the same body from the row. So the
+ledger applies a call once, even if two processes send it.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +33,11 @@ logger = logging.getLogger(__name__)
 def ask(
     limited: MeterlyClient, row: Reservation
 ) -> tuple[ReservationResult | MeterlyError, str]:
-    """Send the reserve, by the *limited* client; return what it comes to.
+    """Send the reserve by the *limited* client; return the answer and the new state.
 
-    That is the answer, and the state it brings *row* to; what else is to be on
-    record of it is set on *row*. Raises ``OUTAGE``, and
-    ``MeterlyIdempotencyMismatchError``, of which nothing is to be on record.
+    Sets ``reservation_id`` or ``last_error`` on *row*, for the caller to record.
+    Raises the errors in ``OUTAGE``, and ``MeterlyIdempotencyMismatchError``, which
+    leaves nothing to record.
     """
     try:
         held = hold(limited, row)
@@ -47,7 +51,7 @@ def ask(
     if held.is_held:
         row.reservation_id = held.reservation_id
         return held, State.RESERVED
-    # A key from before the journal was lost or restored: that hold is over.
+    # The journal was lost or restored since this key was used, and its hold has ended.
     over = State.COMMITTED if held.status == "committed" else State.RELEASED
     duplicate = MeterlyDuplicateError(
         f"The ledger knows the idempotency key {row.key!r} already: its "
@@ -58,7 +62,7 @@ def ask(
 
 
 def give_back(client: MeterlyClient, row: Reservation, held: ReservationResult) -> None:
-    """Release a hold that the row knows nothing of."""
+    """Release *held*, which the row does not name."""
     try:
         client.within(SETTLE_TIMEOUT, attempts=1).release_reservation(
             held.reservation_id, idempotency_key=row.wire_key("release")
@@ -68,7 +72,7 @@ def give_back(client: MeterlyClient, row: Reservation, held: ReservationResult) 
 
 
 def hold(client: MeterlyClient, row: Reservation) -> ReservationResult:
-    """Send the reserve of *row*: the same key and body whoever sends it."""
+    """Send the reserve of *row*."""
     return client.reserve_credits(
         customer_id(client, row),
         row.amount,
@@ -80,6 +84,7 @@ def hold(client: MeterlyClient, row: Reservation) -> ReservationResult:
 
 
 def customer_id(client: MeterlyClient, row: Reservation) -> str:
+    """Return the ledger's id of the customer, who is registered there if need be."""
     unit = meterly_settings.DEFAULT_UNIT or row.unit
     return row.customer.ensure_registered(client, unit)
 
@@ -87,11 +92,11 @@ def customer_id(client: MeterlyClient, row: Reservation) -> str:
 def extend(
     client: MeterlyClient, row: Reservation, name: str, seconds: int | None = None
 ) -> bool:
-    """Let the hold of *row* last for *seconds* from now, where the ledger allows it.
+    """Extend the hold of *row* to *seconds* from now, by default to ``ttl_seconds``.
 
-    That is ``ttl_seconds`` again by default. *name* tells this extension from the
-    others. Returns whether there may still be a hold; when the ledger does not know
-    the call, or cannot be asked, there may.
+    *name* is part of the idempotency key: each extension needs another one. Returns
+    ``False`` if the ledger says that the hold has ended. If the ledger cannot be asked,
+    or does not support the call, the hold may still exist: that is ``True``.
     """
     if not row.reservation_id:
         return True
@@ -114,7 +119,7 @@ def extend(
 
 
 def commit(client: MeterlyClient, row: Reservation, charge: int) -> int:
-    """Commit what the hold of *row* covers of *charge*; return how much that is."""
+    """Commit *charge* or the whole hold of *row*, the smaller one; return how much."""
     assert row.reservation_id is not None
     held = min(charge, row.amount)
     client.commit_reservation(

@@ -1,4 +1,4 @@
-"""Work that was done and could not be charged: collected, refused, written off."""
+"""Debts: work that was done and could not be charged (state ``unbilled``)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reservation]:
-    """Debit what *customer* owes in *unit*, the oldest debt first.
+    """Debit the debts of *customer* in *unit*, the oldest debt first.
 
-    Stops at the first debt for which there are too few credits. Stuck ones are
-    tried, too. Returns the debts that are left, each with what is *owed*; the first
-    knows its *shortage*. Raises ``MeterlyUnavailableError`` when the ledger cannot be
+    Stuck debts are tried, too. Stops at the first debt for which there are too few
+    credits. Returns the debts that are left: each says how much is *owed*, and the
+    first one has a *shortage*. Raises ``MeterlyUnavailableError`` if the ledger cannot be
     asked.
     """
     using = alias()
@@ -32,7 +32,7 @@ def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reserv
     for row in debts.filter(unit=unit).select_related("customer"):
         try:
             with client.transport.unit_of_work(using):
-                # The row before its account: so does everybody.
+                # Everybody locks the row before its account.
                 if not debts.filter(pk=row.pk).update(
                     settle_attempts=F("settle_attempts") + 1
                 ):
@@ -53,13 +53,13 @@ def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reserv
 
 
 def _clear_owing(using: str, customer: Customer) -> None:
-    """Let *customer* owe nothing, unless there is a debt, in whatever unit."""
+    """Clear ``customer.owes``, unless a debt is left in any unit."""
     customers = Customer.objects.using(using).filter(pk=customer.pk)
     with transaction.atomic(using=using):
-        # Locks the customer: a debt that is being recorded is seen, or waits.
+        # This locks the customer: another process that records a debt now waits.
         customers.update(owes=True)
         debts = Reservation.objects.using(using).debts().filter(customer=customer)
-        # Locked: MySQL reads what is true now, not when the transaction began.
+        # FOR UPDATE makes MySQL read the present rows and not its older snapshot.
         if debts.select_for_update().first() is None:
             customers.update(owes=False)
             customer.owes = False
@@ -68,7 +68,7 @@ def _clear_owing(using: str, customer: Customer) -> None:
 def refuse_debtor(
     client: MeterlyClient, customer: Customer, amount: int, unit: str
 ) -> None:
-    """Raise ``MeterlyDebtError`` if *customer* owes credits of *unit* after all."""
+    """Collect the debts in *unit*; raise ``MeterlyDebtError`` if some are left."""
     debts = collect(client, customer, unit)
     if not debts:
         return
@@ -88,15 +88,15 @@ def refuse_debtor(
 
 
 def write_off(row: Reservation) -> bool:
-    """Let the debt *row* be: it is committed, and nothing more is charged for it.
+    """Write off the debt *row*: it is committed, and nothing more is charged for it.
 
-    What it *owed* stays on record. Returns whether it was a debt.
+    The row keeps the amount it *owed*. Returns whether it was a debt.
     """
     written_off = move(
         row,
         [State.UNBILLED],
         State.COMMITTED,
-        # Only this row knows that its key was charged.
+        # Keeps the row for ever: only it says that the key was charged.
         lapsed=True,
         next_attempt_at=None,
         stuck_at=None,

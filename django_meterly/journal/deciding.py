@@ -1,4 +1,7 @@
-"""Recording how the work ended, before the ledger hears of it."""
+"""Recording how the work ended, before the ledger hears of it.
+
+``settling`` carries the recorded decision out.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from .rows import State, alias, decided, move
 
 
 def record_success(row: Reservation, charge: int, *, fence: int | None = None) -> bool:
-    """Record that the work succeeded and *charge* credits are owed.
+    """Record that the work succeeded and costs *charge* credits.
 
-    Also after the lease has lapsed, and after the release: work that was done
-    is paid for; but not when somebody else has the *fence*. Returns whether the
-    row took the decision.
+    A success counts even if the lease has lapsed or the row was released: finished work
+    is charged. It does not count if another process has moved the *fence*. Returns
+    whether the row took the decision.
     """
     owed = decided(charge=charge)
     return move(
@@ -26,10 +29,11 @@ def record_success(row: Reservation, charge: int, *, fence: int | None = None) -
 
 
 def record_late_success(row: Reservation, charge: int, fence: int | None) -> bool:
-    """Record the success of an attempt that was given up; return whether it is owed.
+    """Record the success of an attempt that was given up; return if it is owed now.
 
-    Its key is charged once. The success is dropped if another attempt is charged, and
-    noted while another one is open, or is not released yet.
+    A key is charged once. If another attempt is charged, this success is dropped. While
+    another attempt is open, or waits to be released, this success is noted: the sweeper
+    decides later.
     """
     using = alias()
     late = [State.RELEASE_PENDING, State.RELEASED]
@@ -50,7 +54,7 @@ def record_late_success(row: Reservation, charge: int, fence: int | None) -> boo
             rows = rows.filter(fence=fence)
         rows.update(
             charge=None if charged else charge,
-            # One that is not released yet is due for that.
+            # A row that waits for its release keeps its time for that.
             next_attempt_at=Case(
                 When(state=State.RELEASED, then=again), default=F("next_attempt_at")
             ),
@@ -59,10 +63,10 @@ def record_late_success(row: Reservation, charge: int, fence: int | None) -> boo
 
 
 def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
-    """Record that the work failed, or is to cost nothing.
+    """Record that the work failed, or is free.
 
-    Returns whether the row took the decision; if not, the row has another one,
-    which stands, or somebody else has the *fence*.
+    Returns whether the row took the decision. If not, the row keeps an earlier
+    decision, or another process has moved the *fence*.
     """
     return move(
         row,
@@ -74,11 +78,11 @@ def record_failure(row: Reservation, *, fence: int | None = None) -> bool:
 
 
 def presume(row: Reservation, charge: int, *, fence: int, lease: float) -> bool:
-    """Record that the work has returned well, and owes *charge* if it lapses.
+    """Record that the handler has returned, and that *charge* is presumed to be owed.
 
-    For work whose response is still to be rendered or sent. If nobody decides within
-    *lease* seconds, the sweeper charges it. Returns whether the row took it: when the
-    lease had lapsed before, this is a late success, and the charge is decided now.
+    This is for work whose response is not rendered or sent yet. If nobody decides
+    within *lease* seconds, the sweeper charges it. If the lease has lapsed before, this is a
+    late success: the charge is decided now. Returns whether the row took it.
     """
     return move(
         row,

@@ -1,4 +1,4 @@
-"""Telling that a movement took a balance below ``LOW_BALANCE``."""
+"""The signal ``low_balance``, when a movement takes a balance below ``LOW_BALANCE``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def watch_balance(row: Reservation, balance: Balance | None, moved: int) -> None:
     """Announce that *moved* credits took the balance below ``LOW_BALANCE``."""
     if balance is None:
-        # The ledger did not tell it.
+        # The ledger's answer did not contain the balance.
         return
     threshold = meterly_settings.LOW_BALANCE.get(row.unit)
     available = balance.available
@@ -52,5 +52,5 @@ def watch_balance(row: Reservation, balance: Balance | None, moved: int) -> None
             )
 
     if signals.low_balance.has_listeners(Customer):
-        # Afterwards: no movement is to wait for this, or to fail with it.
+        # After the COMMIT: no movement waits for this, or fails because of it.
         transaction.on_commit(announce_once, using=using, robust=True)

@@ -1,4 +1,8 @@
-"""Work that another process takes over: offer, claim, withdraw, and the beat."""
+"""Work that another process takes over: offer, claim, withdraw, and the beat.
+
+A view offers its work to a Celery task, and the worker claims it. The row's *fence*
+says who may decide; ``journal`` explains it.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,10 @@ if TYPE_CHECKING:
 def offer(
     row: Reservation, *, fence: int, lease: float | None = None, **fields: Any
 ) -> bool:
-    """Offer the work of *row*: the process that claims it decides.
+    """Offer the work of *row*; return whether the row was still this process's.
 
-    The offer lasts *lease* seconds, or as long as the row's lease. Then it lapses.
+    The process that claims the work decides. The offer lapses after *lease* seconds, by
+    default with the row's lease.
     """
     if lease is not None:
         fields["lease_until"] = from_now(lease)
@@ -28,7 +33,7 @@ def offer(
 
 
 def withdraw(client: MeterlyClient, reservation_id: str) -> None:
-    """Release what was offered, unless it was claimed."""
+    """Release work that was offered, unless a process has claimed it."""
     row = Reservation.objects.using(alias()).filter(pk=reservation_id).first()
     if (
         row is not None
@@ -41,9 +46,9 @@ def withdraw(client: MeterlyClient, reservation_id: str) -> None:
 def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | None:
     """Claim the work of *key* that was offered, or whose worker has died.
 
-    The row's fence is then the caller's. Returns ``None`` if there is nothing to
-    claim: the last attempt has a good lease, or is decided, or does not exist. If
-    its hold is gone, the attempt is released, and there is nothing to claim either.
+    Returns the row, with a fence that belongs to the caller now. Returns ``None`` if
+    the last attempt at the key does not exist, is decided, or has a lease that still runs.
+    If its hold has ended, the attempt is released, and the result is ``None``, too.
     """
     using = alias()
     row = (
@@ -67,11 +72,12 @@ def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | 
         return None
     row.fence = fence
     age = (row.now - row.created_at).total_seconds()  # type: ignore[attr-defined]
-    # A hold that was offered a moment ago is there. One whose worker has died may
-    # have been charged while the database was down.
+    # A hold that was offered a moment ago exists. The hold of a worker that has died
+    # may have been charged while the database was down, so the ledger is asked.
     if (offered and age < row.ttl_seconds / 2) or calls.extend(client, row, f"{fence}"):
         return row
-    # It would be paid for by a debit, which may find nothing: rather try again.
+    # Without a hold the work would be paid by a debit, which may find too few credits.
+    # A new attempt reserves first.
     if move(
         row, [State.RESERVED], State.RELEASE_PENDING, fence, lapsed=True, **decided()
     ):
@@ -81,9 +87,9 @@ def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | 
 
 
 def beat(row: Reservation, *, fence: int) -> bool:
-    """Renew the lease of *row* to ``LEASE_GRACE``; return whether it is still ours.
+    """Renew the lease of *row* to ``LEASE_GRACE``; return whether *fence* is its fence.
 
-    Work that beats is not done: if it was presumed to be, it is not any more.
+    Work that beats is still running, so a beat takes a presumed charge back.
     """
     return move(
         row,

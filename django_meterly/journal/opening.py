@@ -212,7 +212,7 @@ def _reserve_by_intent(
             gave = any(map(gave_way, causes(exc, handled)))
             if not gave or not ours or time.monotonic() > until:
                 raise
-        # Jitter: those who met once are not to meet again.
+        # Jitter: processes that collided once should not collide again.
         time.sleep(random.uniform(0, PAUSE))  # noqa: S311
     try:
         return _ask_and_record(client, limited, row, lease)

@@ -1,4 +1,7 @@
-"""A reservation's row: its database, and the conditional UPDATE that moves it."""
+"""A reservation's row: its database, and the conditional UPDATE that moves it.
+
+Every transition of the state machine is a call of ``move``.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ if TYPE_CHECKING:
 State = Reservation.State
 
 
-#: Seconds a settlement may take inside a request: the row is durable, and the
-#: sweeper follows.
+#: Seconds that a settlement may take inside a request. The decision is on record, so
+#: the sweeper can finish it.
 SETTLE_TIMEOUT = 2.0
 
 
-#: How long a row is kept that was denied: a day. There may be many.
+#: Denied rows are kept for a day: there may be many of them.
 DENIED_RETENTION = 86400.0
 
 
-#: The ``reservation_id`` of a row that is known to have no hold; ``None`` is one
-#: of which that is not known.
+#: The ``reservation_id`` of a row whose reserve the ledger has refused. ``None`` means
+#: that it is not known whether a hold exists.
 NO_HOLD = ""
 
 
@@ -40,12 +43,13 @@ def alias() -> str:
 
 
 def decided(**fields: Any) -> dict[str, Any]:
+    """Return the columns that every decision sets, and *fields*."""
     return {
-        # Whoever decides settles at once; the sweeper leaves them the time for it.
+        # The process that decides settles at once. The sweeper waits that long for it.
         "next_attempt_at": from_now(meterly_settings.DEADLINE),
         "lease_until": None,
         "decided_at": DatabaseNow(),
-        # The ledger may have refused the decision before this one.
+        # The ledger may have refused an earlier decision.
         "stuck_at": None,
         "refusals": 0,
         **fields,
@@ -62,7 +66,9 @@ def move(
 ) -> bool:
     """Move *row* from one of *sources* to *target* by one conditional UPDATE.
 
-    With the fence that the caller *held*, only if it is still the row's.
+    If the caller *held* a fence, the row moves only while that is still its fence.
+    Returns whether the row was moved. For example, a success is
+    ``move(row, [State.RESERVED], State.COMMIT_PENDING, fence, **decided(charge=5))``.
     """
     if target in State.final():
         fields["settled_at"] = DatabaseNow()
@@ -85,4 +91,5 @@ OUTCOMES: dict[str, Signal] = {
 
 
 def announce(signal: Signal, row: Reservation) -> None:
+    """Send *signal* with *row* once the open transaction is committed."""
     signals.announce(signal, Reservation, using=alias(), reservation=row)

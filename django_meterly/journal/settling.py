@@ -1,4 +1,8 @@
-"""Carrying out the decision that a row records: commit, release or debit."""
+"""Carrying out the decision that a row records: commit, release or debit.
+
+The process that decided calls ``settle`` at once. If that fails, the sweeper calls it
+again.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +51,9 @@ UNBILLED_INTERVAL = 6 * 3600.0
 def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> None:
     """Commit at a remote ledger although the success cannot be recorded.
 
-    For when the database is down: the row's lease will lapse, and its release
-    finds the hold committed. Never the direct debit, which no row would know of.
+    This is for a journal whose database is down. The row's lease lapses later, and its
+    release finds the hold committed. A direct debit is never sent here: without a
+    record nobody would know of it.
     """
     if not row.reservation_id:
         logger.error(
@@ -74,16 +79,16 @@ def commit_unrecorded(client: MeterlyClient, row: Reservation, charge: int) -> N
 
 
 class Outcome(Enum):
-    """What became of one attempt to settle a row."""
+    """The outcome of one attempt to settle a row."""
 
-    #: The ledger has answered, and the row says what: it is final, or a debt.
+    #: The ledger has answered. The row is final now, or a debt.
     ANSWERED = "answered"
     #: The ledger has refused, for a reason that may pass.
     REFUSED = "refused"
     #: The ledger could not be asked.
     UNREACHED = "unreached"
-    #: The database refuses to change the row, or somebody has locked it, or its
-    #: account: it is as it was.
+    #: The database refuses to change the row, or somebody has locked the row or its
+    #: account. The row is unchanged.
     LEFT = "left"
 
 
@@ -92,9 +97,9 @@ def settle(
 ) -> Outcome:
     """Carry out the decision that *row* records, once, and record the outcome.
 
-    Anything that stands in the way is recorded and left to the sweeper; nothing
-    is raised but database errors. With a *timeout*, each call is tried once, and
-    all of them together may take that many seconds.
+    An error of the ledger is recorded, and the sweeper tries again; only database
+    errors are raised. With a *timeout*, each call is tried once, and all calls together may
+    take that many seconds.
     """
     if row.is_noted and row.charge is not None:
         deciding.record_late_success(row, row.charge, row.fence)
@@ -149,7 +154,7 @@ def _release(client: MeterlyClient, row: Reservation) -> None:
 
 
 def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
-    """Commit the hold of *row*, and debit what it did not cover."""
+    """Commit the hold of *row*, and debit the rest of its charge."""
     assert row.charge is not None
     owed = row.charge
     held = _find_hold(client, row)
@@ -159,8 +164,8 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
         except (MeterlyReservationExpiredError, MeterlyReservationReleasedError):
             held = False
     if owed:
-        # Whether there was a hold is on record, whether it was committed or lost is
-        # final at the ledger: a replay comes to the same amount.
+        # A replay debits the same amount: whether a hold existed is on record, and how
+        # it ended is final at the ledger.
         try:
             movement = client.use_credits(
                 calls.customer_id(client, row),
@@ -173,8 +178,8 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
             _record_debt(row, owed, exc)
             return
         watch_balance(row, movement.balance, owed)
-    # The ledger remembers a hold that was committed by the key of its reserve.
-    # Without one, only this row knows that the key was charged.
+    # The ledger remembers a committed hold by the key of its reserve. Without a hold,
+    # only this row says that the key was charged.
     if not _finish(row, State.COMMITTED, owed=None, lapsed=not held) and owed:
         row.refresh_from_db(using=alias())
         if row.state == State.COMMITTED and row.owed:
@@ -188,12 +193,12 @@ def _settle_commit(client: MeterlyClient, row: Reservation) -> None:
 
 
 def _find_hold(client: MeterlyClient, row: Reservation) -> bool:
-    """Return whether the row has a hold at the ledger, asking by its key if need be.
+    """Return whether the row has a hold at the ledger, which is asked if need be.
 
-    The reserve whose answer was lost is sent again; a refusal means that it
-    never came to a hold. What comes of it is recorded once, for good, and before
-    anything is done about it: after a top-up the same reserve would come to a
-    hold, and work that was paid for by a debit would be paid for again.
+    If the answer of the reserve was lost, the same reserve is sent again. A refusal
+    means that no hold was made. The result is recorded once and for good, before
+    anything else is done. Otherwise a top-up could let the same reserve make a hold
+    later, and work that a debit has paid for would be paid for twice.
     """
     if row.reservation_id is not None:
         return bool(row.reservation_id)
@@ -210,7 +215,7 @@ def _find_hold(client: MeterlyClient, row: Reservation) -> bool:
         if held is not None and row.state == State.COMMIT_PENDING:
             watch_balance(row, held.balance, row.amount)
     else:
-        # Another settler was faster, and its answer stands.
+        # Another process has recorded its answer before, and that answer counts.
         row.refresh_from_db(using=using, fields=["reservation_id"])
         if held is not None and row.reservation_id == NO_HOLD:
             calls.give_back(client, row, held)
@@ -218,8 +223,9 @@ def _find_hold(client: MeterlyClient, row: Reservation) -> bool:
 
 
 def _finish(row: Reservation, outcome: str, **fields: Any) -> bool:
-    # A late success may have taken a pending release over meanwhile: then this
-    # outcome is no longer the row's, and the commit finds out what is owed.
+    """Record the final *outcome* and announce it; return whether the row took it."""
+    # A late success may have replaced a pending release meanwhile. Then this outcome
+    # does not count, and the commit finds out how much is owed.
     sources = {row.state}
     if outcome == State.COMMITTED and row.state != State.RELEASE_PENDING:
         sources |= {State.COMMIT_PENDING, State.UNBILLED}
@@ -248,7 +254,8 @@ def _record_debt(
     if recorded:
         customers = Customer.objects.using(using).filter(pk=row.customer_id)
         row.customer.owes = True
-        # After the commit: a reserve locks the customer before the account.
+        # After the COMMIT: a reserve locks the customer before the account, so that
+        # locking them here in the other order could deadlock.
         transaction.on_commit(
             lambda: customers.filter(owes=False).update(owes=True),
             using=using,

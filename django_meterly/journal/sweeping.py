@@ -1,4 +1,8 @@
-"""The sweeper: it decides lapsed rows, settles due ones and deletes old ones."""
+"""The sweeper: it decides lapsed rows, settles due ones and deletes old ones.
+
+``tasks.settle_reservations`` (Celery) and ``manage.py meterly_settle`` call it. It
+finishes the rows of processes that have died, and of ledgers that did not answer.
+"""
 
 from __future__ import annotations
 
@@ -39,30 +43,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-#: When a row that could not be deleted is tried again.
+#: After how many seconds ``prune`` tries a row again that could not be deleted.
 KEPT = 86400.0
 
 
-#: Rows the sweeper takes at a time, and of how many it chooses them.
+#: The sweeper takes at most BATCH rows at a time, at random out of the WINDOW rows that
+#: have waited longest.
 BATCH, WINDOW = 200, 2000
 
 
-#: Rows in a row that find the ledger out of reach, after which a round ends.
+#: A round ends after so many rows one after the other have not reached the ledger.
 OUTAGE_AFTER = 3
 
 
 def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> int:
-    """Decide the open rows whose lease has run out; return how many.
+    """Decide the open rows whose lease has lapsed; return how many.
 
-    They are released, but for presumed ones, which are charged. One UPDATE decides
-    both: between two, a row that lapses to commit could be released.
-    Only those whose lease ended *older_than* seconds ago, and for *seconds* at
-    most; the rest is left to the next call.
+    A presumed row is charged, every other row is released. One UPDATE decides both:
+    between two of them, a row could become presumed and be released all the same. Only
+    rows whose lease lapsed *older_than* seconds ago are decided. The call stops after
+    *seconds*, and leaves the rest to the next call.
     """
     return change_in_batches(
         Reservation.objects.using(alias()).lapsed(older_than),
         lambda rows: rows.update(
-            # Due since then. Before lease_until: MySQL assigns from left to right.
+            # The row was due when its lease lapsed. This assignment comes first,
+            # because MySQL assigns from left to right.
             next_attempt_at=F("lease_until"),
             lease_until=None,
             state=Case(
@@ -81,10 +87,10 @@ def record_lapsed(*, older_than: float = 0.0, seconds: float | None = None) -> i
 
 @dataclass
 class Round:
-    """What one round of the sweeper came to.
+    """The result of one round of the sweeper.
 
-    *taken* rows were tried, and *settled* of them are final now. After an
-    *outage* it ended early: the ledger could not be reached.
+    The round tried *taken* rows, and *settled* of them are final now. *outage* says
+    that it ended early because the ledger could not be reached.
     """
 
     taken: int = 0
@@ -102,10 +108,10 @@ def settle_due(
 ) -> Round:
     """Carry out the decisions that are due, one after the other.
 
-    At most *limit* rows, only those that are due for *older_than* seconds, and
-    for *seconds* at most. *on_row* is called with the number of rows tried so far.
-    May run in any number of processes at once. A row is taken by moving its
-    next attempt into the future, so a settler that dies delays it, no more.
+    The round tries at most *limit* rows, only those that have been due for *older_than*
+    seconds, and ends after *seconds*. It calls *on_row* with the number of rows tried
+    so far. Any number of processes may run it at once. A sweeper takes a row by moving
+    its next attempt into the future, so a sweeper that dies only delays the row.
     """
     using = alias()
     done = Round()
@@ -113,23 +119,7 @@ def settle_due(
     unreached = 0
     left: list[uuid.UUID] = []
     while True:
-        rows = Reservation.objects.using(using)
-        due = list(
-            rows.due(older_than)
-            .exclude(pk__in=left)
-            .order_by("next_attempt_at")
-            .values_list("pk", flat=True)[:WINDOW]
-        )
-        # At random: sweepers side by side are not to go for the same rows, and a
-        # row that ends its settler is not to be everybody's first.
-        chosen = random.sample(due, min(BATCH, len(due)))
-        # Nobody waits for a row that somebody else has locked, for however long.
-        with transaction.atomic(using=using):
-            free = unlocked(rows.filter(pk__in=chosen)).values_list("pk", flat=True)
-            batch_pks = set(free)
-        left += set(chosen) - batch_pks
-        batch = list(rows.select_related("customer").filter(pk__in=batch_pks))
-        random.shuffle(batch)
+        batch, is_last = _batch(using, older_than, left)
         for row in batch:
             if done.taken == limit or time.monotonic() >= until:
                 return done
@@ -145,23 +135,49 @@ def settle_due(
             if outcome is not Outcome.LEFT:
                 unreached = unreached + 1 if outcome is Outcome.UNREACHED else 0
             if unreached == OUTAGE_AFTER:
-                # What was not tried stays due, and is as it was when the ledger is
-                # back: one row after the other, for each sweeper.
+                # The other rows stay due, as they are, until the ledger is back.
                 logger.warning("The ledger is out of reach; the sweeper ends its round")
                 done.outage = True
                 return done
-        if len(due) <= BATCH:
+        if is_last:
             return done
+
+
+def _batch(
+    using: str, older_than: float, left: list[uuid.UUID]
+) -> tuple[list[Reservation], bool]:
+    """Return up to ``BATCH`` rows that are due, and whether they are the last ones.
+
+    Rows in *left* are not chosen. Rows that another process has locked are added to it,
+    because nobody waits for them.
+    """
+    rows = Reservation.objects.using(using)
+    due = list(
+        rows.due(older_than)
+        .exclude(pk__in=left)
+        .order_by("next_attempt_at")
+        .values_list("pk", flat=True)[:WINDOW]
+    )
+    # At random: two sweepers should not choose the same rows, and a row that kills its
+    # sweeper should not be the first of every round.
+    chosen = random.sample(due, min(BATCH, len(due)))
+    with transaction.atomic(using=using):
+        free = set(unlocked(rows.filter(pk__in=chosen)).values_list("pk", flat=True))
+    left += set(chosen) - free
+    batch = list(rows.select_related("customer").filter(pk__in=free))
+    random.shuffle(batch)
+    return batch, len(due) <= BATCH
 
 
 @contextmanager
 def taking(
     client: MeterlyClient, using: str, take: Callable[[], bool]
 ) -> Iterator[bool]:
-    """Call *take*, which writes to a row of *using*; yield what it returns.
+    """Call *take*, which writes to a row of *using*; yield its result.
 
-    With a ledger in *using*, the block is one transaction, which begins with that
-    write. With another, the write is a transaction of its own. Neither waits for ever.
+    If the ledger is in *using*, the whole block is one transaction, which begins with
+    that write. Otherwise only the write is in a transaction. A row that somebody has
+    locked ends the wait with an error (``bound_waits``).
     """
     transport = client.transport
     joins = transport.joins(using)
@@ -173,13 +189,13 @@ def taking(
 
 
 def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome | None:
-    """Try *row*; return what became of it, or ``None`` if it is somebody else's."""
+    """Settle *row*; return the outcome, or ``None`` if another sweeper has taken it."""
     handled = sys.exception()
     try:
         with taking(client, using, lambda: _take(using, row)) as taken:
             return _settle_taken(client, row) if taken else None
     except Exception as exc:
-        # Whatever is wrong with one row, it must not stop the others.
+        # An error in one row must not stop the other rows.
         logger.exception("Reservation %s could not be settled", row.pk)
         if was_locked(exc, handled):
             return Outcome.LEFT
@@ -188,7 +204,7 @@ def _sweep_row(client: MeterlyClient, using: str, row: Reservation) -> Outcome |
             with transaction.atomic(using=using):
                 bound_waits(using)
                 row.refresh_from_db(using=using)
-                # The rollback may have given the row back.
+                # The rollback may have undone _take().
                 taken = _take(using, row)
                 if isinstance(exc, Error) and refusal is None:
                     return Outcome.UNREACHED if taken else None
@@ -235,12 +251,12 @@ def _settle_taken(client: MeterlyClient, row: Reservation) -> Outcome:
 
 
 def sweep(client: MeterlyClient, *, limit: int | None = None) -> tuple[int, int]:
-    """Give up lapsed rows, then settle what is due; return both numbers."""
+    """Decide lapsed rows, then settle due ones; return how many of each."""
     return record_lapsed(), settle_due(client, limit=limit).taken
 
 
 def retry_stuck(rows: ReservationQuerySet) -> int:
-    """Let the stuck ones of *rows* be tried again, from now; return how many."""
+    """Make the stuck ones of *rows* due again, now; return how many."""
     return change_in_batches(
         rows.using(alias()).stuck().unsettled().order_by().select_related(None),
         lambda some: some.update(
@@ -251,11 +267,11 @@ def retry_stuck(rows: ReservationQuerySet) -> int:
 
 
 def prune(*, seconds: float | None = None) -> int:
-    """Delete what was settled ``JOURNAL_RETENTION`` ago; return how many rows.
+    """Delete rows that were settled ``JOURNAL_RETENTION`` ago; return how many.
 
-    What was denied is deleted after a day. For *seconds* at most. Nothing that is
-    open, due, owed or stuck is deleted. A row that cannot be deleted, for example
-    because the project protects it by a foreign key, is tried again after a day.
+    Denied rows are deleted after a day. Open, due, owed and stuck rows are kept. The
+    call stops after *seconds*. A row that cannot be deleted, for example because a
+    foreign key of the project protects it, is tried again after a day.
     """
     return change_in_batches(
         prunable(),
@@ -269,13 +285,14 @@ def prune(*, seconds: float | None = None) -> int:
 def prunable() -> ReservationQuerySet:
     """Return the rows that ``prune`` deletes.
 
-    A key that was charged stays charged. The ledger remembers the hold of a first
-    attempt for ever; what was charged in another way is only known from its row.
+    A key that was charged must stay charged. The ledger remembers the hold of a first
+    attempt for ever. Other charges (a later attempt, a direct debit) are only known
+    from their row, so such a row is kept.
     """
     rows = Reservation.objects.using(alias())
     charged = Q(state__in=State.charged())
     denied = rows.filter(state=State.DENIED, next_attempt_at__lte=DatabaseNow())
-    # One that could not be deleted has a next attempt.
+    # prune() gives a row a next attempt if it could not be deleted.
     tried = Q(next_attempt_at__gt=DatabaseNow())
     return denied | rows.settled(meterly_settings.JOURNAL_RETENTION).exclude(
         tried | charged & (Q(attempt__gt=1) | Q(lapsed=True))
@@ -284,12 +301,11 @@ def prunable() -> ReservationQuerySet:
 
 @dataclass(frozen=True)
 class Backlog:
-    """What waits for the sweeper, and for people.
+    """The rows that wait for the sweeper, and for people.
 
-    *lapsed* rows are to be given up, *due* ones to be carried out; *by_state*
-    counts both. *oldest_due_seconds* is how long the one that has waited longest
-    has waited, ``None`` if none does. *unbilled* are debts, due or not; *stuck*
-    rows are not tried any more.
+    *lapsed* rows wait for a decision, *due* rows for the ledger; *by_state* counts
+    both. *oldest_due_seconds* is the longest wait among them (``None`` without any).
+    *unbilled* rows are debts, due or not. *stuck* rows wait for a person.
     """
 
     by_state: dict[str, int]
@@ -301,7 +317,7 @@ class Backlog:
 
 
 def backlog(older_than: float = 0.0) -> Backlog:
-    """Count what has waited for *older_than* seconds or more; change nothing."""
+    """Count the rows that have waited for *older_than* seconds; change nothing."""
     rows = Reservation.objects.using(alias())
     by_state: dict[str, int] = {}
     waited = []
