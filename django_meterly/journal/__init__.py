@@ -1,7 +1,7 @@
 """Every state change of a ``Reservation``, and the sweeper that finishes them.
 
-The journal keeps the promise that no credit is lost, spent twice or given away. A row is
-written before the ledger is asked. A decision is recorded before the ledger hears of
+The journal keeps the promise that no credit is lost, spent twice or given away. A row
+is written before the ledger is asked. A decision is recorded before the ledger hears of
 it. Any process that finds a decided row may carry it out, because every call is sent
 with an idempotency key that belongs to the row. When the ledger shares the journal's
 transaction, each step commits with its outcome: ``intent`` and pending states are

@@ -23,8 +23,8 @@ def collect(client: MeterlyClient, customer: Customer, unit: str) -> list[Reserv
 
     Stuck debts are tried, too. Stops at the first debt for which there are too few
     credits. Returns the debts that are left: each says how much is *owed*, and the
-    first one has a *shortage*. Raises ``MeterlyUnavailableError`` if the ledger cannot be
-    asked.
+    first one has a *shortage*. Raises ``MeterlyUnavailableError`` if the ledger cannot
+    be asked.
     """
     using = alias()
     debts = Reservation.objects.using(using).debts().filter(customer=customer)

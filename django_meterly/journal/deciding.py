@@ -81,8 +81,8 @@ def presume(row: Reservation, charge: int, *, fence: int, lease: float) -> bool:
     """Record that the handler has returned, and that *charge* is presumed to be owed.
 
     This is for work whose response is not rendered or sent yet. If nobody decides
-    within *lease* seconds, the sweeper charges it. If the lease has lapsed before, this is a
-    late success: the charge is decided now. Returns whether the row took it.
+    within *lease* seconds, the sweeper charges it. If the lease has lapsed before, this
+    is a late success: the charge is decided now. Returns whether the row took it.
     """
     return move(
         row,

@@ -47,9 +47,9 @@ def claim(client: MeterlyClient, customer: Customer, key: str) -> Reservation | 
     """Claim the work of *key* that was offered, or whose worker has died.
 
     Returns the row, with a fence that belongs to the caller now. Returns ``None`` if
-    the last attempt at the key does not exist, is decided, or has a lease that still runs.
-    If its hold has ended, the attempt is released, and the result is ``None``, too.
-    """
+    the last attempt at the key does not exist, is decided, or has a lease that still
+    runs. If its hold has ended, the attempt is released, and the result is ``None``,
+    too."""
     using = alias()
     row = (
         Reservation.objects.using(using)

@@ -98,8 +98,8 @@ def settle(
     """Carry out the decision that *row* records, once, and record the outcome.
 
     An error of the ledger is recorded, and the sweeper tries again; only database
-    errors are raised. With a *timeout*, each call is tried once, and all calls together may
-    take that many seconds.
+    errors are raised. With a *timeout*, each call is tried once, and all calls together
+    may take that many seconds.
     """
     if row.is_noted and row.charge is not None:
         deciding.record_late_success(row, row.charge, row.fence)
