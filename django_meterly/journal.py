@@ -99,7 +99,8 @@ from .errors import (
     MeterlyUsageError,
 )
 from .models import Customer, LowBalance, Reservation
-from .transports.base import NothingLocked, Statement, clean_text
+from .transports.base import NothingLocked, Statement
+from .wire import clean_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
