@@ -31,7 +31,7 @@ from .errors import (
 )
 from .journal import OUTAGE_AFTER, collect, taking
 from .models import MAX_REASON_LENGTH, Customer, Grant
-from .transports.base import check_amount, check_description, check_text, shown
+from .wire import check_amount, check_description, check_text, shown
 
 if TYPE_CHECKING:
     from .client import MeterlyClient

@@ -28,7 +28,7 @@ from .handoffs import FREE, UNCHARGED, Message
 from .heart import Heart
 from .models import Customer
 from .options import check_price, shows
-from .transports.base import (
+from .wire import (
     MAX_CALLER_KEY_LENGTH,
     check_amount,
     check_key,

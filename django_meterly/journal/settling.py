@@ -29,7 +29,7 @@ from ..errors import (
     MeterlyReservationReleasedError,
 )
 from ..models import Customer, Reservation
-from ..transports.base import clean_text
+from ..wire import clean_text
 from . import calls, deciding
 from .low_balance import watch_balance
 from .rows import NO_HOLD, OUTCOMES, SETTLE_TIMEOUT, State, alias, announce, move
