@@ -99,7 +99,7 @@ from .errors import (
     MeterlyUsageError,
 )
 from .models import Customer, LowBalance, Reservation
-from .transports.base import NothingLocked, Statement
+from .transports.base import JoinedTransport, NothingLocked, Statement
 from .wire import clean_text
 
 if TYPE_CHECKING:
@@ -178,7 +178,10 @@ def refuse_open_transaction(client: MeterlyClient) -> None:
 
     That is the journal's, and the embedded ledger's if it has another.
     """
-    for using in {alias(), *client.transport.aliases()}:
+    written = {alias()}
+    if isinstance(client.transport, JoinedTransport):
+        written.add(client.transport.alias())
+    for using in written:
         if in_transaction(using):
             raise MeterlyUsageError(_IN_TRANSACTION.format(using))
 
@@ -381,16 +384,24 @@ def _duplicate(row: Reservation) -> MeterlyDuplicateError:
 
 
 def fits_one_statement(client: MeterlyClient, using: str) -> bool:
-    """Return whether a movement and its row can be one statement, and its own.
+    """Return whether a movement and its row can be one statement in autocommit.
 
     In a transaction of the caller's they need a savepoint: a statement that failed
     would end it.
     """
     connection = connections[using]
     return (
-        client.transport.carries_statements(using)
+        carries_statements(client, using)
         and not connection.in_atomic_block
         and connection.get_autocommit()
+    )
+
+
+def carries_statements(client: MeterlyClient, using: str) -> bool:
+    """Return whether a movement and its row on *using* can be one statement."""
+    transport = client.transport
+    return isinstance(transport, JoinedTransport) and transport.carries_statements(
+        using
     )
 
 

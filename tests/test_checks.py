@@ -26,6 +26,7 @@ from django_meterly import checks, meterly_guard
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Customer, Reservation
 from django_meterly.tasks import beat_schedule
+from django_meterly.testing import LEDGER_TRANSPORT
 from tests import guarded_urls, jobs
 from tests.books import balance, fund
 
@@ -156,13 +157,6 @@ def test_an_unknown_setting_gets_a_suggestion() -> None:
     assert message.hint == "Did you mean 'API_KEY'?"
 
 
-def test_the_ledger_transport_needs_its_app(settings: Any) -> None:
-    settings.INSTALLED_APPS = [
-        app for app in settings.INSTALLED_APPS if app != checks.LEDGER_APP
-    ]
-    assert [message.id for message in checks.check_settings()] == ["meterly.E005"]
-
-
 LASTING = guarded_urls.Writes.as_view()
 lasting = [
     path("view/", meterly_guard(amount=1, ttl_seconds=61)(LASTING), name="too-long"),
@@ -178,7 +172,7 @@ def test_a_guard_that_lasts_longer_than_the_ledgers_holds_is_found(
     settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": lasting})
     settings.METERLY = {
         **settings.METERLY,
-        "TRANSPORT": checks.LEDGER_TRANSPORT,
+        "TRANSPORT": LEDGER_TRANSPORT,
         "RESERVATION_TTL": 61,
         "GUARDED_VIEWS": {"named": {"amount": 1, "ttl_seconds": 62}},
     }
