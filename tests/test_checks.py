@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery, current_app
 from django.contrib.auth.models import Group
-from django.core.checks import run_checks
+from django.core.checks import CheckMessage, Error, run_checks
 from django.core.management import call_command
 from django.db import OperationalError, connection, transaction
 from django.http import HttpResponse
@@ -27,6 +27,7 @@ from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Customer, Reservation
 from django_meterly.tasks import beat_schedule
 from django_meterly.testing import LEDGER_TRANSPORT
+from django_meterly.transports import Transport
 from tests import guarded_urls, jobs
 from tests.books import balance, fund
 
@@ -155,6 +156,25 @@ def test_an_unknown_setting_gets_a_suggestion() -> None:
     with override_settings(METERLY={"API_KEYS": "x"}):
         (message,) = checks.check_settings()
     assert message.hint == "Did you mean 'API_KEY'?"
+
+
+class Gateway(Transport):
+    @classmethod
+    def check(cls, settings: Any) -> list[CheckMessage]:
+        if settings.API_KEY is None:
+            return [Error("The gateway needs METERLY['API_KEY'].", id="shop.E001")]
+        return []
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [({}, ["shop.E001"]), ({"API_KEY": "x"}, []), ({"ENFORCEMENT": "off"}, [])],
+)
+def test_a_transport_checks_the_settings(
+    extra: dict[str, Any], expected: list[str]
+) -> None:
+    with override_settings(METERLY={"TRANSPORT": Gateway, **extra}):
+        assert [message.id for message in checks.check_settings()] == expected
 
 
 LASTING = guarded_urls.Writes.as_view()
