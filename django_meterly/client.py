@@ -7,7 +7,6 @@ describe.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
@@ -20,7 +19,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
-    Generic,
     ParamSpec,
     TypeVar,
     overload,
@@ -29,17 +27,16 @@ from typing import (
 from asgiref.sync import sync_to_async
 
 from . import answers, signals, wire
+from .client_guard import ClientGuard
 from .errors import (
     OUTAGE,
     MeterlyAuthenticationError,
-    MeterlyDuplicateError,
     MeterlyError,
     MeterlyForbiddenError,
     MeterlyIdempotencyInProgressError,
     MeterlyInvalidRequestError,
     MeterlyRateLimitedError,
     MeterlyUnknownOutcomeError,
-    MeterlyUsageError,
 )
 from .transports.base import Call
 from .transports.signing import Secret
@@ -67,34 +64,7 @@ __all__ = ["MeterlyClient", "get_client"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-R = TypeVar("R")
 P = ParamSpec("P")
-
-#: How often ``guard`` tries a key of which nothing has come.
-MOST_ATTEMPTS = 100
-
-
-def _refusing(check: Callable[P, T]) -> Callable[P, T]:
-    """Return *check*, which refuses a value by the error that a ledger would answer."""
-
-    @wraps(check)
-    def refuse(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return check(*args, **kwargs)
-        except ValueError as exc:
-            error = MeterlyInvalidRequestError(str(exc))
-        raise error
-
-    return refuse
-
-
-check_amount = _refusing(wire.check_amount)
-check_description = _refusing(wire.check_description)
-check_identifier = _refusing(wire.check_identifier)
-check_key = _refusing(wire.check_key)
-check_text = _refusing(wire.check_text)
-check_ttl = _refusing(wire.check_ttl)
-check_unit = _refusing(wire.check_unit)
 
 
 def _twin(
@@ -554,8 +524,8 @@ class MeterlyClient:
         two calls leaves the hold to its time to live, and the work uncharged.
         ``django_meterly.guard`` keeps one.
         """
-        held: _Held[Any] = _Held(
-            self, customer_id, amount, unit, reference, idempotency_key, ttl_seconds
+        held = self._guard(
+            customer_id, amount, unit, reference, idempotency_key, ttl_seconds
         )
         if callback is None:
             return held
@@ -602,10 +572,33 @@ class MeterlyClient:
         A task that is cancelled in the work releases the hold; in the commit it
         is cancelled when the commit is done.
         """
-        held: _Held[Any] = _Held(
-            self, customer_id, amount, unit, reference, idempotency_key, ttl_seconds
+        held = self._guard(
+            customer_id, amount, unit, reference, idempotency_key, ttl_seconds
         )
         return held if callback is None else held.arun(callback)
+
+    def _guard(
+        self,
+        customer_id: str,
+        amount: int,
+        unit: str | None,
+        reference: str | None,
+        idempotency_key: str | None,
+        ttl_seconds: int | None,
+    ) -> ClientGuard[Any]:
+        # Shorter than other keys: those of the commit and the release are derived from
+        # it, and the work is done when they are needed.
+        key = _key(idempotency_key, MAX_CALLER_KEY_LENGTH)
+        reserve = partial(
+            self.reserve_credits,
+            customer_id,
+            amount,
+            unit=unit,
+            # The same for each attempt, because they are for the same piece of work.
+            reference=key if reference is None else reference,
+            ttl_seconds=ttl_seconds,
+        )
+        return ClientGuard(self, reserve, key, is_random=idempotency_key is None)
 
     # Sending
 
@@ -684,147 +677,27 @@ class MeterlyClient:
         return answer
 
 
-class _Held(Generic[T]):
-    """What ``guard`` and ``aguard`` return: a hold around a piece of work."""
+def _refusing(check: Callable[P, T]) -> Callable[P, T]:
+    """Return *check*, which refuses a value by the error that a ledger would answer."""
 
-    #: What the work returned, as far as anybody has told.
-    result: T | None = None
-
-    def __init__(
-        self,
-        client: MeterlyClient,
-        customer_id: str,
-        amount: int,
-        unit: str | None,
-        reference: str | None,
-        idempotency_key: str | None,
-        ttl_seconds: int | None,
-    ) -> None:
-        self._own_key = idempotency_key is None
-        # Other keys are derived from it. If one of them was found to be too long, that
-        # would be after the work.
-        self._key = _key(idempotency_key, MAX_CALLER_KEY_LENGTH)
-        self._client = client
-        self._reservation_id = ""
-        #: The key of the attempt on the wire.
-        self._attempt = ""
-        self._reserve = partial(
-            client.reserve_credits,
-            customer_id,
-            amount,
-            unit=unit,
-            # Not the attempt's: each attempt is for the same piece of work.
-            reference=self._key if reference is None else reference,
-            ttl_seconds=ttl_seconds,
-        )
-
-    def __enter__(self) -> ReservationResult:
-        if self._attempt:
-            raise MeterlyUsageError(
-                "A guard guards one piece of work. Call guard() again for the next."
-            )
-        for number in range(1, MOST_ATTEMPTS + 1):
-            self._attempt = self._key if number == 1 else f"{self._key}~{number}"
-            reservation = self._reserve(idempotency_key=self._attempt)
-            if reservation.is_held:
-                if reservation.replayed and not self._own_key:
-                    # Whose it is cannot be known, also if the transport has asked
-                    # twice because the first answer was lost.
-                    raise self._duplicate(reservation)
-                self._reservation_id = reservation.reservation_id
-                return reservation
-            if reservation.status == "committed":
-                raise self._duplicate(reservation)
-        raise MeterlyUsageError(
-            f"The idempotency key {self._key!r} was tried {MOST_ATTEMPTS} times, and "
-            "nothing has come of it. Use a new key."
-        )
-
-    def _duplicate(self, reservation: ReservationResult) -> MeterlyDuplicateError:
-        in_progress = reservation.is_held
-        return MeterlyDuplicateError(
-            f"The idempotency key {self._key!r} "
-            + (
-                f"is in use right now, until {reservation.expires_at} at most"
-                if in_progress
-                else "was used already"
-            )
-            + f" (reservation {reservation.status}).",
-            state=reservation.status or "",
-            reference=reservation.reference or "",
-            in_progress=in_progress,
-        )
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc_type is not None:
-            self._release()
-        else:
-            # The work is done, so nothing here may release it.
-            self._commit()
-
-    async def __aenter__(self) -> ReservationResult:
+    @wraps(check)
+    def refuse(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await self._to_its_end(self.__enter__)
-        except asyncio.CancelledError:
-            if self._reservation_id:
-                await self._to_its_end(self._release)
-            raise
+            return check(*args, **kwargs)
+        except ValueError as exc:
+            error = MeterlyInvalidRequestError(str(exc))
+        raise error
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._to_its_end(self.__exit__, exc_type, exc, traceback)
+    return refuse
 
-    async def arun(self, callback: Callable[[], Awaitable[T]]) -> T:
-        async with self:
-            self.result = result = await callback()
-        return result
 
-    async def _to_its_end(self, function: Callable[..., R], *args: Any) -> R:
-        """Run *function* in a thread, and be cancelled only when it is done."""
-        sensitive = self._client.transport.thread_sensitive
-        run = sync_to_async(function, thread_sensitive=sensitive)
-        task = asyncio.ensure_future(run(*args))
-        cancelled: asyncio.CancelledError | None = None
-        while not task.done():
-            try:
-                # Unlike awaiting the task itself, this does not cancel it.
-                await asyncio.wait([task])
-            except asyncio.CancelledError as exc:
-                cancelled = exc
-        if cancelled is not None:
-            raise cancelled from (None if task.cancelled() else task.exception())
-        return task.result()
-
-    def _release(self) -> None:
-        # The work's own exception is the one to report; a hold that cannot be
-        # released now ends with its time to live.
-        try:
-            self._client.release_reservation(
-                self._reservation_id, idempotency_key=f"{self._attempt}:release"
-            )
-        except MeterlyError:
-            pass
-
-    def _commit(self) -> None:
-        key = f"{self._attempt}:commit"
-        try:
-            self._client.commit_reservation(self._reservation_id, idempotency_key=key)
-        except OUTAGE as exc:
-            unknown = MeterlyUnknownOutcomeError(
-                "The work is done, but whether it was charged is unknown. Commit "
-                f"reservation {self._reservation_id} again with idempotency key {key}."
-            )
-            unknown.idempotency_key, unknown.result = key, self.result
-            raise unknown from exc
+check_amount = _refusing(wire.check_amount)
+check_description = _refusing(wire.check_description)
+check_identifier = _refusing(wire.check_identifier)
+check_key = _refusing(wire.check_key)
+check_text = _refusing(wire.check_text)
+check_ttl = _refusing(wire.check_ttl)
+check_unit = _refusing(wire.check_unit)
 
 
 _reachable_lock = threading.Lock()
