@@ -1,8 +1,7 @@
 """``MeterlyClient``: the SDK's methods, in Python.
 
-It needs no configured Django settings: ``MeterlyClient(api_key=...)`` works in
-a plain script. In a project, ``get_client()`` returns the one the settings
-describe.
+``MeterlyClient(api_key=...)`` works in a plain script, without Django settings. In a
+project, ``get_client()`` returns the client that the settings describe.
 """
 
 from __future__ import annotations
@@ -86,19 +85,22 @@ def _twin(
 class MeterlyClient:
     """A ledger's methods, over HTTP with *api_key*, or over any *transport*.
 
-    *options* go to ``HttpTransport`` (``base_url``, ``read_timeout``,
-    ``deadline``, ``signer``, ...). One client may be shared by many threads, and
-    used after a fork. Every method has a twin for ``async`` code, with an ``a``
-    before its name, which does the same in a thread.
+    *options* go to ``HttpTransport`` (``base_url``, ``read_timeout``, ``deadline``,
+    ``signer``, ...). Threads may share a client, and use it after a fork. Each method
+    has a twin for ``async`` code, which does the same in a thread. For example::
 
-    Every method that changes something takes an *idempotency_key*: the same key
-    with the same arguments never moves credits twice. Without one, a random key
-    is used for that one call. Amounts are positive integers; anything else is a
-    ``MeterlyInvalidRequestError``, which is a ``ValueError`` too, before anything is
-    sent. Every method raises ``MeterlyApiError`` when the ledger says no,
-    ``MeterlyNotSentError`` when it was never reached, and
-    ``MeterlyUnknownOutcomeError`` when it cannot be known whether the call was
-    applied.
+        client.use_credits("cus_1", 5, "tokens", "chat-7", idempotency_key="chat-7")
+        await client.ause_credits("cus_1", 5, "tokens", "chat-7")
+
+    Each method that changes something takes an *idempotency_key*. The same key with
+    the same arguments never moves credits twice. The default is a random key for this
+    one call. Amounts are positive integers. Each method raises
+
+    - ``MeterlyInvalidRequestError`` (a ``ValueError``, too) for an invalid argument,
+      before anything is sent,
+    - ``MeterlyApiError`` if the ledger says no,
+    - ``MeterlyNotSentError`` if the call never reached the ledger,
+    - ``MeterlyUnknownOutcomeError`` if nobody knows whether the call was applied.
 
     The methods and their arguments are those of the published SDK guide.
     """
@@ -110,7 +112,7 @@ class MeterlyClient:
         transport: Transport | None = None,
         **options: Any,
     ) -> None:
-        # Or a debug page would show the key with the frame of an error.
+        # A debug page would show the plain key with the frame of an error.
         api_key = Secret(api_key) if isinstance(api_key, str) else api_key
         if transport is None:
             from .transports import HttpTransport
@@ -158,10 +160,10 @@ class MeterlyClient:
     aclose = _twin(close)
 
     def within(self, seconds: float, *, attempts: int | None = None) -> MeterlyClient:
-        """Return a client whose calls must all be done in *seconds* from now.
+        """Return a client whose calls must all end within *seconds* from now.
 
-        Each of them is sent *attempts* times at most (``None``: as often as the
-        transport would). It shares this one's transport and limits.
+        Each call is sent at most *attempts* times, and ``None`` leaves that to the
+        transport. The new client shares this one's transport and limits.
         """
         limited = MeterlyClient(transport=self.transport)
         limited._ends_at = time.monotonic() + seconds
@@ -171,9 +173,10 @@ class MeterlyClient:
         return limited
 
     def carrying(self, statement: Statement) -> MeterlyClient:
-        """Return a client whose one call is to be one with *statement*.
+        """Return a client whose next call carries *statement*.
 
-        For transports that say ``carries_statements``; it shares this one's.
+        That needs a ``JoinedTransport`` whose ``carries_statements`` is true. The new
+        client shares it.
         """
         carrying = MeterlyClient(transport=self.transport)
         carrying._statement = statement
@@ -190,9 +193,9 @@ class MeterlyClient:
     ) -> CustomerResult:
         """Register a customer under *your* stable id, with a default unit.
 
-        Raises ``MeterlyCustomerExistsError`` (with the existing ``customer_id``)
-        when the external id is taken. The same call again, with the same
-        *idempotency_key*, returns the customer that it created.
+        Raises ``MeterlyCustomerExistsError``, with the existing ``customer_id``, if the
+        external id is taken. The same call with the same *idempotency_key* returns the
+        customer that it created.
         """
         return self._post(
             "create_customer",
@@ -230,8 +233,8 @@ class MeterlyClient:
     ) -> GrantResult:
         """Grant credits, once per *reference*; a new customer is created.
 
-        Raises ``MeterlyReferenceConflictError`` when *reference* was used with
-        other values for this customer and unit.
+        Raises ``MeterlyReferenceConflictError`` if *reference* was used with other
+        values for this customer and unit.
         """
         arguments: dict[str, Any] = {
             "externalCustomerId": check_text(
@@ -268,8 +271,8 @@ class MeterlyClient:
     ) -> EntryPage:
         """Return a page of the customer's ledger entries, the newest first.
 
-        All units, or only *unit*. For the next page give the ``next_cursor`` of
-        this one as *cursor*; the last page's is ``None``.
+        They are in all units, or only in *unit*. For the next page, give this page's
+        ``next_cursor`` as *cursor*. It is ``None`` on the last page.
         """
         arguments = {"customerId": _customer(customer_id)}
         if unit is not None:
@@ -289,10 +292,7 @@ class MeterlyClient:
         *,
         idempotency_key: str | None = None,
     ) -> MovementResult:
-        """Add credits, once per *reference*.
-
-        Without one, it is the *idempotency_key*.
-        """
+        """Add credits, once per *reference* (by default the *idempotency_key*)."""
         return self._move(
             "add_credits", customer_id, amount, unit, reference, idempotency_key
         )
@@ -310,7 +310,7 @@ class MeterlyClient:
     ) -> MovementResult:
         """Use credits at once, without a hold; *reference* is a label.
 
-        Raises ``MeterlyInsufficientCreditsError`` when too few are available.
+        Raises ``MeterlyInsufficientCreditsError`` if too few are available.
         """
         return self._move(
             "use_credits", customer_id, amount, unit, reference, idempotency_key
@@ -330,12 +330,11 @@ class MeterlyClient:
         idempotency_key: str | None = None,
         ttl_seconds: int | None = None,
     ) -> ReservationResult:
-        """Hold credits for *ttl_seconds* (1 to 86400; the ledger's default else).
+        """Hold credits for *ttl_seconds* (1 to 86400, or the ledger's default).
 
-        Without a *reference*, it is the *idempotency_key*. Replaying a key returns
-        the same reservation with its present *status*, so look at it before relying
-        on the hold. Raises ``MeterlyInsufficientCreditsError`` when too few are
-        available.
+        *reference* is by default the *idempotency_key*. A replayed key returns the same
+        reservation with its present *status*, so check ``is_held`` before you rely on
+        the hold. Raises ``MeterlyInsufficientCreditsError`` if too few are available.
         """
         arguments: dict[str, Any] = {
             "customerId": _customer(customer_id),
@@ -370,11 +369,11 @@ class MeterlyClient:
     ) -> ReservationResult:
         """Charge a reservation: all of it, or *amount* (0 charges nothing).
 
-        What is not charged is available again. Committing a committed
-        reservation succeeds without a second movement. Where the transport has no
-        ``partial_commit``, all of it is committed, and the rest added again with
-        the reference ``refund:<reservation_id>``. Raises
-        ``MeterlyReservationExpiredError`` or ``MeterlyReservationReleasedError``.
+        The rest of the hold is available again. To commit a committed reservation
+        succeeds and moves nothing. If the transport has no ``partial_commit``, all of
+        the hold is committed, and the rest is added again with the reference
+        ``refund:<reservation_id>``. Raises ``MeterlyReservationExpiredError`` or
+        ``MeterlyReservationReleasedError``.
         """
         arguments: dict[str, Any] = {"reservationId": _reservation(reservation_id)}
         if amount is not None:
@@ -410,7 +409,7 @@ class MeterlyClient:
         )
         if amount == held.amount:
             return committed
-        # Derived, so that a replay of the pair adds nothing twice.
+        # Derived from the reservation, so that a replay of the pair adds nothing twice.
         name = f"refund:{reservation_id}"
         try:
             movement = self.add_credits(
@@ -422,8 +421,8 @@ class MeterlyClient:
             )
         except OUTAGE as exc:
             unknown = MeterlyUnknownOutcomeError(
-                f"Reservation {reservation_id} is committed, but what it held too "
-                f"much may not be added again yet: {exc}"
+                f"Reservation {reservation_id} is committed, but the rest of its hold "
+                f"may not be added again yet: {exc}"
             )
             unknown.idempotency_key = idempotency_key
             raise unknown from exc
@@ -434,7 +433,7 @@ class MeterlyClient:
     ) -> ReservationResult:
         """Give the held credits back.
 
-        Releasing a released reservation succeeds. Raises
+        To release a released reservation succeeds. Raises
         ``MeterlyReservationExpiredError`` or ``MeterlyReservationCommittedError``.
         """
         return self._post(
@@ -507,22 +506,27 @@ class MeterlyClient:
     ) -> Any:
         """Reserve, run the work, then commit; release when the work raises.
 
-        With *callback* the work is run here and its result returned; without, a
-        context manager is returned. A reserve whose outcome is unknown runs
-        nothing. A commit whose outcome is unknown releases nothing: it raises
-        ``MeterlyUnknownOutcomeError`` with the work's ``result`` and the
-        ``idempotency_key`` of the commit.
+        This returns a context manager or, with a *callback*, runs it and returns its
+        result. For example::
 
-        An *idempotency_key* (up to 200 visible ASCII characters) runs the work once.
-        After a success, ``MeterlyDuplicateError`` is raised; while its hold is live,
-        the same with ``in_progress``. After a failure, or when its hold has expired,
-        the same call is a new attempt, with the key ``<key>~2`` and so on on the wire.
-        ``MeterlyIdempotencyMismatchError`` is raised if the key came with other
-        arguments.
+            with client.guard("cus_1", 25, "image_credits", "render-42"):
+                render()
 
-        There is no journal behind this guard: a process that dies between the
-        two calls leaves the hold to its time to live, and the work uncharged.
-        ``django_meterly.guard`` keeps one.
+        If the outcome of the reserve is unknown, the work does not run. If that of the
+        commit is unknown, nothing is released: ``MeterlyUnknownOutcomeError`` has the
+        work's ``result`` and the ``idempotency_key`` of the commit.
+
+        An *idempotency_key* (1 to 200 visible ASCII characters) runs the work once. The
+        same call later
+
+        - raises ``MeterlyDuplicateError`` after a success, and while the hold is live
+          (then with ``in_progress``),
+        - is a new attempt after a failure, or when the hold has expired. Its key on the
+          wire is ``<key>~2``, then ``<key>~3``,
+        - raises ``MeterlyIdempotencyMismatchError`` if its arguments are others.
+
+        This guard keeps no journal. If the process dies between the two calls, the hold
+        expires and the work is not charged. ``django_meterly.guard`` keeps a journal.
         """
         held = self._guard(
             customer_id, amount, unit, reference, idempotency_key, ttl_seconds
@@ -569,8 +573,8 @@ class MeterlyClient:
     ) -> Any:
         """Guard ``async`` work as ``guard`` does: with ``async with``, or awaited.
 
-        A task that is cancelled in the work releases the hold; in the commit it
-        is cancelled when the commit is done.
+        If the task is cancelled during the work, the hold is released. If it is
+        cancelled during the commit, the commit is finished first.
         """
         held = self._guard(
             customer_id, amount, unit, reference, idempotency_key, ttl_seconds
@@ -630,7 +634,7 @@ class MeterlyClient:
         idempotency_key: str | None,
     ) -> T:
         key = _key(idempotency_key)
-        # A random one would make a repeated call another request.
+        # A random reference would make a repeated call another request.
         reference = key if reference is None else reference
         arguments["reference"] = check_text(reference, "reference")
         return self._send(operation, reader, arguments, key)
@@ -678,7 +682,7 @@ class MeterlyClient:
 
 
 def _refusing(check: Callable[P, T]) -> Callable[P, T]:
-    """Return *check*, which refuses a value by the error that a ledger would answer."""
+    """Return *check*, but raising the error that a ledger would answer."""
 
     @wraps(check)
     def refuse(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -704,9 +708,9 @@ _reachable_lock = threading.Lock()
 
 
 def _reached(transport: Transport, error: MeterlyError | None = None) -> None:
-    """Say once when the ledger does not answer any more, and once when it does."""
+    """Announce once that the ledger stopped answering, and once that it answers."""
     if isinstance(error, MeterlyIdempotencyInProgressError | MeterlyRateLimitedError):
-        return  # It answers, but not what it was asked.
+        return  # The ledger answers, only not to this call yet.
     reachable = not isinstance(error, OUTAGE)
     with _reachable_lock:
         if transport.reachable == reachable:
@@ -738,9 +742,9 @@ def _key(value: str | None, length: int = wire.MAX_KEY_LENGTH) -> str:
 
 
 class _Configured:
-    """The client that the settings described, and what they were.
+    """The client that the settings described, and those settings.
 
-    An object and no tuple, so that no debug page shows the key in them.
+    This is not a tuple, because debug pages would show the key in it.
     """
 
     __slots__ = ("_pid", "_settings", "client")
@@ -749,8 +753,8 @@ class _Configured:
         from .conf import meterly_settings
 
         self._pid = os.getpid()
-        # All of them: a server runs no system checks, and nobody's credits may move
-        # by settings that cannot be meant.
+        # All settings: a server may run without system checks, and no credits may move
+        # by invalid settings.
         meterly_settings.check()
         transport = meterly_settings.TRANSPORT.from_settings(meterly_settings)
         self._settings = deepcopy(meterly_settings.as_dict())
@@ -768,9 +772,9 @@ _current: _Configured | None = None
 def get_client() -> MeterlyClient:
     """Return the client that ``settings.METERLY`` describes.
 
-    The same one as long as the settings stay the same (``override_settings``
-    gives another); a forked process gets its own. Raises ``ImproperlyConfigured`` if
-    any setting is invalid.
+    This is the same client until the settings change (by ``override_settings``, for
+    example) or the process forks. Raises ``ImproperlyConfigured`` if any setting is
+    invalid.
     """
     global _current
     current = _current

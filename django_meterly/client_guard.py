@@ -123,7 +123,7 @@ class ClientGuard(Generic[T]):
         return result
 
     async def _to_its_end(self, function: Callable[..., R], *args: Any) -> R:
-        """Run *function* in a thread, and be cancelled only when it is done."""
+        """Run *function* in a thread; a cancellation takes effect when it is done."""
         sensitive = self._client.transport.thread_sensitive
         run = sync_to_async(function, thread_sensitive=sensitive)
         task = asyncio.ensure_future(run(*args))
@@ -139,8 +139,8 @@ class ClientGuard(Generic[T]):
         return task.result()
 
     def _release(self) -> None:
-        # The work's own exception is the one to report; a hold that cannot be
-        # released now ends with its time to live.
+        # The caller has to see the work's exception. A hold that cannot be released
+        # now expires.
         try:
             self._client.release_reservation(
                 self._reservation_id, idempotency_key=f"{self._attempt}:release"
