@@ -1,7 +1,7 @@
 """What the client returns: frozen results, amounts in whole credits, times in UTC.
 
-A field may be ``None`` if the vendor's guide does not show it: a ledger may leave it out
-then. The embedded ledger leaves nothing out.
+A field may be ``None`` if the vendor's guide does not show it: a ledger may leave it
+out then. The embedded ledger leaves nothing out.
 """
 
 from __future__ import annotations
