@@ -605,7 +605,7 @@ def test_unknown_customers_are_answered_kindly(
         response = send(f"{CUSTOMERS}grant-credits/?ids={ids}", follow=True)
         assert response.redirect_chain == [(CUSTOMERS, 302)]
         assert messages(response) == [
-            ("error", "There is no such customer. Choose again; nothing was granted.")
+            ("error", "Not all of these customers exist. Nothing was granted.")
         ]
     assert granted() == []
 
@@ -913,7 +913,7 @@ def meaning_of(everything: Client, row: Reservation) -> str:
 
 
 @pytest.mark.parametrize(
-    ("state", "word"), [("reserved", "still to be sent"), ("released", "afterwards")]
+    ("state", "word"), [("reserved", "not been sent yet"), ("released", "afterwards")]
 )
 def test_a_charge_that_waits_is_explained(
     everything: Client, customer: Customer, state: str, word: str
