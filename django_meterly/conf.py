@@ -124,6 +124,11 @@ def suggestion(name: object, known: Iterable[Any], cutoff: float = 0.6) -> str:
     return "" if near is None else f" Did you mean {near!r}?"
 
 
+def unknown_setting(name: object) -> str:
+    """Return the message that *name* is not a setting, with a suggestion."""
+    return f"Unknown setting METERLY[{shown(name)}].{suggestion(name, DEFAULTS)}"
+
+
 def nearest(name: object, known: Iterable[Any], cutoff: float = 0.6) -> Any:
     """Return the *known* name that is close to this one, or ``None``."""
     spelled = {str(each).upper(): each for each in known}
@@ -151,12 +156,10 @@ class MeterlySettings:
 
     def __getattr__(self, name: str) -> Any:
         if name not in DEFAULTS:
-            raise AttributeError(f"There is no setting METERLY[{name!r}].")
+            raise AttributeError(unknown_setting(name))
         # The dict is in no local variable: debug pages would show the key with it.
         for key in self.unknown():
-            raise ImproperlyConfigured(
-                f"There is no setting METERLY[{shown(key)}].{suggestion(key, DEFAULTS)}"
-            )
+            raise ImproperlyConfigured(unknown_setting(key))
         problem = ""
         try:
             return CHECKS[name](

@@ -36,7 +36,7 @@ from django.utils.module_loading import import_string
 from . import client as clients
 from . import grants, journal, units
 from .client import MeterlyClient, get_client
-from .conf import DEFAULTS, meterly_settings, suggestion
+from .conf import DEFAULTS, meterly_settings, suggestion, unknown_setting
 from .db import from_now
 from .errors import (
     MeterlyNotFoundError,
@@ -206,10 +206,7 @@ class override_meterly(override_settings):  # noqa: N801
     def __init__(self, **values: Any) -> None:
         for name in values:
             if name not in DEFAULTS:
-                raise ImproperlyConfigured(
-                    f"There is no setting METERLY[{name!r}]."
-                    f"{suggestion(name, DEFAULTS)}"
-                )
+                raise ImproperlyConfigured(unknown_setting(name))
         super().__init__()
         self._values = values
 
