@@ -8,11 +8,11 @@ TOX := $(TOOLS)/bin/tox run
 
 help:
 	@echo "make test     the tests that are not slow, on SQLite and on PostgreSQL (ARGS= for pytest)"
-	@echo "make test-all every test on both, the slow ones, too"
+	@echo "make test-all every test on both, including the slow ones"
 	@echo "make matrix   every environment of tox.ini"
 	@echo "make lint     formatting, static rules and types"
 	@echo "make fuzz     property-based tests of the REST API along its OpenAPI document"
-	@echo "make openapi  write that document anew from the code"
+	@echo "make openapi  write that document from the code"
 	@echo "make messages bring the message catalogues in step with the code"
 	@echo "make package  build the distributions and look inside"
 	@echo "make demo     the example project (ONCE=1: start it, try it, stop it)"
@@ -24,7 +24,7 @@ help:
 test: $(TOOLS)/.done
 	$(TOX) -e py -- $(ARGS)
 
-# The last -m counts, and this one chooses everything.
+# The last -m wins, and an empty one selects every test.
 test-all: $(TOOLS)/.done
 	$(TOX) -e py -- -m "" $(ARGS)
 

@@ -50,8 +50,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, because Django imports this package before any model may be
-    # imported, and because a script may only want the client.
+    # Lazily, because Django imports this package before models can be imported, and
+    # because a script may need the client only.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f".{_HOMES.get(name, 'errors')}", __name__)

@@ -12,6 +12,7 @@ class MeterlyConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
+        # Importing the checks registers them.
         from . import checks  # noqa: F401
         from .middleware import explain_unanswered
         from .models import replace_missing_owner_model

@@ -1,7 +1,11 @@
 """The only reader of ``settings.METERLY``.
 
-Every access reads the Django settings anew, so ``override_settings`` works and
-nothing goes stale. Names that do not exist fail, with a suggestion.
+Every access reads the Django settings anew, so ``override_settings`` works. A name
+that does not exist raises an error with a suggestion.
+
+To add a setting, give it a default in ``DEFAULTS`` and a function in ``CHECKS``: a new
+policy needs a line in ``CHOICES`` instead, a new duration one in ``DURATIONS``. Then
+list it in ``docs/settings.md``.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ DEFAULTS: dict[str, Any] = {
     "JOURNAL_RETENTION": 90 * 86400.0,
 }
 
-#: Policies: one of these words.
+#: Policies, and the words that each of them takes.
 CHOICES = {
     "OVERAGE": ("charge", "cap"),
     "ON_DISCONNECT": ("charge", "release"),
@@ -77,8 +81,9 @@ CHOICES = {
     "ON_UNAVAILABLE": ("deny", "allow"),
 }
 
-#: Durations in seconds, a number or a ``timedelta``, and the longest that is allowed:
-#: a day for what a call waits for, else a hundred years, which every clock can add.
+#: Durations and their maximum in seconds. It is a day for everything that a call waits
+#: for, and else a hundred years, which every database can add to a date. A project
+#: writes a number of seconds or a ``timedelta``.
 DURATIONS = {
     "CONNECT_TIMEOUT": 86400,
     "READ_TIMEOUT": 86400,
@@ -98,9 +103,9 @@ PLATFORM = re.compile(
     r"(?!TRANS_PORT$)(?:.+_)?(?:SERVICE_(?:HOST|PORT(?:_.+)?)|NAME|ENV_.+|"
     r"PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|ADDR|PORT)(?:_.+)?)?)?)"
 )
-#: How alike a variable's name and a setting's have to be to be called a typo.
+#: How similar a variable's name and a setting's name must be to count as a typo.
 TYPO = 0.85
-#: The variables that ``from_env`` has ignored, and their names without the prefix: a
+#: The variables that ``from_env`` has ignored, and their names without the prefix. A
 #: check lists them.
 ignored_variables: dict[str, str] = {}
 
@@ -122,6 +127,11 @@ def suggestion(name: object, known: Iterable[Any], cutoff: float = 0.6) -> str:
     """Return ``" Did you mean 'X'?"`` for a name that is close to a *known* one."""
     near = nearest(name, known, cutoff)
     return "" if near is None else f" Did you mean {near!r}?"
+
+
+def unknown_setting(name: object) -> str:
+    """Return the message that *name* is not a setting, with a suggestion."""
+    return f"Unknown setting METERLY[{shown(name)}].{suggestion(name, DEFAULTS)}"
 
 
 def nearest(name: object, known: Iterable[Any], cutoff: float = 0.6) -> Any:
@@ -151,12 +161,11 @@ class MeterlySettings:
 
     def __getattr__(self, name: str) -> Any:
         if name not in DEFAULTS:
-            raise AttributeError(f"There is no setting METERLY[{name!r}].")
-        # The dict is in no local variable: debug pages would show the key with it.
+            raise AttributeError(unknown_setting(name))
+        # Keep the dict out of local variables: debug pages show those, and the dict
+        # has the API key.
         for key in self.unknown():
-            raise ImproperlyConfigured(
-                f"There is no setting METERLY[{shown(key)}].{suggestion(key, DEFAULTS)}"
-            )
+            raise ImproperlyConfigured(unknown_setting(key))
         problem = ""
         try:
             return CHECKS[name](
@@ -164,7 +173,8 @@ class MeterlySettings:
             )
         except ValueError as exc:
             problem = str(exc)
-        # Out here: the error's context would keep the value in a frame.
+        # Outside the except block: the context of the error would keep a frame with
+        # the value.
         raise ImproperlyConfigured(problem)
 
     def check(self) -> None:
@@ -189,7 +199,7 @@ class MeterlySettings:
             model = _model(value, "CUSTOMER_MODEL")
         except ValueError:
             return str(settings.AUTH_USER_MODEL)
-        # The apps are known when models are imported, their models are not yet.
+        # While models are imported, the apps are known, but not all of their models.
         label, _, _ = model.partition(".")
         known = {config.label for config in apps.app_configs.values()}
         return model if label in known else str(settings.AUTH_USER_MODEL)
@@ -254,7 +264,7 @@ def _thresholds(value: Any, name: str) -> dict[str, int]:
 def _units(value: Any, name: str) -> dict[str, Any]:
     """Return *value* if it is a dict of units and their names for people.
 
-    A translation is not looked at: that would need the app registry.
+    A lazy translation is not evaluated: that needs the app registry.
     """
     for unit, people_say in _dict(value, name).items():
         check_unit(unit, f"{name}: the unit {shown(unit)}")
@@ -269,9 +279,10 @@ def _units(value: Any, name: str) -> dict[str, Any]:
 
 
 def text_of(value: str | Promise, name: str) -> str:
-    """Return a text that may be lazy; ``ValueError`` if it cannot be evaluated.
+    """Return a text that may be lazy.
 
-    For example, ``reverse_lazy("typo")`` fails only here, and in its own way.
+    Raises ``ValueError`` if it cannot be evaluated. For example,
+    ``reverse_lazy("typo")`` fails only when it is used.
     """
     try:
         return str(value)
@@ -287,18 +298,18 @@ def _unit(value: Any, name: str) -> str | None:
 
 
 def _api_key(value: Any, name: str) -> Secret | None:
-    # An empty one is none: what an unset variable of a shell or container leaves.
+    # An unset variable of a shell or container often arrives as an empty text.
     return None if value in (None, "") else Secret(check_api_key(value, name))
 
 
 def _base_url(value: Any, name: str) -> str:
-    # If it is neither True nor False, that is an error of its own.
+    # The flag has its own check. Until it passes, http is refused.
     insecure = meterly_settings.as_dict().get("ALLOW_INSECURE_HTTP") is True
     return check_base_url(value, name, allow_insecure_http=insecure)
 
 
 def _function(value: Any, name: str) -> Any:
-    """Return the function or class that *value* is, or is the dotted path of."""
+    """Return *value*, a function or class, or import it by its dotted path."""
     path = value
     if isinstance(path, str):
         try:
@@ -329,7 +340,10 @@ def _signer(value: Any, name: str) -> Any:
 
 
 def _model(value: Any, name: str) -> str:
-    """Return ``"app_label.ModelName"``, of a model that exists if models are loaded."""
+    """Return ``"app_label.ModelName"``.
+
+    Once models are loaded, the model must exist.
+    """
     if value is None:
         return str(settings.AUTH_USER_MODEL)
     if not isinstance(value, str) or not re.fullmatch(r"\w+\.\w+", value):
@@ -351,24 +365,24 @@ def _model(value: Any, name: str) -> str:
 def _model_suggestion(value: object) -> str:
     if not apps.models_ready:
         return ""
-    # Not above: settings modules import this one.
+    # Settings modules import this module, and must not import models.
     from django.db.models import Model
 
-    # A model itself is spelled as it has to be named.
+    # Suggest the name of a model that was given itself.
     if isinstance(value, type) and issubclass(value, Model):
         value = value._meta.label
     return suggestion(value, [model._meta.label for model in apps.get_models()])
 
 
 def _link(value: Any, name: str) -> str | None:
-    """Return *value* if browsers take it for an http(s) URL or a path of this site.
+    """Return *value* if it is an http(s) URL or a path of this site to any browser.
 
-    Nobody else's text gets into a setting, but a setting gets into pages: browsers
-    drop spaces and control characters, and read ``\\`` as ``/``.
+    A typo must not send users to another site: browsers drop spaces and control
+    characters, and read ``\\`` as ``/``.
     """
-    # A number, say, is no link, and may be too long for str().
+    # Other types are refused. str() of a huge number would fail differently.
     text = text_of(value, name) if isinstance(value, str | Promise) else None
-    # Nothing, or a text that is empty: what an unset variable leaves.
+    # An unset variable of a shell or container often arrives as an empty text.
     if value is None or text == "":
         return None
     link = text or ""
@@ -388,8 +402,8 @@ def _link(value: Any, name: str) -> str | None:
     return link
 
 
-#: What each value has to be: a function of the value and of its name for messages
-#: that returns the value as it is used, or raises ``ValueError``.
+#: The check of each setting: a function of the value and of its name in messages. It
+#: returns the value in the form in which it is used, or raises ``ValueError``.
 CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "TRANSPORT": _transport,
     "API_KEY": _api_key,
@@ -418,10 +432,10 @@ meterly_settings = MeterlySettings()
 def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
     """Return a ``METERLY`` dict filled from ``METERLY_*`` environment variables.
 
-    *env* is a ``django-environ`` ``Env``. ``METERLY_API_KEY`` sets ``API_KEY`` and so
-    on. Numbers and dicts are JSON: ``METERLY_LOW_BALANCE='{"image_credits": 10}'``. A
-    space or line feed at either end is dropped. An empty variable is ignored if the
-    default is empty, too.
+    *env* is a ``django-environ`` ``Env``. For example, ``METERLY_API_KEY`` sets
+    ``API_KEY``. Numbers and dicts are JSON, for example
+    ``METERLY_LOW_BALANCE='{"image_credits": 10}'``. A space or line feed at either end
+    is dropped. An empty variable is ignored if the default is empty, too.
 
     Raises ``ImproperlyConfigured`` for a value of the wrong type, and for a variable
     whose name looks like a misspelled setting. Other variables with the prefix are
@@ -432,46 +446,59 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
     The key is a ``Secret``, whose ``repr`` (in ``manage.py diffsettings``, for example)
     does not show it.
     """
-    from environ import Env, FileAwareEnv
+    from environ import Env
 
     if not isinstance(env, Env):
         what = "the class" if env is Env else f"a {type(env).__name__}"
         raise TypeError(f"from_env takes a django-environ Env(), not {what}.")
     start = f"{env.prefix}{prefix}"
-    # What Env(METERLY_DEADLINE=(float, 5)) declares is a default, too.
-    declared = [
+    values: dict[str, Any] = {}
+    for variable in sorted({*env.ENVIRON, *_declared(env)}):
+        if not variable.startswith(start):
+            continue
+        name = variable.removeprefix(start)
+        if name not in DEFAULTS:
+            _check_other(env, variable, name)
+        elif (value := _read(env, variable, name)) is not _EMPTY:
+            values[name] = value
+    return values
+
+
+def _declared(env: environ.Env) -> list[str]:
+    """Return the variables whose default *env* declares.
+
+    For example, ``Env(METERLY_DEADLINE=(float, 5))`` declares one.
+    """
+    return [
         name
         for name, info in env.scheme.items()
         if isinstance(info, tuple) and len(info) == 2
     ]
-    values: dict[str, Any] = {}
-    for variable in sorted({*env.ENVIRON, *declared}):
-        if not variable.startswith(start):
-            continue
-        name = variable.removeprefix(start)
-        if name in DEFAULTS:
-            if (value := _read(env, variable, name)) is not _EMPTY:
-                values[name] = value
-        elif name.removesuffix("_FILE") in DEFAULTS:
-            if not isinstance(env, FileAwareEnv):
-                raise ImproperlyConfigured(
-                    f"The environment variable {variable} names a file, which only "
-                    "environ.FileAwareEnv() reads. Use it in place of environ.Env()."
-                )
-        elif PLATFORM.fullmatch(name):
-            # Of a service "meterly-reservation-ttl", for example: this is no typo.
-            continue
-        elif meant := suggestion(name, DEFAULTS, TYPO):
+
+
+def _check_other(env: environ.Env, variable: str, name: str) -> None:
+    """Check a *variable* with our prefix whose *name* is not that of a setting."""
+    from environ import FileAwareEnv
+
+    if name.removesuffix("_FILE") in DEFAULTS:
+        if not isinstance(env, FileAwareEnv):
             raise ImproperlyConfigured(
-                f"The environment variable {variable} names no setting of "
-                f"METERLY.{meant}"
+                f"The environment variable {variable} names a file, which only "
+                "environ.FileAwareEnv() reads. Use it in place of environ.Env()."
             )
-        else:
-            ignored_variables[variable] = name
-    return values
+    elif PLATFORM.fullmatch(name):
+        # For example, METERLY_RESERVATION_TTL_PORT of a service
+        # "meterly-reservation-ttl" is not a typo.
+        return
+    elif meant := suggestion(name, DEFAULTS, TYPO):
+        raise ImproperlyConfigured(
+            f"The environment variable {variable} names no setting of METERLY.{meant}"
+        )
+    else:
+        ignored_variables[variable] = name
 
 
-#: An environment variable without a value.
+#: Stands for an environment variable without a value.
 _EMPTY = object()
 
 
@@ -492,7 +519,7 @@ def _read(env: environ.Env, variable: str, name: str) -> Any:
         )
     else:
         if not isinstance(value, str):
-            # A default of the scheme.
+            # A default that env declares.
             return _EMPTY if value is None else value
         value = Secret(value.strip())
         if not value and not default:
@@ -504,7 +531,8 @@ def _read(env: environ.Env, variable: str, name: str) -> Any:
                 problem = str(exc)
         else:
             problem = "is empty. Give it a value, or unset it"
-    # Out here: the error's context would keep the value in a frame.
+    # Outside the except blocks: the context of the error would keep a frame with the
+    # value.
     raise ImproperlyConfigured(f"The environment variable {variable} {problem}.")
 
 

@@ -1,4 +1,9 @@
-"""What both apps need from every database alike: exact text, and one clock."""
+"""Differences between databases: exact text, one clock, locks and errors.
+
+Both apps use it. The fields compare text by the byte and keep moments in UTC. The
+functions tell errors apart (an outage, a lock, one bad row) and change many rows in
+batches.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.apps import apps
@@ -46,28 +52,28 @@ LOCK_SECONDS = 5
 #: another one (a deadlock, for example).
 GIVE_WAY_SECONDS = 2.0
 
-#: PostgreSQL: the transaction has failed before.
+#: PostgreSQL: an earlier statement of the transaction has failed.
 ABORTED_STATE = "25P02"
 #: PostgreSQL: serialization failure, deadlock.
 GAVE_WAY_STATES = {"40001", "40P01"}
 #: MySQL: lock wait time-out, deadlock; MariaDB: row changed since the snapshot.
 GAVE_WAY = {1205, 1213, 1020}
-#: A server, or a transaction, that only reads: PostgreSQL's state and MySQL's numbers.
+#: A read-only server or transaction: PostgreSQL's state and MySQL's numbers.
 READ_ONLY_STATE, READ_ONLY = "25006", {1290, 1792, 1836}
 
 
 class ExactCharField(models.CharField):  # type: ignore[type-arg]
     """A ``CharField`` that compares by the byte on every database.
 
-    MySQL's default collation takes ``Key-1`` for ``key-1``, and "é" for "e":
-    ids and idempotency keys that differ must stay apart.
+    For example, MySQL's default collation treats ``Key-1`` and ``key-1`` as equal. Ids
+    and idempotency keys must not be mixed up like this.
     """
 
     def db_type(self, connection: BaseDatabaseWrapper) -> str | None:
         column = super().db_type(connection)
         if column is not None and connection.vendor == "postgresql":
-            # The same type, by the name under which Django adds no second index
-            # to a unique column, for LIKE: every movement would pay for it.
+            # This is another name of the same type. Under the usual name, Django adds
+            # a second index for LIKE to unique columns, which slows every movement.
             column = column.replace("varchar", "character varying", 1)
         return column
 
@@ -79,12 +85,12 @@ class ExactCharField(models.CharField):  # type: ignore[type-arg]
 
 
 class MomentField(models.DateTimeField):  # type: ignore[type-arg]
-    """A ``DateTimeField`` that is kept in UTC, whatever the settings say.
+    """A ``DateTimeField`` that is stored in UTC with any settings.
 
-    PostgreSQL keeps moments. The others keep what a clock shows, and Django takes that
-    to be a clock of ``TIME_ZONE`` without ``USE_TZ``, or of the database's own
-    ``TIME_ZONE``. Our columns are compared with ``DatabaseNow``, and a local clock is
-    set back once a year: leases would last an hour longer.
+    PostgreSQL stores moments. The others store a clock's reading, and Django uses a
+    local clock without ``USE_TZ``, or if the database has a ``TIME_ZONE``. Our columns
+    are compared with ``DatabaseNow``. A local clock is set back once a year, and then
+    leases would last an hour longer.
     """
 
     def get_db_prep_value(
@@ -93,7 +99,7 @@ class MomentField(models.DateTimeField):  # type: ignore[type-arg]
         if not prepared:
             value = self.get_prep_value(value)
         if isinstance(value, dt.datetime) and _keeps_readings(connection):
-            # Django is about to write down what a clock in this zone shows.
+            # Django writes the reading of a clock in this zone: let it read UTC.
             value = in_utc(value).replace(tzinfo=connection.timezone)
         return super().get_db_prep_value(value, connection, prepared=True)
 
@@ -103,7 +109,7 @@ class MomentField(models.DateTimeField):  # type: ignore[type-arg]
 
 
 def _keeps_readings(connection: Any) -> bool:
-    """Return whether Django and we disagree about what is kept there."""
+    """Return whether Django would store a local clock's reading there."""
     return (
         not connection.features.supports_timezones and connection.timezone is not dt.UTC
     )
@@ -156,11 +162,11 @@ def error_codes(exc: BaseException) -> tuple[Any, Any]:
 def causes(
     exc: BaseException | None, handled: BaseException | None
 ) -> Iterator[Exception]:
-    """Yield *exc* and what it comes from, the last first.
+    """Yield *exc* and its causes, the latest first.
 
-    The error may have been reported as another one, or have broken the transaction that
-    was to record it. An exception that was *handled* before is the caller's: it and
-    what is behind it are left out.
+    For example, an error may have been raised again as another one, or have broken the
+    transaction that was to record it. Stops at *handled*, an exception that the caller
+    was handling before.
     """
     while isinstance(exc, Exception) and exc is not handled:
         yield exc
@@ -170,10 +176,11 @@ def causes(
 def missing_tables(label: str, databases: Collection[str]) -> list[CheckMessage]:
     """Return warnings about tables of the app *label* that *databases* lack.
 
-    No error: commands of other packages that migrate run the checks first, too.
+    These are not errors, because commands that migrate run the checks first, also
+    those of other packages.
     """
     if sys.argv[1:2] == ["migrate"]:
-        # It runs the checks, and then makes the tables.
+        # It runs the checks before it makes the tables.
         return []
     config = apps.get_app_config(label)
     expected: dict[str, set[str]] = defaultdict(set)
@@ -184,7 +191,7 @@ def missing_tables(label: str, databases: Collection[str]) -> list[CheckMessage]
         try:
             present = connections[using].introspection.table_names()
         except Error:
-            # A database out of reach: not for this check.
+            # Django reports an unreachable database.
             continue
         if missing := sorted(expected[using].difference(present)):
             option = "" if using == "default" else f" --database {using}"
@@ -203,8 +210,8 @@ def is_outage(exc: BaseException) -> bool:
     """Return whether *exc* says that a database cannot serve now.
 
     For example, it is out of reach, overloaded, full, read-only or shutting down, or it
-    gave one transaction up for another. It is not an outage when the database refuses
-    what it was asked: a constraint, a table that is missing, a value out of range.
+    chose the transaction as the victim of a deadlock. An invalid statement is not an
+    outage: a violated constraint, a missing table, a value out of range.
     """
     return (
         isinstance(exc, Error)
@@ -216,7 +223,7 @@ def is_outage(exc: BaseException) -> bool:
 
 
 def gave_way(exc: BaseException) -> bool:
-    """Return whether *exc* ended a transaction that may be tried again."""
+    """Return whether *exc* ended a transaction that can be tried again as it is."""
     sqlstate, number = error_codes(exc)
     if sqlstate in GAVE_WAY_STATES or number in GAVE_WAY:
         return True
@@ -225,9 +232,9 @@ def gave_way(exc: BaseException) -> bool:
 
 
 def refuses_rows(using: str, exc: Exception) -> bool:
-    """Return whether *exc* may be about some rows, and not about all of *using*.
+    """Return whether *exc* may concern some rows only, and not all of *using*.
 
-    It is about all of them if the connection is lost, or if SQLite is locked.
+    It concerns all rows if the connection is lost, or if SQLite is locked.
     """
     connection = connections[using]
     if connection.vendor == "sqlite" and gave_way(exc):
@@ -236,10 +243,11 @@ def refuses_rows(using: str, exc: Exception) -> bool:
 
 
 def was_locked(exc: BaseException, handled: BaseException | None) -> bool:
-    """Return whether *exc* comes from somebody who is at the same row.
+    """Return whether *exc* was caused by another transaction at the same row.
 
-    It was locked for too long, or the transaction had to give way to another. Not on
-    SQLite, which locks all rows at once. See ``causes`` for *handled*.
+    Either the row was locked for too long, or this transaction had to give way. It is
+    always ``False`` on SQLite, which locks all rows at once. See ``causes`` for
+    *handled*.
     """
     for each in causes(exc, handled):
         if isinstance(each, DatabaseError):
@@ -250,11 +258,11 @@ def was_locked(exc: BaseException, handled: BaseException | None) -> bool:
 
 
 def bound_waits(using: str) -> None:
-    """Let no statement of the ``atomic`` block just begun wait for a lock for ever.
+    """Limit how long statements of the ``atomic`` block just begun wait for locks.
 
-    Other databases have such a limit; PostgreSQL's default is none. A shorter limit of
-    the project's stays. Does nothing in somebody else's transaction: the limit would
-    outlive the block.
+    Other databases have a limit, but PostgreSQL waits for ever by default. A shorter
+    limit that the project has set stays. Inside another transaction this does nothing,
+    because the limit would outlive the block.
     """
     connection = connections[using]
     if connection.vendor == "postgresql" and not connection.savepoint_ids:
@@ -262,7 +270,7 @@ def bound_waits(using: str) -> None:
         with connection.cursor() as cursor:
             cursor.execute(
                 "SELECT set_config('lock_timeout', %s, true) WHERE "
-                # Zero is for ever.
+                # Zero means no limit.
                 "current_setting('lock_timeout')::interval "
                 "NOT BETWEEN '1ms'::interval AND %s::interval",
                 [limit, limit],
@@ -270,9 +278,9 @@ def bound_waits(using: str) -> None:
 
 
 def unlocked(rows: QuerySet[Any]) -> QuerySet[Any]:
-    """Return *rows* without those that somebody has locked, where that can be told.
+    """Return *rows* without those that somebody has locked, and lock the others.
 
-    The others are locked, too, until the transaction ends.
+    Databases without ``SKIP LOCKED`` return all rows and lock none.
     """
     if connections[rows.db].features.has_select_for_update_skip_locked:
         return rows.select_for_update(skip_locked=True)
@@ -287,77 +295,108 @@ def change_in_batches(
     until: float = float("inf"),
     otherwise: Callable[[QuerySet[Any]], int] | None = None,
 ) -> int:
-    """Apply *change* to *rows*, *size* at a time; return the sum of what it returns.
+    """Apply *change* to *rows*, *size* at a time; return the sum of its results.
 
-    *change* takes rows out of the queryset, and returns how many. What others have
-    locked is skipped. If *change* fails, it is applied to each row by itself: a row for
-    which it fails is logged and left, or taken out of the queryset by *otherwise*.
-    Begins no batch at, or after, the moment *until* (``time.monotonic()``). Raises what
-    the database raises if it cannot be used at all.
+    *change* gets a part of the queryset. It changes or deletes rows so that they leave
+    the queryset, and returns their number. Rows that somebody has locked are skipped.
+
+    If *change* fails for a batch, it is applied to each of its rows alone. A row for
+    which that fails is logged and left; *otherwise* may take it out of the queryset.
+    For example, a project's foreign key may protect one row from being deleted.
+
+    No batch begins at or after the moment *until* (``time.monotonic()``). If the
+    database cannot be used at all, its error is raised.
     """
-    connection = connections[rows.db]
-    left: list[Any] = []
-    chosen: list[Any] = []
+    return _Batches(rows, change, size, until, otherwise).run()
 
-    def attempt(some: QuerySet[Any]) -> int:
-        chosen.clear()
-        # Two that lock many rows each can deadlock, unless each leaves the other's
-        # alone. SQLite locks nothing, and writes best if it has not read before.
+
+@dataclass
+class _Batches:
+    """One run of ``change_in_batches``."""
+
+    rows: QuerySet[Any]
+    change: Callable[[QuerySet[Any]], int]
+    size: int
+    until: float
+    otherwise: Callable[[QuerySet[Any]], int] | None
+    #: The rows that cannot be changed.
+    left: list[Any] = field(default_factory=list)
+    #: The rows of the latest attempt, failed or not.
+    chosen: list[Any] = field(default_factory=list)
+
+    def run(self) -> int:
+        using = self.rows.db
+        changed = 0
+        while True:
+            try:
+                count = self._attempt(self.rows.exclude(pk__in=self.left))
+                batch = self.chosen
+                changed += count
+                if count < len(batch):
+                    # For example, a trigger may keep a row without an error.
+                    kept = self.rows.filter(pk__in=batch)
+                    for pk in kept.values_list("pk", flat=True):
+                        self._leave(pk, None)
+            except Exception as exc:
+                batch = self.chosen
+                if not batch or not refuses_rows(using, exc):
+                    raise
+                changed += self._one_by_one(batch)
+            if len(batch) < self.size or time.monotonic() >= self.until:
+                return changed
+
+    def _one_by_one(self, batch: list[Any]) -> int:
+        changed = 0
+        for pk in batch:
+            if time.monotonic() >= self.until:
+                break
+            try:
+                changed += self._attempt(self.rows.filter(pk=pk))
+            except Exception as exc:
+                if not refuses_rows(self.rows.db, exc):
+                    raise
+                self._leave(pk, exc)
+        return changed
+
+    def _attempt(self, some: QuerySet[Any]) -> int:
+        """Choose at most *size* of *some* rows, and apply the change to them."""
+        self.chosen = []
+        using = self.rows.db
+        connection = connections[using]
+        # Two transactions that lock many rows each can deadlock, unless each skips the
+        # other's. SQLite has no row locks, and a transaction that only writes fails
+        # less often than one that has read before.
         locks = connection.features.has_select_for_update_skip_locked
         inside = locks or connection.in_atomic_block
-        with transaction.atomic(using=rows.db) if inside else nullcontext():
+        with transaction.atomic(using=using) if inside else nullcontext():
             if inside:
-                bound_waits(rows.db)
-            chosen.extend(unlocked(some).values_list("pk", flat=True)[:size])
-            return change(rows.filter(pk__in=chosen))
+                bound_waits(using)
+            self.chosen = list(unlocked(some).values_list("pk", flat=True)[: self.size])
+            return self.change(self.rows.filter(pk__in=self.chosen))
 
-    def leave(pk: Any, exc: Exception | None) -> None:
-        # Without its str(): the exception may be of the project, or hold its objects.
+    def _leave(self, pk: Any, exc: Exception | None) -> None:
+        """Log that a row cannot be changed, and do *otherwise* with it."""
+        # Not str(exc): the exception may be the project's and show its objects.
         reason = "the database keeps it" if exc is None else type(exc).__name__
-        # A protected row is no surprise; a receiver that fails is one.
+        # A protected row needs no traceback. A failing receiver does.
         trace = None if isinstance(exc, IntegrityError) else exc
-        name = rows.model._meta.object_name
+        name = self.rows.model._meta.object_name
         logger.warning("%s %s is left as it is: %s", name, pk, reason, exc_info=trace)
         try:
-            if otherwise is not None:
-                with transaction.atomic(using=rows.db):
-                    if otherwise(rows.filter(pk=pk)):
+            if self.otherwise is not None:
+                with transaction.atomic(using=self.rows.db):
+                    if self.otherwise(self.rows.filter(pk=pk)):
                         return
         except Error:
             logger.exception("%s %s can only be left for now", name, pk)
-        left.append(pk)
-
-    changed = 0
-    while True:
-        try:
-            count = attempt(rows.exclude(pk__in=left))
-            batch = list(chosen)
-            changed += count
-            if count < len(batch):
-                # A trigger may refuse a row without a word.
-                for pk in rows.filter(pk__in=batch).values_list("pk", flat=True):
-                    leave(pk, None)
-        except Exception as exc:
-            if not refuses_rows(rows.db, exc):
-                raise
-            batch = list(chosen)
-            if not batch:
-                raise
-            for pk in batch:
-                if time.monotonic() >= until:
-                    break
-                try:
-                    changed += attempt(rows.filter(pk=pk))
-                except Exception as refused:
-                    if not refuses_rows(rows.db, refused):
-                        raise
-                    leave(pk, refused)
-        if len(batch) < size or time.monotonic() >= until:
-            return changed
+        self.left.append(pk)
 
 
 def is_read_only(exc: BaseException) -> bool:
-    """Return whether *exc* says that the server only reads: after a failover, say."""
+    """Return whether *exc* says that the server is read-only.
+
+    For example, it was the primary server before a failover.
+    """
     sqlstate, number = error_codes(exc)
     return sqlstate == READ_ONLY_STATE or number in READ_ONLY
 
@@ -365,8 +404,8 @@ def is_read_only(exc: BaseException) -> bool:
 def reconnect(connection: BaseDatabaseWrapper) -> None:
     """Close a dead connection, so that the next query opens one that works.
 
-    A pool that checks no connection (``CONN_HEALTH_CHECKS``) may be full of dead ones.
-    Each of them would be the next.
+    Without ``CONN_HEALTH_CHECKS``, a pool may be full of dead connections, and would
+    hand out the next one of them.
     """
     connection.close()
     pool = getattr(connection, "pool", None)

@@ -1,4 +1,4 @@
-"""The forms of the admin."""
+"""The forms of the admin: a customer, and a grant of credits."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 else:
     CustomerModelForm = forms.ModelForm
 
-# The admin imports this module before our own app is ready.
+# The admin may import this module before our own app is ready.
 replace_missing_owner_model()
 
-#: Units offered at most; any other may be typed.
+#: At most so many units are offered. Others can be typed.
 KNOWN_UNITS = 50
 
 
@@ -50,10 +50,10 @@ class CustomerForm(CustomerModelForm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if field := self.fields.get("owner"):
-            # An owner who was read from a replica cannot be assigned.
+            # Django refuses to assign an owner that was read from a replica.
             queryset = cast(Any, field).queryset
             cast(Any, field).queryset = queryset.using(router.db_for_write(Customer))
-        # Once the customer exists it is read-only, and no field.
+        # The form has this field only while the customer is new.
         if field := self.fields.get("external_id"):
             field.required = False
             field.help_text = _(
@@ -63,7 +63,7 @@ class CustomerForm(CustomerModelForm):
 
     def clean_external_id(self) -> str:
         external_id = self.cleaned_data["external_id"]
-        # Cleaned before this one, and absent if there was an error in it.
+        # The owner is cleaned first. It is absent if it had an error.
         owner = self.cleaned_data.get("owner")
         try:
             if external_id:
@@ -85,18 +85,18 @@ class CustomerForm(CustomerModelForm):
 class AmountField(forms.IntegerField):
     """Takes digits, or a number exactly as the active language writes it.
 
-    For example, "10.000" is 10000 in German, and refused in English, where Django's
-    own field would take it for 10.
+    For example, "10.000" is 10000 in German. In English it is refused, while Django's
+    own field would read 10.
     """
 
-    # A number input leaves it to the browser what becomes of separators.
+    # In a number input, each browser treats separators in its own way.
     widget = forms.TextInput(attrs={"class": "vIntegerField", "inputmode": "numeric"})
     default_error_messages = {
         "invalid": _("Write a whole number in digits only, for example 10000.")
     }
 
     def to_python(self, value: Any) -> int | None:
-        # No language tells one space from another, and none decides by them.
+        # All kinds of space count as the same.
         text = " ".join(str(value).split()) if value is not None else ""
         if text in self.empty_values:
             return None
@@ -111,14 +111,14 @@ class AmountField(forms.IntegerField):
 
 
 class GrantCreditsForm(forms.Form):
-    """Asks for one grant, and names it before it is made.
+    """Asks for one grant.
 
-    The reference is drawn when the form is shown: the same form sent twice asks
-    for the same grant, which is made once.
+    Its reference is chosen when the form is shown. If the same form is sent twice, the
+    second request finds the grant of the first.
     """
 
     amount = AmountField(label=_("Amount"), min_value=1, max_value=MAX_AMOUNT)
-    # Where UNITS does not declare the units there are.
+    # If UNITS declares the units, __init__ makes this a choice.
     unit: forms.Field = forms.CharField(
         label=_("Unit"),
         max_length=UNIT_LENGTH,
@@ -134,11 +134,11 @@ class GrantCreditsForm(forms.Form):
     )
     reference = forms.UUIDField(
         initial=uuid.uuid4,
-        # Some browsers bring back what was in a form when its page is reloaded:
-        # a new form with an old reference would grant nothing.
+        # Some browsers restore the values of a form when its page is reloaded. A new
+        # form with an old reference would grant nothing.
         widget=forms.HiddenInput(attrs={"autocomplete": "off"}),
     )
-    #: The unit that nobody had before, and that the form has asked about.
+    #: The new unit that the form has asked about: sending it again confirms it.
     new_unit = forms.CharField(
         required=False, widget=forms.HiddenInput(attrs={"autocomplete": "off"})
     )
@@ -156,7 +156,7 @@ class GrantCreditsForm(forms.Form):
 
     @property
     def known_units(self) -> list[str]:
-        """The units granted before, and the default one; none if ``UNITS`` has them."""
+        """The units granted before and the default unit; empty if ``UNITS`` is set."""
         if meterly_settings.UNITS:
             return []
         units = set(
@@ -201,7 +201,7 @@ class GrantCreditsForm(forms.Form):
         return asked
 
     def _is_new(self, unit: str) -> bool:
-        """Return whether nobody has declared *unit*, or been granted or used any."""
+        """Return whether *unit* was never declared, granted or used."""
         named = {meterly_settings.DEFAULT_UNIT, *meterly_settings.LOW_BALANCE}
         return (
             not meterly_settings.UNITS
@@ -214,21 +214,20 @@ class GrantCreditsForm(forms.Form):
         near = nearest(unit, self.known_units)
         if near is None:
             question = gettext(
-                "Nobody has had “%(unit)s” so far, and a unit stays for good. To grant "
-                "this new unit, send the form again."
+                "“%(unit)s” is a new unit, and a unit cannot be removed. To grant it, "
+                "send the form again."
             )
         else:
             question = gettext(
-                "Nobody has had “%(unit)s” so far, and a unit stays for good. Did you "
-                "mean “%(near)s”? To grant the new unit all the same, send the form "
-                "again."
+                "“%(unit)s” is a new unit, and a unit cannot be removed. Did you mean "
+                "“%(near)s”? To grant the new unit, send the form again."
             )
         return question % {"unit": unit, "near": near}
 
 
 def in_conflict(first: Grant) -> str:
-    """Return what to say when the reference of *first* is used for another grant."""
+    """Return the error for a form whose reference was used for the grant *first*."""
     return gettext(
-        "This form was sent before, for %(grant)s (%(state)s). Open it anew to make "
+        "This form was sent before, for %(grant)s (%(state)s). Open a new form to make "
         "another grant."
     ) % {"grant": first, "state": first.get_state_display()}

@@ -1,4 +1,8 @@
-"""Granting credits, with a record of who granted what, and why."""
+"""Granting credits, with a record of who granted what, and why.
+
+``grant`` records a grant and asks the ledger for it. ``settle_due`` asks again for
+grants whose answer was lost; the sweeper calls it.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +62,9 @@ def grant(
     unit, reference and amount returns the first one's grant; *reason* and *actor* of
     the first stay. For example, a webhook that is delivered twice grants once.
 
-    The record is written before the ledger is asked, and the grant's ``state`` says
-    what came of it: ``granted``, ``refused``, or ``pending`` if the answer was lost;
-    then ``settle_due`` carries it out. With *client* ``None`` it is only recorded.
+    The record is written before the ledger is asked. Afterwards the grant's ``state``
+    is ``granted``, ``refused``, or ``pending`` if the answer was lost: ``settle_due``
+    asks again. With *client* ``None`` it is only recorded.
 
     Raises ``MeterlyReferenceConflictError`` if the reference was used for another
     amount, or if the ledger has refused its grant: that is final, and another grant
@@ -68,6 +72,32 @@ def grant(
     that ``UNITS`` does not declare, and an empty *reason*. Raises ``TypeError`` if
     *actor* is neither a user nor ``None``.
     """
+    _check(amount, unit, reason=reason, reference=reference, actor=actor)
+    using = router.db_for_write(Grant)
+    key = {
+        "customer": Customer.objects.resolve(customer),
+        "unit": unit,
+        "reference": reference,
+    }
+    try:
+        with transaction.atomic(using=using):
+            row = Grant.objects.using(using).create(
+                **key,
+                amount=amount,
+                reason=reason,
+                actor_id=None if actor is None else actor.pk,
+            )
+    except IntegrityError as exc:
+        first = Grant.objects.using(using).get(**key)
+        if not first.stands_for(amount):
+            raise _conflict(first) from exc
+        return first, False
+    if client is not None:
+        _settle_once_recorded(client, row, using)
+    return row, True
+
+
+def _check(amount: int, unit: str, *, reason: str, reference: str, actor: Any) -> None:
     check_amount(amount)
     units.check_declared(unit)
     check_text(reference, "reference")
@@ -78,34 +108,17 @@ def grant(
             f"actor must be the user who grants (a {settings.AUTH_USER_MODEL}) or "
             f"None, not {shown(actor)}."
         )
-    customer = Customer.objects.resolve(customer)
-    using = router.db_for_write(Grant)
-    try:
-        with transaction.atomic(using=using):
-            row = Grant.objects.using(using).create(
-                customer=customer,
-                unit=unit,
-                amount=amount,
-                reason=reason,
-                reference=reference,
-                actor_id=None if actor is None else actor.pk,
-            )
-    except IntegrityError as exc:
-        first = Grant.objects.using(using).get(
-            customer=customer, unit=unit, reference=reference
-        )
-        if not first.stands_for(amount):
-            raise _conflict(first) from exc
-        return first, False
-    if client is not None:
-        if in_transaction(using) and not client.transport.joins(using):
-            # The ledger may only hear of it once the record is committed.
-            transaction.on_commit(
-                partial(settle, client, row), using=using, robust=True
-            )
-        else:
-            settle(client, row)
-    return row, True
+
+
+def _settle_once_recorded(client: MeterlyClient, row: Grant, using: str) -> None:
+    """Settle *row*, but never before its record is committed.
+
+    A ledger that shares the transaction is asked at once: both are committed together.
+    """
+    if in_transaction(using) and not client.transport.joins(using):
+        transaction.on_commit(partial(settle, client, row), using=using, robust=True)
+    else:
+        settle(client, row)
 
 
 async def agrant(
@@ -118,7 +131,7 @@ async def agrant(
     reference: str,
     actor: Any = None,
 ) -> tuple[Grant, bool]:
-    """Do what ``grant`` does, for ``async`` code."""
+    """Do the same as ``grant`` in ``async`` code."""
     return await sync_to_async(grant)(
         client,
         customer,
@@ -142,7 +155,8 @@ def _conflict(first: Grant) -> MeterlyReferenceConflictError:
 def settle(client: MeterlyClient, row: Grant) -> bool:
     """Ask the ledger for a pending grant, and record its answer.
 
-    Returns whether the ledger could be asked, or would have been but for a lock.
+    Returns ``False`` if the ledger is out of reach, and ``True`` otherwise, also if
+    somebody else has locked a row.
     """
     asked = _ask(client, row)
     _collect(client, row)
@@ -170,7 +184,7 @@ def _ask(client: MeterlyClient, row: Grant) -> bool:
         logger.warning("Grant %s was refused: %s", row.pk, exc)
         return True
     try:
-        # The ledger may have registered a customer it did not know.
+        # The ledger may have registered the customer with this grant.
         row.customer.learn(answer.grant.customer_id)
     except MeterlyUnknownOutcomeError as exc:
         _record(row, State.PENDING, str(exc))
@@ -181,7 +195,7 @@ def _ask(client: MeterlyClient, row: Grant) -> bool:
 
 
 def _collect(client: MeterlyClient, row: Grant) -> None:
-    """Have what the customer owes paid from the grant, if it was granted."""
+    """Let the customer pay debts from the grant, if it was granted."""
     if row.state != State.GRANTED:
         return
     try:
@@ -207,13 +221,13 @@ def _record(row: Grant, state: str, error: str) -> None:
 def settle_due(client: MeterlyClient) -> int:
     """Ask the ledger again for pending grants; return how many were asked for.
 
-    Stops when the ledger is out of reach for several grants in a row: the others can
-    wait for the next run. A grant that cannot be settled is logged, and left.
+    Stops when the ledger is out of reach for several grants in a row: the others wait
+    for the next run. A grant that cannot be settled is logged and stays pending.
     """
     using = router.db_for_write(Grant)
     pending = Grant.objects.using(using).filter(state=State.PENDING)
     with transaction.atomic(using=using):
-        # A grant the ledger cannot answer must not stand in the others' way.
+        # In random order: a grant that always fails must not block the others.
         free = unlocked(pending).order_by("?").values_list("pk", flat=True)[:BATCH]
         pks = list(free)
     asked = unreached = 0
@@ -224,10 +238,11 @@ def settle_due(client: MeterlyClient) -> int:
             with taking(client, using, partial(_take, row)) as taken:
                 reached = not taken or _ask(client, row)
             unreached = 0 if reached else unreached + 1
-            # Afterwards: a guard locks the customer before the account.
+            # After the row's transaction: a guard locks the customer before the
+            # account, and the other order could deadlock.
             _collect(client, row)
         except Exception as exc:
-            # Whatever is wrong with one grant, it must not stop the others.
+            # An error of one grant must not stop the others.
             if not refuses_rows(using, exc):
                 raise
             logger.exception("Grant %s could not be settled", row.pk)
@@ -248,7 +263,7 @@ def _take(row: Grant) -> bool:
 
 
 def _record_refusal(row: Grant, refusal: Exception) -> None:
-    """Record why *row* is still pending: what did so before was rolled back."""
+    """Record why *row* is still pending. The first record of it was rolled back."""
     using = router.db_for_write(Grant)
     try:
         with transaction.atomic(using=using):

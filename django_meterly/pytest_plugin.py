@@ -1,6 +1,6 @@
 """Fixtures for pytest, by the entry point ``meterly``. See ``testing``.
 
-This module is imported by every run of pytest, so it imports nothing of Django.
+Every run of pytest imports this module, so it imports Django in its fixtures only.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ def meterly_faults(settings: Any) -> Iterator[faults]:
     See ``django_meterly.testing.faults``.
     """
     from .conf import meterly_settings
-    from .testing import FaultyTransport, faults
+    from .testing import faults
 
-    path = f"{FaultyTransport.__module__}.{FaultyTransport.__name__}"
-    # By the fixture: it has to undo this before what a test sets by it.
-    settings.METERLY = {**meterly_settings.as_dict(), "TRANSPORT": path}
+    # By pytest-django's fixture, which also undoes later changes of a test in order.
+    settings.METERLY = {
+        **meterly_settings.as_dict(),
+        "TRANSPORT": "django_meterly.testing.FaultyTransport",
+    }
     with faults() as line:
         yield line
 

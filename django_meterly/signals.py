@@ -1,7 +1,8 @@
-"""Signals: they tell receivers what has happened; the package itself needs none.
+"""Signals tell receivers what has happened. Nothing in this package depends on them.
 
-Each signal is sent once, after the COMMIT that makes its fact durable. A receiver that
-raises is logged, and changes nothing else. ``docs/signals.md`` describes them all.
+A signal is sent once, by the process that changed the state, and after the COMMIT of
+the change. A receiver that raises is logged and disturbs nothing. To add a signal,
+declare it here, send it with ``announce``, and list it in ``docs/signals.md``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ credits_committed = Signal()
 #: A reservation has ended without a charge. Sends *reservation*.
 credits_released = Signal()
 
-#: The work did not run: too few credits, or a ledger that could not be asked.
-#: Sends *customer* (a ``Customer``, or ``None`` if none was found), *unit*,
-#: *amount*, *reference* and the *error*.
+#: The work did not run: there were too few credits, or the ledger could not be asked.
+#: Sends *customer* (a ``Customer``, or ``None`` if it is unknown), *unit*, *amount*,
+#: *reference* and the *error*.
 credits_denied = Signal()
 
 #: The work ran uncharged, and would not have run if ``ENFORCEMENT`` were
@@ -36,16 +37,17 @@ credits_granted = Signal()
 #: *unit*, *available* and *threshold*.
 low_balance = Signal()
 
-#: The ledger refused a recorded decision too often. Sends *reservation*.
+#: The ledger refused a recorded decision too often; it is not tried again. Sends
+#: *reservation*.
 reservation_stuck = Signal()
 
 #: Work was done, but its credits could not be charged: a debt. Sends *reservation*.
 reservation_unbilled = Signal()
 
-#: The ledger does not answer this process any more. Sends the *error*.
+#: This process cannot use the ledger any more. Sends the *error*.
 ledger_unreachable = Signal()
 
-#: The ledger answers this process again.
+#: This process can use the ledger again.
 ledger_reachable = Signal()
 
 

@@ -1,9 +1,9 @@
 """The whole story of a credit, told by real processes: ``python demo.py [--once]``.
 
-A web server, a Celery worker and a beat are started, and driven over HTTP through
-the pages that people use. Every number is checked. Afterwards the studio stays up
-until Ctrl-C; with ``--once`` the demo ends, with exit code 1 if anything was not as
-it should be. Nothing remains: neither processes nor files.
+The demo starts a web server, a Celery worker and a beat, uses the studio's pages over
+HTTP, and checks every number. Afterwards the studio keeps running until Ctrl-C. With
+``--once`` the demo ends instead, and its exit code is 1 if anything was wrong. It
+leaves neither processes nor files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-#: Seconds an animation's credits wait for a worker. In production that is minutes.
+#: Seconds for which an animation's credits wait for a worker: minutes in production.
 HOLD_SECONDS = 60
 #: Seconds after a job's last heartbeat in which its credits are still held.
 LEASE_SECONDS = 6
@@ -54,7 +54,7 @@ POSTERS = [
 
 
 class DemoError(Exception):
-    """Something is not as it should be."""
+    """A step of the demo went wrong."""
 
 
 class Site:
@@ -63,8 +63,7 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.children: dict[str, subprocess.Popen[bytes]] = {}
-        # What points a project at its own database and ledger must not point the
-        # demo there.
+        # Leave out variables that lead to other databases, brokers and ledgers.
         foreign = ("CELERY_", "DATABASE_", "DJANGO_", "GUNICORN_", "METERLY_")
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(foreign)},
@@ -74,7 +73,7 @@ class Site:
             "DEBUG": "True",
             "STATE_DIR": str(folder),
             "TMPDIR": str(folder),
-            # A sweep that is part of the story: seconds instead of minutes.
+            # Sweep after seconds instead of minutes, so that the demo can show it.
             "ANIMATION_SECONDS": str(HOLD_SECONDS),
             "METERLY_LEASE_GRACE": str(LEASE_SECONDS),
             "SWEEP_EVERY": "1",
@@ -105,14 +104,14 @@ class Site:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # A group of its own, to be ended as one; and Ctrl-C is for us.
+                # In a new process group, which stop() ends, and Ctrl-C does not.
                 start_new_session=True,
                 **options,
             )
 
     def start_web(self) -> str:
         """Start the web server on a free port; return the studio's address."""
-        # The socket is handed over, so that nobody else can take the port.
+        # The server inherits the socket, so that nobody else can take the port.
         with socket.create_server(("127.0.0.1", 0)) as listener:
             number = listener.fileno()
             self.start(
@@ -138,28 +137,28 @@ class Site:
         return "\n".join(text.splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End every process and all that they started."""
+        """End all processes and their children."""
         for child in self.children.values():
             child.terminate()
-        # A worker takes longer than that to go by itself, and has nothing to lose here.
+        # A worker needs longer to end by itself, but it has nothing to finish here.
         give_up = time.monotonic() + 3
         for child in self.children.values():
             with suppress(subprocess.TimeoutExpired):
                 child.wait(max(0, give_up - time.monotonic()))
-            # What is left of its group; macOS forbids it where nothing is.
+            # End the rest of its group. macOS refuses this for an empty group.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
 
 
 class Browser:
-    """Somebody who clicks: keeps cookies, sends forms with their CSRF token."""
+    """A user's browser: keeps cookies, and sends forms with their CSRF token."""
 
     def __init__(self, site: Site, address: str) -> None:
         self._site = site
         self._address = address
         self._session = requests.Session()
-        # Straight to the loopback interface, whatever proxies are configured.
+        # Connect directly to the loopback interface, without configured proxies.
         self._session.trust_env = False
         self._session.headers["Accept"] = "text/html"
 
@@ -236,7 +235,7 @@ class Story:
         self.progress.update(self.bar, description=what)
 
     def done(self, what: str) -> None:
-        """Tell what was done, and what alice has now."""
+        """Print what was done, and what alice has now."""
         self.progress.advance(self.bar)
         number = int(self.progress.tasks[self.bar].completed)
         self.console.print(f"[green]✓[/] [bold]{number:2}[/] {what}")
@@ -312,7 +311,7 @@ class Story:
         admin.log_in("admin/login/", "admin", self.passwords["admin"])
         customers = "admin/meterly/customer/"
         listed = admin.get(customers)
-        # Since she opened the studio, alice is a customer.
+        # Opening the studio has made alice a customer.
         row = r'name="_selected_action" value="(\d+)"(?:(?!</tr>).)*alice'
         pk = _found(row, listed)
         for amount, unit in ((100, "image_credits"), (60, "render_seconds")):
@@ -481,7 +480,7 @@ def run(once: bool) -> int:
 
 
 def _stop_undisturbed(site: Site) -> None:
-    # A second Ctrl-C must not leave half of them behind.
+    # A second Ctrl-C must not leave processes behind.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     site.stop()
@@ -493,8 +492,7 @@ def main() -> None:
         "--once", action="store_true", help="end after the story, instead of staying up"
     )
     arguments = parser.parse_args()
-    # However it is ended, it cleans up. Ctrl-C counts in background jobs, too,
-    # where shells have it ignored.
+    # Clean up after every signal. Shells make background jobs ignore Ctrl-C: undo that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))

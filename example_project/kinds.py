@@ -1,9 +1,9 @@
 """Every kind of guarded view under gunicorn and uvicorn: ``python kinds.py``.
 
-Each is asked to its end, and once more by somebody who hangs up in the middle; then
-the server is killed with a view of each kind at work. What was charged is told in
-a table, and checked: nothing twice, nothing that was not done, and in the end the
-ledger's books balance. Exit code 1 if anything is not as it should be.
+A reader asks each view for its whole story, and then once more, but hangs up in the
+middle. Then the server is killed while a view of each kind works. A table shows the
+charges, and they are checked: no work is charged twice, no missing work is charged, and
+in the end the ledger's books balance. The exit code is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ SERVERS = {
     "uvicorn": ("uvicorn", "studio.asgi:application", "--port=0", "--lifespan=off"),
 }
 GRANTED = 1000
-#: Seconds between two of the twelve words for a reader who is about to leave.
+#: Seconds between two of the twelve words, for a reader who will leave.
 PAUSE = 0.3
 
 
 class Reader:
-    """alice, with a connection of her own for each visit."""
+    """alice, with a new connection for each visit."""
 
     def __init__(self, site: Site, address: str, password: str) -> None:
         self.site = site
@@ -54,7 +54,7 @@ class Reader:
         self.address = urlsplit(address)
 
     def begin(self, kind: str, pause: float = 0) -> socket.socket:
-        """Ask for a story, and do not wait for it."""
+        """Ask for a story without waiting for it."""
         session = self.browser._session
         cookies = "; ".join(
             f"{name}={value}" for name, value in session.cookies.items()
@@ -92,7 +92,7 @@ class Reader:
         """Wait until nothing is held any more, and check what is left."""
         give_up = time.monotonic() + PATIENCE
         while (balance := self.balance())[1] and time.monotonic() < give_up:
-            # What nobody is there any more to settle is for the sweeper.
+            # The server may be gone. Then only the sweeper settles.
             self.site.manage("meterly_settle")
         _expect(balance, (left, 0), f"What alice has left after {what}")
 
@@ -110,7 +110,7 @@ def start(site: Site, server: str) -> str:
 
 
 def drive(site: Site, server: str, password: str, left: int) -> dict[str, list[str]]:
-    """Let alice read under *server*; return what each kind came to."""
+    """Let alice read under *server*; return the outcomes of each kind."""
     reader = Reader(site, start(site, server), password)
     told: dict[str, list[str]] = {}
     for kind in KINDS:
@@ -120,7 +120,7 @@ def drive(site: Site, server: str, password: str, left: int) -> dict[str, list[s
         line = reader.begin(kind, PAUSE)
         reader.wait_for_work()
         line.close()
-        # Hanging up is never free: the work was done, or is done all the same.
+        # Hanging up is not free: the work was done, or is still done.
         left -= 1
         reader.settled(left, f"hanging up on {kind} under {server}")
         told[kind] = ["charged", "charged"]
@@ -147,7 +147,7 @@ def run(site: Site, console: Console) -> None:
         for kind, told in drive(site, server, passwords["alice"], left).items():
             rows[kind] += told
         give_up = time.monotonic() + PATIENCE
-        # Leases run out one by one, and what could not be settled waits its time.
+        # Leases lapse one by one, and a failed settlement waits before its next try.
         while (states := site.manage("shell", "-v", "0", "-c", OPEN)) != "[]":
             if time.monotonic() > give_up:
                 raise DemoError(

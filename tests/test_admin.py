@@ -181,7 +181,7 @@ def test_same_form_with_another_amount_is_an_error_with_the_first_grants_facts(
         (error,) = again.context["form"].non_field_errors()
         assert error == (
             f"This form was sent before, for 25 image_credits → {customer} (granted). "
-            "Open it anew to make another grant."
+            "Open a new form to make another grant."
         )
         assert f"25 image_credits → {customer}" in again.content.decode()
     assert balance(customer) == (125, 0)
@@ -383,7 +383,7 @@ def test_unreachable_ledger_leaves_a_grant_the_sweeper_makes(
     # That page asked the unreachable ledger for the balances, too.
     assert response.status_code == 200
     shown = response.content.decode()
-    assert "The ledger does not tell the balances right now." in shown
+    assert "The balances cannot be shown right now." in shown
     assert "mk_test" not in shown
     again = page.post(grant_url(customer), form, follow=True)
     assert [level for level, _ in messages(again)] == ["info"]
@@ -474,7 +474,7 @@ def test_unit_never_seen_before_is_granted_when_the_form_is_sent_again(
     form = filled(page, url, unit=unit)
     asked = page.post(url, form)
     (error,) = asked.context["form"].errors["unit"]
-    assert f"Nobody has had “{unit}” so far" in error
+    assert f"“{unit}” is a new unit" in error
     assert (f"Did you mean “{near}”?" in error) == bool(near)
     assert granted() == []
 
@@ -605,7 +605,7 @@ def test_unknown_customers_are_answered_kindly(
         response = send(f"{CUSTOMERS}grant-credits/?ids={ids}", follow=True)
         assert response.redirect_chain == [(CUSTOMERS, 302)]
         assert messages(response) == [
-            ("error", "There is no such customer. Choose again; nothing was granted.")
+            ("error", "Not all of these customers exist. Nothing was granted.")
         ]
     assert granted() == []
 
@@ -668,7 +668,7 @@ def test_customer_list_asks_the_ledger_nothing(
 def test_unregistered_customer_is_said_to_be_new(page: Client, remote: Any) -> None:
     customer = Customer.objects.resolve("team_7")
     shown = page.get(f"{CUSTOMERS}{customer.pk}/change/").content.decode()
-    assert "registered there on first use" in shown
+    assert "first grant or use registers it there" in shown
     assert remote.calls == []
 
 
@@ -689,7 +689,7 @@ def test_misconfigured_ledger_does_not_break_the_customer_page(
     }
     response = page.get(f"{CUSTOMERS}{customer.pk}/change/")
     assert response.status_code == 200
-    assert "The ledger does not tell the balances" in response.content.decode()
+    assert "The balances cannot be shown" in response.content.decode()
 
 
 def test_customer_unknown_to_the_ledger_does_not_break_its_page(page: Client) -> None:
@@ -913,7 +913,7 @@ def meaning_of(everything: Client, row: Reservation) -> str:
 
 
 @pytest.mark.parametrize(
-    ("state", "word"), [("reserved", "still to be sent"), ("released", "afterwards")]
+    ("state", "word"), [("reserved", "not been sent yet"), ("released", "afterwards")]
 )
 def test_a_charge_that_waits_is_explained(
     everything: Client, customer: Customer, state: str, word: str

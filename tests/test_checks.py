@@ -154,7 +154,7 @@ def test_f58_a_secret_key_that_others_know_is_warned_of_when_deployed(
 
 def test_an_unknown_setting_gets_a_suggestion() -> None:
     with override_settings(METERLY={"API_KEYS": "x"}):
-        (message,) = checks.check_settings()
+        (message,) = checks.settings.check_settings()
     assert message.hint == "Did you mean 'API_KEY'?"
 
 
@@ -199,7 +199,7 @@ def test_a_guard_that_lasts_longer_than_the_ledgers_holds_is_found(
     task = jobs.long._get_current_object()
     options = dataclasses.replace(task.meterly_options, ttl_seconds=63)
     monkeypatch.setattr(task, "meterly_options", options)
-    messages = checks.check_holds()
+    messages = checks.guards.check_holds()
     assert {message.id for message in messages} == {"meterly.E013"}
     assert [message.msg.partition(" seconds")[0] for message in messages] == [
         "METERLY['RESERVATION_TTL'] is 61",
@@ -209,7 +209,7 @@ def test_a_guard_that_lasts_longer_than_the_ledgers_holds_is_found(
     ]
     # A ledger at the other end of a line has limits of its own.
     settings.METERLY = {**settings.METERLY, **HTTP, "API_KEY": "x"}
-    assert checks.check_holds() == []
+    assert checks.guards.check_holds() == []
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_what_is_wrong_otherwise_is_said_by_the_other_checks(
 ) -> None:
     settings.METERLY_LEDGER = {"MAX_TTL": 60}
     settings.METERLY = {**settings.METERLY, **bad}
-    assert checks.check_holds() == []
+    assert checks.guards.check_holds() == []
     assert ids() != []
 
 
@@ -259,7 +259,7 @@ def test_a_database_out_of_reach_is_not_our_error(
 def test_a_customer_model_changed_later_is_refused(settings: Any) -> None:
     assert ids(databases=["default"]) == []
     settings.METERLY = {**settings.METERLY, "CUSTOMER_MODEL": "auth.Group"}
-    (message,) = checks.check_customer_model(databases=["default"])
+    (message,) = checks.customers.check_customer_model(databases=["default"])
     assert message.id == "meterly.E008"
     assert "auth_user" in str(message.msg)
     assert Group._meta.db_table not in str(message.msg)
@@ -387,7 +387,9 @@ def test_an_async_view_under_atomic_requests_has_its_own_remedy(
     def found(view: Any) -> list[Any]:
         urlpatterns = [path("view/", view, name="async")]
         settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
-        return [each for each in checks.check_urls() if each.id != "meterly.W001"]
+        return [
+            each for each in checks.guards.check_urls() if each.id != "meterly.W001"
+        ]
 
     (message,) = found(ASYNC[kind])
     assert message.id == "meterly.E012"
@@ -493,7 +495,7 @@ def test_a_class_that_only_looks_guarded_is_warned_of(settings: Any) -> None:
         *(path(f"good/{n}/", view) for n, view in enumerate(GUARDED)),
     ]
     settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
-    messages = checks.check_urls()
+    messages = checks.guards.check_urls()
     assert {message.id for message in messages} == {"meterly.W010"}
     for number, (message, (_, says)) in enumerate(
         zip(messages, UNGUARDED, strict=True)
@@ -544,7 +546,7 @@ def test_rows_that_nobody_sweeps_are_warned_of(state: str, since: str) -> None:
     overdue = {since: timezone.now() - dt.timedelta(hours=5)}
     Reservation.objects.update(**overdue)
     assert ids() == []
-    (message,) = checks.check_sweeping(databases=["default"])
+    (message,) = checks.sweeping.check_sweeping(databases=["default"])
     assert message.id == "meterly.W007"
     assert "1 reservations" in str(message.msg)
     assert "5.0 hours" in str(message.msg)

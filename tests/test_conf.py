@@ -20,7 +20,7 @@ from environ.fileaware_mapping import FileAwareMapping
 
 import django_meterly.transports
 from django_meterly import MeterlyClient, checks, conf, get_client
-from django_meterly.checks import check_settings
+from django_meterly.checks.settings import check_settings
 from django_meterly.conf import DEFAULTS, FUNCTIONS, from_env, meterly_settings
 from django_meterly.resolvers import external_id
 from django_meterly.transports import HttpTransport
@@ -37,7 +37,7 @@ def ignored(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What ``from_env`` has ignored in this test."""
     found: dict[str, str] = {}
     monkeypatch.setattr(conf, "ignored_variables", found)
-    monkeypatch.setattr(checks, "ignored_variables", found)
+    monkeypatch.setattr(checks.settings, "ignored_variables", found)
     return found
 
 
@@ -89,7 +89,7 @@ def test_meterly_must_be_a_dict(settings: Any, value: Any) -> None:
 )
 def test_every_unknown_name_is_an_error_of_its_own(settings: Any, name: Any) -> None:
     settings.METERLY = {name: "x", "NO_SUCH": 1}
-    with pytest.raises(ImproperlyConfigured, match="There is no setting METERLY"):
+    with pytest.raises(ImproperlyConfigured, match="Unknown setting METERLY"):
         _ = meterly_settings.DEADLINE
     errors = found(databases=["default"])
     assert [error.id for error in errors] == ["meterly.E002"] * 2

@@ -22,7 +22,7 @@ from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
 from django_meterly import guard, meterly_guard
-from django_meterly.checks import check_urls
+from django_meterly.checks.guards import check_urls
 from django_meterly.errors import MeterlyUsageError
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.options import GuardOptions, shows

@@ -329,7 +329,7 @@ def found() -> list[Any]:
     """Return what the checks find, but for the guards of this file."""
     return [
         message
-        for message in [*checks.check_settings(), *checks.check_units()]
+        for message in [*checks.settings.check_settings(), *checks.guards.check_units()]
         if message.id not in ("meterly.E014", "meterly.I001")
     ]
 
@@ -342,7 +342,7 @@ def test_checks_find_the_guards_of_undeclared_units(
 
     declare(GUARDED_VIEWS={"settings": {"unit": TYPO, "amount": 5}})
     try:
-        errors = checks.check_units()
+        errors = checks.guards.check_units()
     finally:
         task.app.tasks.pop("tests.checked")
     assert {error.id for error in errors} == {"meterly.E014"}
@@ -360,7 +360,7 @@ def without_a_unit() -> list[str]:
     """Return where ``meterly.E015`` is found, but for the tasks of other files."""
     return [
         message.msg.partition(" names no unit")[0]
-        for message in checks.check_units()
+        for message in checks.guards.check_units()
         if message.id == "meterly.E015"
         and ("The task" not in message.msg or "tests.unitless" in message.msg)
     ]
@@ -413,7 +413,7 @@ def test_a_project_without_units_is_recommended_to_declare_those_it_has(
     declare: Callable[..., None],
 ) -> None:
     declare({}, DEFAULT_UNIT="tokens")
-    (info,) = checks.check_units()
+    (info,) = checks.guards.check_units()
     assert info.id == "meterly.I001"
     assert "'image_credits': 'image credits'" in info.hint
     assert "'tokens': 'tokens'" in info.hint

@@ -4,9 +4,10 @@
 
     python -m tests.translations
 
-finds every message in ``django_meterly`` and ``django_meterly.ledger`` (each can be
-installed without the other's catalogue), adds the new ones to each ``django.po``,
-drops those that are gone, and compiles the ``django.mo``. It needs no GNU gettext.
+finds the messages of ``django_meterly`` and of ``django_meterly.ledger``, which has a
+catalogue, too. It adds new messages to each ``django.po``, removes old ones, and
+compiles the ``django.mo``. It works without GNU gettext. A new message still needs its
+``msgstr``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def extracted(folder: Path) -> Catalog:
     for path in sources(folder):
         source = path.read_text("utf-8")
         if path.suffix == ".html":
-            # What is no message becomes noise, which need not be indented well.
+            # Everything but the messages becomes noise, with indentation that Python
+            # would refuse.
             noise = templatize(source, origin=str(path))
             source = "\n".join(line.lstrip() for line in noise.split("\n"))
         found = extract("python", BytesIO(source.encode()), KEYWORDS)
@@ -113,7 +115,7 @@ def main() -> None:
 
 
 def _set_headers(catalog: Catalog) -> None:
-    # What Babel fills in otherwise are placeholders.
+    # Otherwise Babel writes placeholders here.
     catalog.header_comment = "# Messages of django-meterly."
     catalog.project, catalog.version = "django-meterly", django_meterly.__version__
     catalog.msgid_bugs_address = catalog.last_translator = catalog.language_team = ""

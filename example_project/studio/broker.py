@@ -1,8 +1,8 @@
-"""A Celery broker in a folder, for one machine: nothing to install, nothing to run.
+"""A Celery broker in a folder, for one machine. It needs no server.
 
-kombu's own filesystem transport creates a message's file before it writes to it. A
-worker that looks in between takes the empty file for the message: it stops, and the
-message is lost. Here a message appears whole, or not at all.
+kombu's own filesystem transport creates a file before it writes the message to it. A
+worker that finds the empty file stops, and the message is lost. Here a file appears
+with its whole message.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kombu.utils.json import dumps
 
 class Channel(filesystem.Channel):
     def _put(self, queue: str, payload: Any, **kwargs: Any) -> None:
-        # Workers read in the order of the names, and only names that end in .msg.
+        # Workers read files in the order of their names, and only those ending in .msg.
         name = f"{time.time_ns()}_{uuid.uuid4()}.{queue}.msg"
         file = Path(self.data_folder_out, f"{name}.part")
         file.write_text(dumps(payload))

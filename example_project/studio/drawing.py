@@ -1,7 +1,7 @@
 """Posters, drawn with Pillow: the same title and style make the same picture.
 
-Pictures are drawn on a sheet 1200 units wide and 1600 high, at twice the size
-asked for, because Pillow's shapes have no smooth edges of their own.
+A sheet is 1200 units wide and 1600 high. Pictures are drawn at twice the requested size
+and made smaller, because the edges of Pillow's shapes are not smooth.
 """
 
 from __future__ import annotations

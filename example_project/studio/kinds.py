@@ -1,7 +1,7 @@
-"""A guarded view of every kind, each selling the same: a story, for one credit.
+"""One guarded view of each kind. Each sells a story for one credit.
 
-``../kinds.py`` drives them. Readers who leave are charged: that is what
-``ON_DISCONNECT`` says of streams and of cancelled async views by default.
+``../kinds.py`` calls them. Readers who leave early are charged: this is the default of
+``ON_DISCONNECT`` for streams and cancelled async views.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ paid = meterly_guard("image_credits", 1)
 
 
 def _pause(request: Any) -> float:
-    """Return the seconds from word to word, so that there is time to leave."""
+    """Return the seconds between two words, which give readers time to leave."""
     return float(request.GET.get("pause", "0"))
 
 

@@ -1,7 +1,7 @@
 """What the studio sells: posters, and animated versions of them.
 
-A row names the *reference* of the reservation that paid for it; states and costs
-are read from there, and kept nowhere else.
+A row has the *reference* of the reservation that paid for it. States and costs are read
+from the reservation, and are not stored here.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Animation(models.Model):
         return reverse("animation", args=[self.pk])
 
     def reservation(self) -> Reservation | None:
-        """Return the journal's row of the latest attempt, if there was one."""
+        """Return the reservation of the latest attempt, if there was one."""
         rows = Reservation.objects.filter(reference=self.reference)
         return rows.order_by("-attempt").first()
 
     @staticmethod
     def stage(reservation: Reservation | None) -> str:
-        """Say in one word how far a job with this *reservation* has come."""
+        """Return the progress of a job with this *reservation* in one word."""
         if reservation is None or reservation.is_offered:
             return "waiting"
         if reservation.state == State.RELEASED:

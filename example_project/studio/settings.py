@@ -20,12 +20,12 @@ SECRET_KEY = env.str("SECRET_KEY")
 DEBUG = env.bool("DEBUG", default=False)
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=["localhost", "127.0.0.1"])
 
-# Where everything that changes is kept.
+# The studio writes to this folder only.
 STATE_DIR = Path(env.str("STATE_DIR", default=str(BASE_DIR / "var")))
 (STATE_DIR / "broker").mkdir(parents=True, exist_ok=True)
 
 INSTALLED_APPS = [
-    # First: its templates come before those of the others.
+    # First, so that its templates override those of the other apps.
     "studio",
     "django.contrib.admin",
     "django.contrib.auth",
@@ -79,15 +79,16 @@ DATABASES = {
     "default": env.db("DATABASE_URL", default=f"sqlite:///{STATE_DIR / 'db.sqlite3'}")
 }
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
-    # Readers next to one writer, and a writer that waits for its turn before it
-    # reads. No ATOMIC_REQUESTS: it would keep the one write lock for whole requests.
+    # WAL lets readers work beside the one writer. IMMEDIATE lets a writer wait for its
+    # turn before it reads. ATOMIC_REQUESTS stays off: each request would hold the one
+    # write lock until its end.
     DATABASES["default"]["OPTIONS"] = {
         "init_command": "PRAGMA journal_mode=WAL",
         "transaction_mode": "IMMEDIATE",
         "timeout": 20,
     }
 
-# The default broker is a folder: enough for one machine, and no server to run.
+# The default broker is a folder. It needs no server, and is enough for one machine.
 CELERY_BROKER_URL = env.str("CELERY_BROKER_URL", default="filesystem://")
 if CELERY_BROKER_URL.startswith("filesystem:"):
     CELERY_BROKER_TRANSPORT = "studio.broker.Transport"
@@ -97,12 +98,12 @@ if CELERY_BROKER_URL.startswith("filesystem:"):
         "control_folder": str(STATE_DIR / "broker"),
         "polling_interval": 0.05,
     }
-    # Remote control would fill the folder with messages nobody reads.
+    # Remote control would fill the folder with messages that nobody reads.
     CELERY_WORKER_ENABLE_REMOTE_CONTROL = False
 CELERY_TASK_IGNORE_RESULT = True
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 
-# How often, in seconds, the sweeper looks for what crashed work left behind.
+# The sweeper looks for reservations of crashed work at this interval, in seconds.
 SWEEP_EVERY = env.float("SWEEP_EVERY", default=15.0)
 CELERY_BEAT_SCHEDULE_FILENAME = str(STATE_DIR / "celerybeat-schedule")
 CELERY_BEAT_SCHEDULE = {
@@ -114,17 +115,17 @@ CELERY_BEAT_SCHEDULE = {
     ),
 }
 
-# The ledger is in this very database. METERLY_* in the environment goes first, so
-# METERLY_TRANSPORT and METERLY_API_KEY are all that Meterly Cloud takes.
+# The ledger is in this database. METERLY_* variables override these settings: for
+# Meterly Cloud, set METERLY_TRANSPORT and METERLY_API_KEY.
 METERLY = {
     "TRANSPORT": "django_meterly.ledger.transport.LedgerTransport",
     "DEFAULT_UNIT": "image_credits",
-    # What there is, and what people call it.
+    # The units, with names for people.
     "UNITS": {"image_credits": "image credits", "render_seconds": "render seconds"},
     "TOP_UP_URL": "/credits/",
     **from_env(env),
 }
 
-# How long, in seconds, the credits of an animation are held for a worker to come.
-# While it is rendered, the job's heartbeat holds them.
+# The credits of an animation are held for so many seconds until a worker takes it.
+# While it renders, the job's heartbeat keeps them.
 ANIMATION_SECONDS = env.int("ANIMATION_SECONDS", default=120)

@@ -8,7 +8,7 @@ os.environ.setdefault("SECRET_KEY", "only tests run with it")
 
 from .settings import *  # noqa: F403
 
-# A job runs where it is ordered.
+# A job runs in the process that orders it.
 CELERY_TASK_ALWAYS_EAGER = True
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.InMemoryStorage"},

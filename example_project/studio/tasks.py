@@ -19,16 +19,16 @@ from .models import FRAMES, Animation
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Held while a job runs; what it really took is charged.
+#: Held while a job runs. The job charges the seconds that it took.
 RENDER_SECONDS = 30
 FRAME_SIZE = (600, 800)
 FRAME_MILLISECONDS = 90
 
 
-# A message is acknowledged when it is received, which is Celery's default: a job
-# whose process was killed is lost, and its credits come back. With acks_late and
-# reject_on_worker_lost it would be run again, and one that kills its process would
-# do so for ever.
+# By default, Celery acknowledges a message when it is received. If the process is
+# killed, the job is lost, and its credits come back. With acks_late and
+# reject_on_worker_lost it would run again, and a job that kills its process would do so
+# for ever.
 @meterly_task("render_seconds", bind=True)
 def render_animation(self: Any, pk: int) -> None:
     """Draw an animation frame by frame, and charge the seconds that took."""

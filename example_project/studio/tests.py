@@ -1,4 +1,4 @@
-"""The studio's tests: how a project tests what costs its users credits.
+"""The studio's tests, as an example: a project tests work that costs credits.
 
 ``python manage.py test --settings=studio.settings_test`` runs them. See
 docs/testing.md.

@@ -25,7 +25,7 @@ urlpatterns = [
     ),
     path("log-out/", LogoutView.as_view(), name="logout"),
     path("admin/", admin.site.urls),
-    # A Meterly of your own: for other services, the base URL is this site's /ledger.
+    # The ledger's REST API. Other services set their base URL to this site's /ledger.
     path("ledger/", include("django_meterly.ledger.urls")),
     path("favicon.ico", RedirectView.as_view(url="/static/studio/icon.svg")),
 ]

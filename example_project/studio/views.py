@@ -53,8 +53,8 @@ def _studio(request: HttpRequest, form: PosterForm, status: int = 200) -> HttpRe
 def _page(
     request: HttpRequest, name: str, context: dict[str, Any], status: int = 200
 ) -> HttpResponse:
-    # The template asks for the balances, so that they are as of after the guard:
-    # while a guarded view runs, the price of its work is still held.
+    # The template asks for the balances when it is rendered, after the guard has ended.
+    # While a guarded view runs, the price of its work is still held.
     context["balances"] = partial(_balances, request.user)
     return TemplateResponse(request, f"studio/{name}.html", context, status=status)
 
@@ -66,7 +66,7 @@ def _balances(user: Any) -> list[Balance] | None:
         unit: Balance(unit, balance=0, reserved=0, available=0)
         for unit in ("image_credits", "render_seconds")
     }
-    # Without an id there, the ledger has not heard of this customer yet.
+    # Without an id, the ledger does not know this customer yet.
     if customer.customer_id:
         try:
             found = get_client().get_balances(customer.customer_id).balances
@@ -84,13 +84,13 @@ def _reference(kind: str) -> str:
     "image_credits", POSTER_PRICE, reference=lambda request: _reference("poster")
 )
 def create_poster(request: HttpRequest) -> HttpResponse:
-    """Draw a poster. It is paid for when it is there, and only then."""
+    """Draw a poster. It is charged when it is finished, and only then."""
     if request.method != "POST":
-        # Where the log-in page sends back to; reading is free.
+        # The log-in page may redirect here. Reading is free.
         return redirect("studio")
     form = PosterForm(request.POST)
     if not form.is_valid():
-        # A status from 400 on costs nothing.
+        # A response with a status of 400 or more costs nothing.
         return _studio(request, form, status=422)
     poster = form.save(commit=False)
     poster.owner = request.user
@@ -143,7 +143,7 @@ def poster_file(request: HttpRequest, pk: int, name: str) -> FileResponse:
     ttl_seconds=settings.ANIMATION_SECONDS,
 )
 def animate(request: HttpRequest, pk: int) -> HttpResponse:
-    """Order an animated version: reserve for it, answer at once, and let a job work."""
+    """Order an animated version: reserve its credits, and hand it off to a job."""
     poster = get_object_or_404(Poster, pk=pk, owner=request.user)
     animation = poster.animations.create(
         reference=request.meterly.reference,
@@ -160,7 +160,7 @@ def _animation(request: HttpRequest, pk: int) -> Animation:
 
 @login_required
 def animation(request: HttpRequest, pk: int) -> HttpResponse:
-    # The row before the progress: a job is done when all its frames are.
+    # Read the reservation before the progress: a job that is done has all its frames.
     animation = _animation(request, pk)
     reservation = animation.reservation()
     stage = animation.stage(reservation)

@@ -1142,7 +1142,7 @@ def test_f51_balances_of_somebody_else_are_not_shown(
     ):
         remote.meet("get_balances", changed(change))
         page = admin_client.get(url).content.decode()
-        assert "The ledger does not tell the balances right now." in page
+        assert "The balances cannot be shown right now." in page
         assert "<b>" not in page
     remote.meet(
         "get_balances",

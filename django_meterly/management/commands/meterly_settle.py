@@ -35,7 +35,7 @@ def _seconds(value: str) -> float:
         seconds = float(value)
     except ValueError:
         seconds = math.nan
-    # A hundred years: more is past what databases can count back to.
+    # At most a hundred years, which every database can subtract from a date.
     if not 0 <= seconds <= 100 * 365 * 86400:
         raise ArgumentTypeError(f"must be a number of seconds from 0, not {value!r}.")
     return seconds
@@ -44,9 +44,10 @@ def _seconds(value: str) -> float:
 class Command(BaseCommand):
     help = (
         "Release the reservations that crashed work left behind, and carry out the "
-        "commits, releases and grants that are still due; forget what was settled "
-        "JOURNAL_RETENTION ago. The Celery tasks do the same; run this from cron "
-        "where there is no Celery. Exit codes: 0, or 3 when reservations are stuck."
+        "commits, releases and grants that are still due. Delete reservations that "
+        "were settled JOURNAL_RETENTION ago. The Celery tasks do the same; without "
+        "Celery, run this command from cron. Exit codes: 0, or 3 when reservations are "
+        "stuck."
     )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -54,19 +55,19 @@ class Command(BaseCommand):
             "--limit",
             type=_rows,
             metavar="ROWS",
-            help="Settle this many reservations at most (default: all that are due).",
+            help="Settle at most ROWS reservations (default: all that are due).",
         )
         parser.add_argument(
             "--older-than",
             type=_seconds,
             default=0.0,
             metavar="SECONDS",
-            help="Leave alone what has lapsed, or come due, in the last SECONDS.",
+            help="Leave alone what lapsed or came due in the last SECONDS.",
         )
         parser.add_argument(
             "--retry-stuck",
             action="store_true",
-            help="Try the stuck reservations again, too.",
+            help="Also try the stuck reservations again.",
         )
         parser.add_argument(
             "--dry-run",
@@ -89,6 +90,26 @@ class Command(BaseCommand):
         if dry_run:
             self._foretell(older_than, retry_stuck, as_json=options["json"])
             return
+        found = self._settle(limit, older_than, retry_stuck=retry_stuck)
+        if options["json"]:
+            self.stdout.write(json.dumps(found))
+        else:
+            self._report(found)
+        if found["outage"]:
+            self.stderr.write(
+                f"The ledger is out of reach; {found['due']} reservations wait for it."
+            )
+        if found["stuck"]:
+            raise CommandError(
+                f"Stuck reservations: {found['stuck']}. The admin lists them, with the "
+                "ledger's last answer; --retry-stuck tries them again.",
+                returncode=STUCK,
+            )
+
+    def _settle(
+        self, limit: int | None, older_than: float, *, retry_stuck: bool
+    ) -> dict[str, Any]:
+        """Do everything that is due; return the counts that ``--json`` prints."""
         client = get_client()
         retried = journal.retry_stuck(Reservation.objects.all()) if retry_stuck else 0
         lapsed = journal.record_lapsed(older_than=older_than)
@@ -106,42 +127,34 @@ class Command(BaseCommand):
         granted = grants.settle_due(client)
         pruned = journal.prune()
         left = journal.backlog()
-        if options["json"]:
-            found = {
-                "lapsed": lapsed,
-                "taken": done.taken,
-                "settled": done.settled,
-                "grants": granted,
-                "pruned": pruned,
-                "retried": retried,
-                "outage": done.outage,
-                "due": left.due,
-                "unbilled": left.unbilled,
-                "stuck": left.stuck,
-                "oldest_due_seconds": left.oldest_due_seconds,
-            }
-            self.stdout.write(json.dumps(found))
-        else:
+        return {
+            "lapsed": lapsed,
+            "taken": done.taken,
+            "settled": done.settled,
+            "grants": granted,
+            "pruned": pruned,
+            "retried": retried,
+            "outage": done.outage,
+            "due": left.due,
+            "unbilled": left.unbilled,
+            "stuck": left.stuck,
+            "oldest_due_seconds": left.oldest_due_seconds,
+        }
+
+    def _report(self, found: dict[str, Any]) -> None:
+        self.stdout.write(
+            f"{found['lapsed']} lapsed, {found['taken']} tried, "
+            f"{found['grants']} pending grants asked again."
+        )
+        if found["retried"]:
             self.stdout.write(
-                f"{lapsed} lapsed, {done.taken} tried, "
-                f"{granted} pending grants asked again."
+                f"{found['retried']} stuck reservations were tried again."
             )
-            if retried:
-                self.stdout.write(f"{retried} stuck reservations were tried again.")
-            if pruned:
-                self.stdout.write(f"{pruned} old reservations deleted.")
-        if done.outage:
-            self.stderr.write(
-                f"The ledger is out of reach; {left.due} reservations wait for it."
-            )
-        if left.stuck:
-            raise CommandError(
-                f"Stuck reservations: {left.stuck}. The admin lists them, with the "
-                "ledger's last answer; --retry-stuck tries them again.",
-                returncode=STUCK,
-            )
+        if found["pruned"]:
+            self.stdout.write(f"{found['pruned']} old reservations deleted.")
 
     def _foretell(self, older_than: float, retry_stuck: bool, *, as_json: bool) -> None:
+        """Say what a run would do (``--dry-run``)."""
         left = journal.backlog(older_than)
         grants_pending = Grant.objects.filter(state=Grant.State.PENDING).count()
         old = journal.prunable().count()
