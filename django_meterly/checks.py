@@ -16,7 +16,7 @@ from django.db import Error as AnyDatabaseError
 from django.db import connections, router
 from django.urls import get_resolver
 
-from . import methods, units
+from . import functions, methods, units
 from .conf import (
     DEFAULTS,
     FUNCTIONS,
@@ -29,7 +29,7 @@ from .db import missing_tables
 from .execution import class_of, handlers, is_guarded
 from .middleware import MIDDLEWARE, is_installed, key_for, named_patterns
 from .mixins import MeterlyGuardMixin
-from .options import GuardOptions, _cannot_take, _takes
+from .options import read_mapping
 from .resolvers import request_user
 from .transports.base import MAX_TTL_SECONDS, shown
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from django.apps import AppConfig
+
+    from .policies import WorkOptions
 
 HTTP_TRANSPORT = "django_meterly.transports.http.HttpTransport"
 LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
@@ -105,8 +107,8 @@ def _check_values(skipped: set[str]) -> Iterator[CheckMessage]:
             yield Error(str(exc), id=_VALUE_IDS.get(name, "meterly.E003"))
             continue
         given = _ARGUMENTS.get(name)
-        if given is not None and not _takes(value, [given]):
-            refused = _cannot_take(f"METERLY[{name!r}]", value, given)
+        if given is not None and not functions.takes(value, [given]):
+            refused = functions.cannot_take(f"METERLY[{name!r}]", value, given)
             yield Error(str(refused), id=_VALUE_IDS[name])
 
 
@@ -304,7 +306,7 @@ def check_guarded_views(**kwargs: Any) -> list[CheckMessage]:
     found: list[CheckMessage] = []
     for name, options in views.items():
         try:
-            GuardOptions.of(options, f"METERLY['GUARDED_VIEWS'][{name!r}]")
+            read_mapping(options, f"METERLY['GUARDED_VIEWS'][{name!r}]")
         except (TypeError, ValueError, ImportError) as exc:
             found.append(Error(str(exc), id="meterly.E009"))
     if views and not is_installed():
@@ -413,11 +415,11 @@ def _check_guards(name: str, view: Any, key: str | None) -> Iterator[CheckMessag
         setting = f"METERLY['GUARDED_VIEWS'][{name!r}]"
         given = meterly_settings.GUARDED_VIEWS[name]
         try:
-            options = GuardOptions.of(given, setting)
+            options = read_mapping(given, setting)
         except (TypeError, ValueError, ImportError):
             return  # check_guarded_views says so.
         try:
-            GuardOptions.of(given, setting, handlers(view) or {"post": view})
+            read_mapping(given, setting, handlers(view) or {"post": view})
         except TypeError as exc:
             yield Error(str(exc), id="meterly.E009")
     guards = [(where, options, answered)] if options and answered else []
@@ -515,10 +517,10 @@ def check_units(**kwargs: Any) -> list[CheckMessage]:
     return errors
 
 
-def _guards() -> list[tuple[str, GuardOptions]]:
+def _guards() -> list[tuple[str, WorkOptions]]:
     """Return the options of each guard that can be found, and where it stands."""
     guards = [
-        (f"METERLY['GUARDED_VIEWS'][{name!r}]", GuardOptions.of(options, name))
+        (f"METERLY['GUARDED_VIEWS'][{name!r}]", read_mapping(options, name))
         for name, options in meterly_settings.GUARDED_VIEWS.items()
     ]
     if getattr(settings, "ROOT_URLCONF", None):

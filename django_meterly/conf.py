@@ -1,7 +1,7 @@
 """The only reader of ``settings.METERLY``.
 
-Every access reads the Django settings anew, so ``override_settings`` works and
-nothing goes stale. Names that do not exist fail, with a suggestion.
+Every access reads the Django settings again, so ``override_settings`` works and no
+value goes stale. An unknown name is an error that suggests the right one.
 """
 
 from __future__ import annotations
@@ -110,10 +110,14 @@ def check_choice(name: str, value: object, label: str = "") -> str:
 
     Raises ``ValueError``, whose message begins with *label*, or else with *name*.
     """
-    choices = CHOICES[name.upper()]
-    if not isinstance(value, str) or value not in choices:
+    return check_word(value, label or name, words=CHOICES[name.upper()])
+
+
+def check_word(value: object, name: str, *, words: tuple[str, ...]) -> str:
+    """Return *value* if it is one of the *words*, or raise ``ValueError``."""
+    if not isinstance(value, str) or value not in words:
         raise ValueError(
-            f"{label or name} must be one of {', '.join(choices)}, not {shown(value)}."
+            f"{name} must be one of {', '.join(words)}, not {shown(value)}."
         )
     return value
 
@@ -152,7 +156,7 @@ class MeterlySettings:
     def __getattr__(self, name: str) -> Any:
         if name not in DEFAULTS:
             raise AttributeError(f"There is no setting METERLY[{name!r}].")
-        # The dict is in no local variable: debug pages would show the key with it.
+        # Not in a local variable: debug pages would show the dict, and so the API key.
         for key in self.unknown():
             raise ImproperlyConfigured(
                 f"There is no setting METERLY[{shown(key)}].{suggestion(key, DEFAULTS)}"
@@ -287,12 +291,12 @@ def _unit(value: Any, name: str) -> str | None:
 
 
 def _api_key(value: Any, name: str) -> Secret | None:
-    # An empty one is none: what an unset variable of a shell or container leaves.
+    # An unset variable of a shell or container may become an empty text.
     return None if value in (None, "") else Secret(check_api_key(value, name))
 
 
 def _base_url(value: Any, name: str) -> str:
-    # If it is neither True nor False, that is an error of its own.
+    # A value other than True or False is reported by its own check.
     insecure = meterly_settings.as_dict().get("ALLOW_INSECURE_HTTP") is True
     return check_base_url(value, name, allow_insecure_http=insecure)
 
@@ -361,14 +365,14 @@ def _model_suggestion(value: object) -> str:
 
 
 def _link(value: Any, name: str) -> str | None:
-    """Return *value* if browsers take it for an http(s) URL or a path of this site.
+    """Return *value* if browsers read it as an http(s) URL or a path of this site.
 
-    Nobody else's text gets into a setting, but a setting gets into pages: browsers
-    drop spaces and control characters, and read ``\\`` as ``/``.
+    The setting is shown on pages, and browsers drop spaces and control characters, and
+    read ``\\`` as ``/``.
     """
-    # A number, say, is no link, and may be too long for str().
+    # Not for a number, for example, which may be too long for str().
     text = text_of(value, name) if isinstance(value, str | Promise) else None
-    # Nothing, or a text that is empty: what an unset variable leaves.
+    # An unset variable may become an empty text.
     if value is None or text == "":
         return None
     link = text or ""
@@ -459,7 +463,7 @@ def from_env(env: environ.Env, prefix: str = "METERLY_") -> dict[str, Any]:
                     "environ.FileAwareEnv() reads. Use it in place of environ.Env()."
                 )
         elif PLATFORM.fullmatch(name):
-            # Of a service "meterly-reservation-ttl", for example: this is no typo.
+            # Not a typo: a service may be called "meterly-reservation-ttl".
             continue
         elif meant := suggestion(name, DEFAULTS, TYPO):
             raise ImproperlyConfigured(
