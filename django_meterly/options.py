@@ -76,7 +76,13 @@ def _named(function: Any, keywords: Any, *, others: bool) -> Signature:
     if keywords is None:
         return found
     spelled = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=None,
+            # Postponed annotations are ForwardRefs; a function's own are texts.
+            annotation=getattr(annotation, "__forward_arg__", annotation),
+        )
         for name, annotation in keywords.__annotations__.items()
     ]
     rest = [last] if others else []

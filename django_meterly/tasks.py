@@ -60,14 +60,20 @@ _current: ContextVar[Job | None] = ContextVar("meterly_job", default=None)
 
 
 class _CeleryKeywords(TypedDict, total=False):
-    """The options of Celery's ``shared_task``, which ``meterly_task`` passes on."""
+    """The options of Celery's ``shared_task``, for type checkers and editors.
+
+    ``meterly_task`` passes all others on, too: a *base* class may have its own.
+    """
 
     name: str
     base: type[Task[..., Any]]
     bind: bool
     throws: tuple[type[BaseException], ...]
     acks_late: bool
+    acks_on_failure: bool
     acks_on_failure_or_timeout: bool
+    acks_on_timeout: bool
+    after_return: Callable[..., Any]
     autoretry_for: tuple[type[BaseException], ...]
     backend: Any
     compression: str | None
@@ -78,8 +84,13 @@ class _CeleryKeywords(TypedDict, total=False):
     ignore_result: bool
     lazy: bool
     max_retries: int | None
+    on_failure: Callable[..., Any]
+    on_success: Callable[..., Any]
     priority: int | None
     pydantic: bool
+    pydantic_context: dict[str, Any] | None
+    pydantic_dump_kwargs: dict[str, Any] | None
+    pydantic_strict: bool
     queue: str
     rate_limit: str | int | float | None
     reject_on_worker_lost: bool
