@@ -115,10 +115,14 @@ def check_choice(name: str, value: object, label: str = "") -> str:
 
     Raises ``ValueError``, whose message begins with *label*, or else with *name*.
     """
-    choices = CHOICES[name.upper()]
-    if not isinstance(value, str) or value not in choices:
+    return check_word(value, label or name, words=CHOICES[name.upper()])
+
+
+def check_word(value: object, name: str, *, words: tuple[str, ...]) -> str:
+    """Return *value* if it is one of the *words*, or raise ``ValueError``."""
+    if not isinstance(value, str) or value not in words:
         raise ValueError(
-            f"{label or name} must be one of {', '.join(choices)}, not {shown(value)}."
+            f"{name} must be one of {', '.join(words)}, not {shown(value)}."
         )
     return value
 

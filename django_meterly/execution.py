@@ -18,18 +18,19 @@ from django.views import View as DjangoView
 from django.views.generic import RedirectView
 
 from . import db, journal, methods, responses
-from .conf import meterly_settings
 from .errors import MeterlyUsageError
-from .guards import Guard, to_the_end
+from .guards import Guard
+from .lifecycle import for_request, to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
     from .heart import Heart
-    from .options import GuardOptions
+    from .lifecycle import Lifecycle
+    from .policies import ViewOptions
 
     View = Callable[..., Any]
-    OptionsFor = Callable[[HttpRequest], GuardOptions | None]
+    OptionsFor = Callable[[HttpRequest], ViewOptions | None]
 
 
 logger = logging.getLogger(__name__)
@@ -227,11 +228,13 @@ class _ViewGuard:
         try:
             with db.serving():
                 # Who pays may be read from the database, too.
-                guard = options.guard(self.name, call.given, *call.args, **call.kwargs)
-            if guard is None:
+                lifecycle = for_request(
+                    options, self.name, call.given, *call.args, **call.kwargs
+                )
+            if lifecycle is None:
                 return self._refuse_nobody(call)
-            guard.name = self.full_name
-            guard.reserve()
+            lifecycle.name = self.full_name
+            lifecycle.reserve()
         except responses.RENDERED as exc:
             if call.rest:
                 from .rest_framework.exceptions import counterpart
@@ -239,10 +242,10 @@ class _ViewGuard:
                 _prepare_refusal(call)
                 raise counterpart(exc) from exc
             return responses.render(request, exc)
-        request.meterly = guard
+        request.meterly = Guard(lifecycle)
         if dispatch := _Dispatch.of(request):
-            dispatch.begun.append(guard)
-        return Execution(guard, options, head=request.method == "HEAD")
+            dispatch.begun.append(lifecycle)
+        return Execution(lifecycle, options, head=request.method == "HEAD")
 
     def _refuse_nobody(self, call: _Call) -> HttpResponseBase:
         if call.rest:
@@ -310,7 +313,7 @@ def _guard_async(view: View, begin: Callable[[_Call], Any]) -> View:
             begun = await to_the_end(begin, called)
         except asyncio.CancelledError:
             if isinstance(guard := getattr(called.request, "meterly", None), Guard):
-                await to_the_end(guard.abandon)
+                await to_the_end(guard.lifecycle.cancel)
             raise
         if isinstance(begun, HttpResponseBase):
             return begun
@@ -329,7 +332,7 @@ class _Dispatch:
         self.aliases: list[str] = []
         #: The guards around the view that have not begun, the outermost first.
         self.waiting: list[_ViewGuard] = []
-        self.begun: list[Guard] = []
+        self.begun: list[Lifecycle] = []
         self.installed = False
 
     @staticmethod
@@ -382,8 +385,8 @@ class _Dispatch:
             raise MeterlyUsageError(_PAST_THE_GUARD.format(self.waiting[0].name))
 
     def abandon(self) -> None:
-        for guard in self.begun:
-            guard.abandon()
+        for lifecycle in self.begun:
+            lifecycle.cancel()
 
     def leave(self) -> None:
         self.request.__dict__.pop("_meterly_dispatch", None)
@@ -496,9 +499,9 @@ class Execution:
     """One run of a view under its guard."""
 
     def __init__(
-        self, guard: Guard, options: GuardOptions, *, head: bool = False
+        self, lifecycle: Lifecycle, options: ViewOptions, *, head: bool = False
     ) -> None:
-        self.guard = guard
+        self.lifecycle = lifecycle
         self.options = options
         # Servers read the whole stream that answers a HEAD, and drop it.
         self._head = head
@@ -519,10 +522,10 @@ class Execution:
                     if self._is_late(response):
                         self._presume(response)
                     else:
-                        self.guard.decide()
+                        self.lifecycle.decide()
         except BaseException:
             # Whether the COMMIT took place only the row knows.
-            self.guard.fail()
+            self.lifecycle.fail()
             raise
         self._conclude(response, good, recorded=recorded)
         return response
@@ -537,20 +540,27 @@ class Execution:
             raise
         except asyncio.CancelledError:
             if _is_cancelled():
-                await to_the_end(self.guard.disconnect, self._on_disconnect)
+                await to_the_end(self._disconnect)
             else:
-                await to_the_end(self.guard.fail)
+                await to_the_end(self.lifecycle.fail)
             raise
         except BaseException:
-            await to_the_end(self.guard.fail)
+            await to_the_end(self.lifecycle.fail)
             raise
         await to_the_end(self._conclude, response, good)
         return response
 
     @property
     def _on_disconnect(self) -> str:
-        policy: str = self.options.on_disconnect or meterly_settings.ON_DISCONNECT
+        policy: str = self.options.value("on_disconnect")
         return policy
+
+    def _disconnect(self) -> None:
+        """Conclude work whose reader has left, as the policy says."""
+        if self._on_disconnect == "charge":
+            self.lifecycle.succeed()
+        else:
+            self.lifecycle.cancel()
 
     def _is_good(self, response: Any) -> bool:
         if isawaitable(response):
@@ -571,14 +581,14 @@ class Execution:
         Not if the work was handed off: then the task decides, and the response is
         only what tells so.
         """
-        return not self.guard.is_handed_off and (
+        return not self.lifecycle.is_handed_off and (
             response.streaming or not getattr(response, "is_rendered", True)
         )
 
     def _presume(self, response: HttpResponseBase) -> None:
         # A stream's work is its chunks. If it is never begun, its reader has left.
         if not response.streaming or self._on_disconnect == "charge":
-            self.guard.presume()
+            self.lifecycle.presume()
 
     def _conclude(self, response: Any, good: bool, *, recorded: bool = False) -> None:
         """Decide by *response*, or let its rendering or its last chunk decide.
@@ -588,15 +598,17 @@ class Execution:
         if isinstance(response, HttpResponseBase):
             responses.keep_private(response)
         if not good:
-            self.guard.fail()
+            self.lifecycle.fail()
         elif not self._is_late(response):
-            self.guard.confirm() if recorded else self.guard.succeed()
+            self.lifecycle.succeed()
         else:
             if not recorded:
                 try:
                     self._presume(response)
                 except Error:
-                    logger.exception("The return of %s is not recorded", self.guard)
+                    logger.exception(
+                        "The return of %s is not recorded", self.lifecycle.reference
+                    )
             if response.streaming:
                 self._conclude_after_sending(response)
             else:
@@ -620,9 +632,9 @@ class Execution:
             try:
                 rendered = render()
             except BaseException:
-                self.guard.cancel()
+                self.lifecycle.cancel()
                 raise
-            self.guard.succeed()
+            self.lifecycle.succeed()
             return rendered
 
         response.render = render_and_conclude
@@ -630,7 +642,7 @@ class Execution:
     def _close(self) -> None:
         # A stream that is never begun runs no code of ours, and an async one that
         # is abandoned may be finalized any time later.
-        self.guard.disconnect(self._on_disconnect)
+        self._disconnect()
         self._stop_heart()
 
     def _send(self, response: Any, chunks: Iterable[Any]) -> Iterator[Any]:
@@ -650,7 +662,7 @@ class Execution:
             self._close()
             raise
         except BaseException:
-            self.guard.cancel()
+            self.lifecycle.cancel()
             raise
         else:
             self._succeed()
@@ -675,7 +687,7 @@ class Execution:
             await to_the_end(self._close)
             raise
         except BaseException:
-            await to_the_end(self.guard.cancel)
+            await to_the_end(self.lifecycle.cancel)
             raise
         else:
             await to_the_end(self._succeed)
@@ -684,11 +696,11 @@ class Execution:
 
     def _succeed(self) -> None:
         self._stop_heart()
-        self.guard.succeed()
+        self.lifecycle.succeed()
 
     def _start_heart(self) -> None:
         """Keep lease and hold alive beside the stream; no chunk waits for it."""
-        self._heart = self.guard.start_heart(at_once=True)
+        self._heart = self.lifecycle.start_heart(at_once=True)
 
     def _stop_heart(self) -> None:
         if self._heart is not None:

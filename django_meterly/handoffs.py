@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.core.signing import BadSignature, Signer
 
 from .errors import MeterlyUsageError
+
+if TYPE_CHECKING:
+    from .models import Reservation
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ def read(header: Any, name: str, task_id: str | None) -> str:
 
 
 def header_of(request: Any) -> Any:
-    """Return the header in a task's *request*, or ``None`` if there is none.
+    """Return the header in a task's *request*, or ``None`` without one.
 
     ``request.headers`` holds all custom headers, unless the message itself has a dict
     named ``headers``, as sentry-sdk sends it. Then our header is beside that dict. It
@@ -75,15 +78,17 @@ def header_of(request: Any) -> Any:
 class Message:
     """A task that is sent when the work that hands it off is committed.
 
-    Raises ``TypeError`` for a task that is not guarded, or for wrong arguments.
+    For example, ``Message(render_video, (job.pk,), {})``. Raises ``TypeError`` for a
+    task that is not guarded, or for wrong arguments.
     """
 
     def __init__(self, task: Any, args: Any, kwargs: Any) -> None:
-        # A signature has a type, and options of its own.
+        # A signature has a type, and its own options.
         guarded = getattr(task, "type", task)
         if not getattr(guarded, "meterly_guarded", False):
             raise TypeError(
-                f"{task!r} is no meterly_task: nobody would settle what is handed off."
+                f"{task!r} is not a meterly_task, so it would not settle what is "
+                "handed off."
             )
         if guarded is task:
             self._signature = task.s(*args, **kwargs)
@@ -94,10 +99,16 @@ class Message:
         self._name = guarded.name
         self.task_id = str(self._signature.options.get("task_id") or uuid.uuid4())
 
-    def send(self, reservation_id: str) -> None:
-        """Send it with the signed id of the reservation, and nothing else of ours."""
+    def send(self, row: Reservation | None, amount: int) -> None:
+        """Send it with the signed id of the reservation *row* in its header.
+
+        Without a row, nobody is charged for the work: because its *amount* is 0, or
+        because guards are not enforced.
+        """
         headers = self._signature.options.get("headers") or {}
-        signed = sign(reservation_id, self._name, self.task_id)
+        no_hold = UNCHARGED if amount else FREE
+        named = no_hold if row is None else str(row.pk)
+        signed = sign(named, self._name, self.task_id)
         self._signature.apply_async(
             task_id=self.task_id, headers={**headers, HEADER: signed}
         )

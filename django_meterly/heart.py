@@ -1,4 +1,4 @@
-"""The heartbeat of work that takes long: a running job, or a stream being sent."""
+"""The heartbeat of long work: a running job, or a stream that is being sent."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class Heart(threading.Thread):
-    """Renews the lease of running work, and its hold, until it is stopped.
+    """A thread that renews lease and hold of running work until it is stopped.
 
-    It ends by itself when the row has another owner, and after the longest
-    time that a hold may last. The first beat comes after a third of ``LEASE_GRACE``,
-    so that short work costs no query for it; or *at_once*.
+    It ends by itself when somebody else has claimed the row, and after
+    ``MAX_TTL_SECONDS``. The first beat comes *at_once*, or after a third of
+    ``LEASE_GRACE``, so that short work costs no query.
     """
 
     def __init__(self, row: Reservation, fence: int, *, at_once: bool = False) -> None:
         super().__init__(name=f"meterly-heart-{row.pk}", daemon=True)
-        # A copy: the owner goes on with its own.
+        # A copy, because the work changes its row meanwhile.
         self._row = copy.copy(row)
         self._fence = fence
         self._at_once = at_once
@@ -55,7 +55,7 @@ class Heart(threading.Thread):
                     extensions += 1
                     name = f"{self._fence}.{extensions}"
                     journal.extend(get_client(), row, name)
-                # This thread's own: none is kept between two beats.
+                # This thread keeps no connection open between two beats.
                 connections.close_all()
         except Exception:
             logger.exception("The heart of reservation %s has stopped", row.pk)
@@ -66,10 +66,10 @@ class Heart(threading.Thread):
         try:
             return journal.beat(self._row, fence=self._fence)
         except Error:
-            # There are two more beats in a lease.
+            # A lease has room for two more beats.
             logger.warning("A heartbeat of reservation %s failed", self._row.pk)
             return True
 
     def stop(self) -> None:
-        """End it, after the beat that is under way."""
+        """Let the thread end, after a beat that has begun."""
         self._stopped.set()

@@ -1,33 +1,34 @@
-"""A job under its guard: claiming it, its heartbeat, and who may settle it.
+"""A job under its guard: its hold, its heartbeat, and which copy of it may settle.
 
-What of it is Celery's is in ``tasks``.
+``tasks`` connects it to Celery.
 """
 
 from __future__ import annotations
 
 import hashlib
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from . import guards, handoffs, journal
+from . import handoffs, journal
 from .client import get_client
 from .conf import meterly_settings
-from .errors import MeterlyIdempotencyMismatchError, MeterlyUsageError
+from .errors import MeterlyUsageError
+from .lifecycle import Lifecycle, prepare
 from .models import Customer, Reservation
 from .wire import MAX_CALLER_KEY_LENGTH, MAX_TTL_SECONDS, check_key
 
 if TYPE_CHECKING:
-    from .guards import Guard
     from .heart import Heart
-    from .options import GuardOptions
+    from .policies import TaskOptions
 
 
 class Job:
     """One run of a guarded task.
 
-    *name* and *task_id* are what its key is made of; a task that was called as a
-    plain function has no id, and every call is for itself. *header* is that of the
-    message, if it says that a reservation was handed off.
+    Its key is made of *name* and *task_id*. A task that was called as a plain function
+    has no id, so each such call is charged separately. *header* is the signed header of
+    the message if a reservation was handed off.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Job:
         self.task_id = task_id
         self.request_id = request_id
         self.outer = outer
-        self.guard: Guard | None = None
+        self.lifecycle: Lifecycle | None = None
         self.kept = False
         self._header = header
         self._heart: Heart | None = None
@@ -57,88 +58,61 @@ class Job:
         try:
             return check_key(key, length=MAX_CALLER_KEY_LENGTH)
         except ValueError:
-            # Ids may be anybody's own.
+            # A caller may choose any text for a task's id.
             return f"task:{hashlib.sha256(key.encode()).hexdigest()}"
 
-    def begin(self, options: GuardOptions, args: Any, kwargs: Any) -> None:
-        """Claim what was offered or abandoned, or else reserve.
+    def begin(self, options: TaskOptions, args: Any, kwargs: Any) -> None:
+        """Claim the hold that was offered or abandoned, or else reserve.
 
-        Raises ``MeterlyDuplicateError`` when another copy of this job is at work or
-        has been, ``MeterlyUsageError`` for a hand-off that is forged, and what
+        Raises ``MeterlyDuplicateError`` if another copy of this job is or was at work,
+        ``MeterlyUsageError`` for a hand-off that is forged, and what
         ``journal.reserve`` raises.
         """
-        if self._header is None:
-            customer, guard = self._guard(options, args, kwargs)
-        else:
-            # Not as if it were not there: the customer would hold credits twice.
-            handed_off = handoffs.read(self._header, self.name, self.request_id)
-            if handed_off in handoffs.NO_HOLD:
-                # Nobody is charged for what handed it off: not for this, either.
-                self.guard = guards.Guard(
-                    None,
-                    0 if handed_off == handoffs.FREE else 1,
-                    options.unit or handoffs.UNCHARGED,
-                    reference=f"{self.name}:{uuid.uuid4()}",
-                    idempotency_key=None,
-                    ttl_seconds=meterly_settings.RESERVATION_TTL,
-                    overage=options.overage,
-                    enforcement="off",
-                )
-                self.guard.reserve()
-                return
-            customer, guard = self._guard_handed_off(options, handed_off)
-        # Whoever beats needs no longer lease than that of a beat.
-        guard.lease = 0
-        self.guard = guard
-        row = None
-        key = None if guard.enforcement == "off" else guard.idempotency_key
-        if customer is not None and key is not None:
-            client = get_client()
-            journal.refuse_open_transaction(client)
-            row = journal.claim(client, customer, key)
-        if row is None:
-            try:
-                guard.reserve()
-            except MeterlyIdempotencyMismatchError as exc:
-                # The amount is another one by now, but the job is the same.
-                if customer is None or key is None:
-                    raise
-                raise (journal.in_the_way(customer, key) or exc) from exc
-        else:
-            guard.adopt(row)
-        self._heart = guard.start_heart()
+        self.lifecycle = self._prepare(options, args, kwargs)
+        self.lifecycle.resume()
+        self._heart = self.lifecycle.start_heart()
 
-    def _guard(
-        self, options: GuardOptions, args: Any, kwargs: Any
-    ) -> tuple[Customer | None, Guard]:
+    def _prepare(self, options: TaskOptions, args: Any, kwargs: Any) -> Lifecycle:
+        if self._header is None:
+            return self._reserving(options, args, kwargs)
+        # A forged header is refused. If it were ignored, the customer would hold
+        # credits twice.
+        handed_off = handoffs.read(self._header, self.name, self.request_id)
+        if handed_off in handoffs.NO_HOLD:
+            return self._uncharged(options, free=handed_off == handoffs.FREE)
+        return self._handed_off(options, handed_off)
+
+    def _reserving(self, options: TaskOptions, args: Any, kwargs: Any) -> Lifecycle:
         payer = options.ask("customer", *args, **kwargs)
-        enforcement = options.enforcement or meterly_settings.ENFORCEMENT
-        if payer is None and enforcement == "enforce":
+        if payer is None and options.value("enforcement") == "enforce":
             raise MeterlyUsageError(
                 f"Nobody is known to pay for {self.name}: give it customer=, a "
                 "function of its arguments, or let a view hand it off."
             )
-
-        customer = None if payer is None else Customer.objects.resolve(payer)
-        guard = guards.prepare(
-            customer,
+        return prepare(
+            None if payer is None else Customer.objects.resolve(payer),
             options.ask("amount", *args, **kwargs),
             options.unit,
+            options,
             reference=options.ask("reference", *args, **kwargs)
             or (self.key or f"{self.name}:{uuid.uuid4()}").removeprefix("task:"),
             idempotency_key=self.key,
-            ttl_seconds=options.ttl_seconds,
-            overage=options.overage,
-            on_unavailable=options.on_unavailable,
-            enforcement=enforcement,
+            name=self.name,
         )
-        guard.name = self.name
-        return customer, guard
 
-    def _guard_handed_off(
-        self, options: GuardOptions, reservation_id: str
-    ) -> tuple[Customer, Guard]:
-        """Return a guard like the one that has handed this job off."""
+    def _uncharged(self, options: TaskOptions, *, free: bool) -> Lifecycle:
+        """Return a lifecycle that charges nobody, because the hand-off did not."""
+        return Lifecycle(
+            None,
+            0 if free else 1,
+            options.unit or handoffs.UNCHARGED,
+            replace(options, enforcement="off"),
+            reference=f"{self.name}:{uuid.uuid4()}",
+            idempotency_key=None,
+        )
+
+    def _handed_off(self, options: TaskOptions, reservation_id: str) -> Lifecycle:
+        """Return a lifecycle like that of the work that has handed this job off."""
         row = (
             Reservation.objects.using(journal.alias())
             .select_related("customer")
@@ -150,59 +124,55 @@ class Job:
                 f"{self.name} was handed off with the reservation {reservation_id}, "
                 "which is not in the journal."
             )
-        # Not by prepare(): the row goes on, also if its unit is not in UNITS any more.
-        guard = guards.Guard(
+        # Without prepare(): the job goes on, even if UNITS declares its unit no longer.
+        return Lifecycle(
             row.customer,
             row.amount,
             row.unit,
+            replace(options, ttl_seconds=row.ttl_seconds),
             reference=row.reference,
             idempotency_key=row.key,
-            ttl_seconds=row.ttl_seconds,
-            overage=options.overage,
-            on_unavailable=options.on_unavailable,
-            enforcement=options.enforcement,
+            name=row.name,
         )
-        guard.name = row.name
-        return row.customer, guard
 
     def keep(self, delay: float) -> None:
-        """Keep the credits for the job's own retry, *delay* seconds from now."""
-        guard = self.guard
-        if guard is None or guard.reservation is None or self.kept:
+        """Keep the credits for the job's retry, *delay* seconds from now."""
+        work = self.lifecycle
+        if work is None or work.reservation is None or self.kept:
             return
         self._stop()
-        held = int(delay) + 1 + guard.ttl_seconds
+        held = int(delay) + 1 + work.ttl_seconds
         if held > MAX_TTL_SECONDS:
-            # No hold lasts that long: the retry reserves anew.
-            guard.fail()
+            # No hold lasts that long: the retry reserves again.
+            work.fail()
             return
-        self.kept = guard.offer(held + meterly_settings.LEASE_GRACE)
+        self.kept = work.offer(held + meterly_settings.LEASE_GRACE)
         if self.kept and delay:
-            journal.extend(get_client(), guard.reservation, f"{guard.fence}", held)
+            journal.extend(get_client(), work.reservation, f"{work.fence}", held)
 
     def succeed(self) -> None:
         """Settle, unless the credits are kept for the job's retry."""
         self._stop()
-        if self.guard is not None and not self.kept:
-            self.guard.succeed()
+        if self.lifecycle is not None and not self.kept:
+            self.lifecycle.succeed()
 
     def fail(self) -> None:
         """Release, unless the job's retry has claimed the credits kept for it."""
         self._stop()
-        if self.guard is not None:
-            self.guard.abandon()
+        if self.lifecycle is not None:
+            self.lifecycle.cancel()
 
     @property
     def superseded(self) -> bool:
         """Whether another copy has claimed the job, and decides."""
-        # Its own retry may have, too; and in shadow every copy counts.
-        guard = self.guard
-        if guard is None or self.kept or guard.enforcement == "shadow":
+        # The job's retry claims it, too. In shadow every copy counts.
+        work = self.lifecycle
+        if work is None or self.kept or work.enforcement == "shadow":
             return False
-        return guard.superseded
+        return work.superseded
 
     def _stop(self) -> None:
         if self._heart is not None:
             self._heart.stop()
-            # For the beat that is under way; but not for long.
+            # Wait for a beat that has begun, but not for long.
             self._heart.join(journal.SETTLE_TIMEOUT)

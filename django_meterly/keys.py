@@ -1,4 +1,4 @@
-"""The idempotency key that a request brings along: by its header, or in a form."""
+"""The idempotency key that a request carries: in its header, or in a form."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 KEY_HEADER = "Idempotency-Key"
 #: The name of the hidden field that ``{% meterly_form_key %}`` renders.
 FORM_FIELD = "meterly_form_key"
-#: What the journal puts before a client's key, so that no client can use up a key
-#: that the project's own code is going to use for the same customer.
+#: The journal puts this before a client's key, so that clients cannot use up the keys
+#: of the project's code for the same customer.
 PREFIX = "client:"
 
 # A string of RFC 9651: in it, only these two characters are escaped.
@@ -23,21 +23,22 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 
 
 def requested_key(request: HttpRequest) -> str | None:
-    """Return the journal's key for the one that *request* names, if it names one.
+    """Return the journal's key for the key of *request*, or ``None`` without one.
 
-    The ``Idempotency-Key`` header (draft-ietf-httpapi-idempotency-key-header)
-    goes before the form's field. Its value is a quoted string of structured
-    fields, or the bare key: 1 to 200 visible ASCII characters. Anything else comes
-    back as it is, for ``guard()`` to refuse.
+    The ``Idempotency-Key`` header (draft-ietf-httpapi-idempotency-key-header) goes
+    before the form's field. Its value is 1 to 200 visible ASCII characters, bare or as
+    a quoted string of structured fields. For example, ``"order-1"`` and ``order-1``
+    are both ``client:order-1``. An invalid value is returned unchanged, and the guard
+    refuses it.
     """
-    # REST framework's request, seen through: what Django's has parsed is the point.
+    # From REST framework's request to Django's, because that has parsed the form.
     request = getattr(request, "_request", request)
     key = request.headers.get(KEY_HEADER)
     if key is None:
         key = _form_key(request)
     elif key.startswith('"'):
         quoted = _QUOTED.fullmatch(key)
-        # Not unquoted it stays one that cannot be a key.
+        # A badly quoted value becomes an empty key, which the guard refuses.
         key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
     if key is None:
         return None
@@ -55,10 +56,10 @@ def _form_key(request: HttpRequest) -> str | None:
     if request.method != "POST":
         return None
     if request.content_type == "multipart/form-data":
-        # Reading it would fix where the uploads go, which is the view's to say
-        # (request.upload_handlers), and leave no body for it to read. Unless
-        # somebody has read it before: the CSRF protection of the view does, though
-        # not for a request of the test client.
+        # Reading the form would decide where uploads go before the view can say so
+        # by request.upload_handlers, and leave it no body to read. So it is only read
+        # if somebody has read it before. CSRF protection does that, but not for
+        # requests of the test client.
         if not (
             hasattr(request, "_post") or getattr(request, "csrf_processing_done", False)
         ):

@@ -1,4 +1,4 @@
-"""Which HTTP methods cost something, and which a guarded function never sees."""
+"""Which HTTP methods cost something, and for which a guarded function never runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from django.views.decorators import http
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-#: Every other method costs something, known or not.
+#: All other methods cost something, also unknown ones.
 FREE = frozenset({"GET", "HEAD", "OPTIONS"})
 #: A guarded function does not run for these, so ``methods`` cannot name them.
 NEVER_RUN = frozenset({"OPTIONS", "TRACE"})
@@ -22,39 +22,39 @@ ALL_BUT_TRACE = [
 ]
 
 
-def check_methods(methods: Iterable[str]) -> frozenset[str]:
-    """Return *methods* in upper case; GET brings HEAD along.
+def check_methods(methods: Iterable[str], name: str = "methods") -> frozenset[str]:
+    """Return *methods* in upper case; GET includes HEAD.
 
-    Raises ``TypeError`` for anything but a list of texts, and ``ValueError`` for
-    OPTIONS and TRACE.
+    For example, ``check_methods(["get"])`` returns GET and HEAD. Raises ``TypeError``
+    for anything but a list of texts, and ``ValueError`` for OPTIONS and TRACE.
     """
     try:
         names = None if isinstance(methods, str) else list(methods)
     except TypeError:
         names = None
     if names is None or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"methods is a list of HTTP methods, not {methods!r}.")
+        raise TypeError(f"{name} is a list of HTTP methods, not {methods!r}.")
     checked = {name.upper() for name in names}
     if unfit := sorted(checked & NEVER_RUN):
         raise ValueError(
-            f"methods cannot name {' or '.join(unfit)}: guarded functions do not run "
+            f"{name} cannot name {' or '.join(unfit)}: guarded functions do not run "
             "for OPTIONS and TRACE. Name GET or HEAD; all other methods always cost."
         )
     if "GET" in checked:
-        # Otherwise the work of GET would be free by HEAD.
+        # Otherwise HEAD would do the work of GET for free.
         checked.add("HEAD")
     return frozenset(checked)
 
 
 def costs(method: str | None, named: Iterable[str] | None) -> bool:
-    """Return whether *method* costs something where ``methods`` is *named*."""
+    """Return whether *method* costs something if the option ``methods`` is *named*."""
     return method not in FREE or method in (named or ())
 
 
 def answer(method: str | None, allowed: Iterable[str]) -> HttpResponse | None:
-    """Return the answer to OPTIONS or TRACE that stands in for running the work.
+    """Return the guard's own answer to OPTIONS or TRACE; ``None`` for other methods.
 
-    *allowed* is what ``Allow`` says. ``None`` for other methods.
+    *allowed* is the value of ``Allow``.
     """
     if method == "TRACE":
         return HttpResponseNotAllowed(allowed)
@@ -66,9 +66,9 @@ def answer(method: str | None, allowed: Iterable[str]) -> HttpResponse | None:
 
 
 def required(view: Any) -> list[str] | None:
-    """Return the methods that Django's ``require_http_methods`` lets through to *view*.
+    """Return the methods that ``require_http_methods`` lets through to *view*.
 
-    And ``require_GET`` and the like. ``None`` if no decorator of *view* is one of them.
+    Also for ``require_GET`` and the like. ``None`` if *view* has no such decorator.
     """
     found: list[str] | None = None
     for layer in layers(view):
@@ -81,7 +81,7 @@ def required(view: Any) -> list[str] | None:
 
 
 def layers(view: Any) -> Iterator[Any]:
-    """Yield *view*, and what it was made of by ``wraps()`` and ``partial()``."""
+    """Yield *view*, and the functions below its ``wraps()`` and ``partial()``."""
     while view is not None:
         yield view
         view = (

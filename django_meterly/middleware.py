@@ -16,7 +16,7 @@ from . import responses
 from .conf import meterly_settings
 from .errors import MeterlyUsageError
 from .execution import NoGuard, guard_view, is_guarded
-from .options import GuardOptions
+from .options import read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from django.http import HttpRequest, HttpResponse
     from django.http.response import HttpResponseBase
     from django.urls import ResolverMatch, URLResolver
+
+    from .policies import ViewOptions
 
 _guarding = Lock()
 
@@ -166,7 +168,7 @@ def key_for(view_name: str) -> str | None:
     return None
 
 
-def options_for(request: HttpRequest) -> GuardOptions | None:
+def options_for(request: HttpRequest) -> ViewOptions | None:
     """Return what ``GUARDED_VIEWS`` says about the view of *request*."""
     match = request.resolver_match
     if match is None or not meterly_settings.GUARDED_VIEWS:
@@ -174,7 +176,7 @@ def options_for(request: HttpRequest) -> GuardOptions | None:
     key = key_for(":".join([*match.namespaces, match.url_name or ""]))
     if key is None:
         return None
-    return GuardOptions.of(
+    return read_mapping(
         meterly_settings.GUARDED_VIEWS[key], f"METERLY['GUARDED_VIEWS'][{key!r}]"
     )
 

@@ -9,7 +9,7 @@ from django.views.generic.edit import FormMixin
 
 from .execution import guard_class, handlers, install_guards, is_guarded, is_rest
 from .guards import Guard
-from .options import GuardOptions, near_miss
+from .options import near_miss, read_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,7 +64,7 @@ class MeterlyGuardMixin:
         if mapping is None:
             return guard_class(view, None)
         where = f"{cls.__qualname__}.guard_options"
-        options = GuardOptions.of(mapping, where, handlers(view))
+        options = read_mapping(mapping, where, handlers(view))
         guarded: Any = guard_class(view, lambda request: options)
         guarded.meterly_options = options
         return guarded

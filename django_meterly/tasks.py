@@ -1,6 +1,6 @@
-"""``meterly_task``, and the Celery tasks that settle what crashes left behind.
+"""``meterly_task``, and the Celery tasks that sweep.
 
-``manage.py meterly_settle`` does the latter without Celery.
+``manage.py meterly_settle`` sweeps without Celery.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import inspect
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator
 from contextvars import ContextVar
-from dataclasses import fields
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, Unpack
 
 from asgiref.sync import iscoroutinefunction
 from celery import Task, current_app, shared_task
@@ -32,7 +31,8 @@ from .errors import (
     MeterlyUnavailableError,
     MeterlyUsageError,
 )
-from .options import GuardOptions, shows
+from .options import shows
+from .policies import TaskKeywords, TaskOptions, ViewKeywords
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,16 +42,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Settings modules import beat_schedule(): the models are not to be had yet.
+# Settings modules import beat_schedule(), so this module must not import the models.
 
-#: Runs that may wait in a busy queue; what waits for longer expires. Not 1: in a
-#: queue that lags behind by a whole interval, nothing would ever run.
+#: How many runs may wait in a busy queue; older ones expire. Not 1: in a queue that
+#: lags behind by a whole interval, nothing would ever run.
 MOST_WAITING = 20
 
 #: Seconds between two runs, by default.
 RELEASE_EVERY, SETTLE_EVERY = 60.0, 15.0
 
-#: How alike an option of ours and one that is unknown have to be to be called a typo.
+#: How much an unknown name must resemble an option of this package to be a typo.
 _TYPO = 0.85
 _EXAMPLE = '@meterly_task("gpu_seconds", 100, customer=lambda job_id: ...)'
 
@@ -59,22 +59,67 @@ _EXAMPLE = '@meterly_task("gpu_seconds", 100, customer=lambda job_id: ...)'
 _current: ContextVar[Job | None] = ContextVar("meterly_job", default=None)
 
 
-@shows(_EXAMPLE)
+class _CeleryKeywords(TypedDict, total=False):
+    """The options of Celery's ``shared_task``, for type checkers and editors.
+
+    ``meterly_task`` passes all others on, too: a *base* class may have its own.
+    """
+
+    name: str
+    base: type[Task[..., Any]]
+    bind: bool
+    throws: tuple[type[BaseException], ...]
+    acks_late: bool
+    acks_on_failure: bool
+    acks_on_failure_or_timeout: bool
+    acks_on_timeout: bool
+    after_return: Callable[..., Any]
+    autoretry_for: tuple[type[BaseException], ...]
+    backend: Any
+    compression: str | None
+    default_retry_delay: float
+    dont_autoretry_for: tuple[type[BaseException], ...]
+    exchange: str
+    expires: float | dt.datetime | None
+    ignore_result: bool
+    lazy: bool
+    max_retries: int | None
+    on_failure: Callable[..., Any]
+    on_success: Callable[..., Any]
+    priority: int | None
+    pydantic: bool
+    pydantic_context: dict[str, Any] | None
+    pydantic_dump_kwargs: dict[str, Any] | None
+    pydantic_strict: bool
+    queue: str
+    rate_limit: str | int | float | None
+    reject_on_worker_lost: bool
+    resultrepr_maxsize: int
+    retry_backoff: bool | float
+    retry_backoff_max: float
+    retry_jitter: bool
+    retry_kwargs: dict[str, Any]
+    routing_key: str
+    send_events: bool
+    serializer: str
+    shared: bool
+    soft_time_limit: float | None
+    store_errors_even_if_ignored: bool
+    time_limit: float | None
+    track_started: bool
+    trail: bool
+    typing: bool
+
+
+class _Keywords(TaskKeywords, _CeleryKeywords, total=False):
+    """The keywords of ``meterly_task``."""
+
+
+@shows(_EXAMPLE, _Keywords, others=True)
 def meterly_task(
     unit: str | None = None,
     amount: int | Callable[..., Any] = 1,
-    *,
-    customer: Callable[..., Any] | None = None,
-    reference: str | Callable[..., Any] | None = None,
-    overage: str | None = None,
-    on_unavailable: str | None = None,
-    enforcement: str | None = None,
-    ttl_seconds: int | None = None,
-    on_retry: str = "keep",
-    on_duplicate: str = "retry",
-    bind: bool = False,
-    throws: tuple[type[Exception], ...] = (),
-    **options: Any,
+    **options: Unpack[_Keywords],
 ) -> Callable[[Callable[..., Any]], Any]:
     """Guard a Celery task: reserve credits, run it, then commit or release.
 
@@ -85,95 +130,93 @@ def meterly_task(
             ...
             self.meterly.charge(used)
 
-    *unit*, *amount*, *overage*, *on_unavailable* and *enforcement* are those of
-    ``meterly_guard``. *customer*,
-    *amount* and *reference* may be functions; they get the task's arguments. A task
-    without *customer* can only be handed off (``request.meterly.hand_off``), and then
-    runs under the reservation of the view. *ttl_seconds* is how long credits are held
-    when nobody is heard of; while the task runs, its heartbeat extends the hold.
-    Everything else goes to ``shared_task``, except names that only a guard of a view
-    has, and those that are nearly an option of this one: they are a ``TypeError``.
+    ``Policies``, ``WorkOptions`` and ``TaskOptions`` in ``django_meterly.policies``
+    explain the options. A task without *customer* can only be handed off
+    (``request.meterly.hand_off``), and then runs under the reservation of the view.
+    All other options go to Celery's ``shared_task``. An option of a view, and a name
+    that looks like a misspelled option of this package, are a ``TypeError``.
 
     While the task runs, its ``meterly`` is the ``Guard``: ``self.meterly`` with *bind*,
-    else ``celery.current_task.meterly``.
+    else ``celery.current_task.meterly``. One task id is charged once, however often its
+    message is delivered.
 
-    One task id is charged once, however often its message is delivered. *on_retry*
-    says what ``retry()`` and ``autoretry_for`` do with the credits: ``"keep"`` them
-    for the retry, or ``"release"`` them. *on_duplicate* says what a copy does that
-    comes while the task is at work elsewhere: ``"retry"`` looks again after
-    ``LEASE_GRACE``, in case that worker dies; ``"ignore"`` ends it.
-
-    Raises ``ValueError`` and ``TypeError`` for options out of bounds when the task is
+    Raises ``ValueError`` and ``TypeError`` for invalid options when the task is
     defined. The task raises what ``guard()`` raises.
     """
-    checked = GuardOptions(
-        unit=unit,
-        amount=amount,
-        customer=customer,
-        reference=reference,
-        overage=overage,
-        on_unavailable=on_unavailable,
-        enforcement=enforcement,
-        ttl_seconds=ttl_seconds,
-    )
-    for name, value, choices in (
-        ("on_retry", on_retry, ("keep", "release")),
-        ("on_duplicate", on_duplicate, ("retry", "ignore")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {choices}, not {value!r}.")
-    _refuse_unknown(options)
+    celerys: dict[str, Any] = dict(options)
+    ours = {
+        name: celerys.pop(name)
+        for name in TaskKeywords.__annotations__
+        if name in options
+    }
+    checked = TaskOptions(unit=unit, amount=amount, **ours)
+    _refuse_unknown(celerys)
+    bind: bool = celerys.pop("bind", False)
 
     def decorate(function: Callable[..., Any]) -> Any:
-        if iscoroutinefunction(function) or any(
-            is_kind(function)
-            for is_kind in (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-        ):
+        if any(is_kind(function) for is_kind in _KINDS_NEVER_RUN):
             raise _never_run(function.__qualname__)
-        checked.fit_task(function, bind=bind)
-
-        @wraps(function)
-        def run(task: Any, *args: Any, **kwargs: Any) -> Any:
-            job = _job_of(task)
-            if job is None:
-                # By its run(), as unit tests do.
-                return task(*args, **kwargs)
-            if job.guard is None:
-                _begin(task, job, checked, args, kwargs)
-            result = (
-                function(task, *args, **kwargs) if bind else function(*args, **kwargs)
-            )
-            if isinstance(result, Awaitable | Generator | AsyncGenerator):
-                if isinstance(result, Coroutine | Generator):
-                    result.close()
-                raise _never_run(task.name)
-            return result
-
-        # By this Celery checks a task's arguments when it is sent.
-        signature = inspect.signature(function)
-        if not bind:
-            first = inspect.Parameter("task", inspect.Parameter.POSITIONAL_ONLY)
-            parameters = [first, *signature.parameters.values()]
-            signature = signature.replace(parameters=parameters)
-        run.__signature__ = signature  # type: ignore[attr-defined]
-        attributes: dict[str, Any] = {
-            # Too few credits are no accident, and need no traceback.
-            "throws": (
-                MeterlyInsufficientCreditsError,
-                MeterlyUnavailableError,
-                *throws,
-            ),
-            "__call__": _call,
-            "retry": _retry,
-            "meterly": property(_guard_of),
-            "meterly_guarded": True,
-            "meterly_options": checked,
-            "meterly_on_retry": on_retry,
-            "meterly_on_duplicate": on_duplicate,
-        }
-        return shared_task(**{"bind": True, **attributes, **options})(run)
+        checked.fit(function, bind=bind)
+        run = _guarded(function, checked, bind=bind)
+        return shared_task(**{"bind": True, **_attributes(checked, celerys)})(run)
 
     return decorate
+
+
+def _guarded(
+    function: Callable[..., Any], options: TaskOptions, *, bind: bool
+) -> Callable[..., Any]:
+    """Return the ``run()`` of a task that runs *function* under its guard."""
+
+    @wraps(function)
+    def run(task: Any, *args: Any, **kwargs: Any) -> Any:
+        job = _job_of(task)
+        if job is None:
+            # Called by its run(), as unit tests do.
+            return task(*args, **kwargs)
+        if job.lifecycle is None:
+            _begin(task, job, options, args, kwargs)
+        result = function(task, *args, **kwargs) if bind else function(*args, **kwargs)
+        if isinstance(result, Awaitable | Generator | AsyncGenerator):
+            if isinstance(result, Coroutine | Generator):
+                result.close()
+            raise _never_run(task.name)
+        return result
+
+    # By this signature Celery checks a task's arguments when it is sent.
+    signature = inspect.signature(function)
+    if not bind:
+        first = inspect.Parameter("task", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = [first, *signature.parameters.values()]
+        signature = signature.replace(parameters=parameters)
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+def _attributes(checked: TaskOptions, celerys: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a guarded task: those of its guard, and *celerys*."""
+    return {
+        "__call__": _call,
+        "retry": _retry,
+        "meterly": property(_guard_of),
+        "meterly_guarded": True,
+        "meterly_options": checked,
+        **celerys,
+        # A refusal for too few credits is expected, so it needs no traceback.
+        "throws": (
+            MeterlyInsufficientCreditsError,
+            MeterlyUnavailableError,
+            *celerys.get("throws", ()),
+        ),
+    }
+
+
+#: Celery calls these functions, but does not run what they return.
+_KINDS_NEVER_RUN = (
+    iscoroutinefunction,
+    inspect.isgeneratorfunction,
+    inspect.isasyncgenfunction,
+)
 
 
 def _never_run(name: str) -> TypeError:
@@ -185,17 +228,17 @@ def _never_run(name: str) -> TypeError:
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:
-    """Raise ``TypeError`` for an option that is neither Celery's nor ours, but nearly.
+    """Raise ``TypeError`` for a name that only a view's guard has, and for a typo.
 
-    Celery makes attributes of the task of whatever it is told.
+    Celery takes any name, and sets it as an attribute of the task.
     """
-    views = [field.name for field in fields(GuardOptions)]
-    ours = [*views, "on_retry", "on_duplicate", "throws"]
+    views = ViewKeywords.__annotations__
+    ours = ["unit", "amount", *TaskKeywords.__annotations__, "throws"]
     for name in options:
         if name in views:
             raise TypeError(f"{name} is an option of a view's guard, not of a task's.")
         known = hasattr(options.get("base") or Task, name)
-        if not known and suggestion(name, ours, _TYPO):
+        if not known and suggestion(name, [*views, *ours], _TYPO):
             raise TypeError(f"There is no option {name!r}.")
 
 
@@ -209,28 +252,30 @@ def _job_of(task: Any) -> Job | None:
 
 def _guard_of(task: Any) -> Guard:
     job = _job_of(task)
-    if job is None or job.guard is None:
+    from .guards import Guard
+
+    if job is None or job.lifecycle is None:
         raise MeterlyUsageError(f"{task.name} is not at work: it has no guard now.")
-    return job.guard
+    return Guard(job.lifecycle)
 
 
 def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run *task*, and settle when everything that Celery puts around it is done.
+    """Run *task*, and settle when everything that Celery wraps around it is done.
 
-    Workers, ``apply`` and plain calls come here. Only out here it is known whether
-    an exception is a retry.
+    Workers, ``apply`` and plain calls come here. Only here it is known whether an
+    exception is a retry.
     """
     from .handoffs import header_of
     from .jobs import Job
 
     request, outer = task.request, _job_of(task)
     direct = request.called_directly or (
-        # A task that calls itself as a function is no second delivery.
+        # A task may call itself as a function: that is not a second delivery.
         outer is not None and outer.request_id == request.id
     )
     task_id = request.id
     if request.replaced_task_nesting:
-        # The task that takes a task's place has its id, and may have its name.
+        # A task that replaces this one has its id, and may have its name.
         task_id = f"{task_id}:{request.replaced_task_nesting}"
     job = Job(
         task.name,
@@ -240,8 +285,8 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
         outer=_current.get(),
     )
     if not direct:
-        # Celery copies the request for a task with a __call__ of its own. The list
-        # of what it has started is made here, so that both have the same.
+        # Celery copies the request of a task that defines __call__. Reading children
+        # creates that list here, so that both requests share it.
         _ = request.children
     token = _current.set(job)
     try:
@@ -262,7 +307,7 @@ def _call(task: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _drop(task: Any, exc: Exception | None = None) -> NoReturn:
-    """End a copy whose work another copy has claimed, whatever became of it."""
+    """End a copy of *task* whose work another copy has claimed; drop its outcome."""
     logger.warning(
         "%s[%s] was claimed by another copy meanwhile: this one settles nothing, and "
         "its result is dropped.",
@@ -270,9 +315,9 @@ def _drop(task: Any, exc: Exception | None = None) -> NoReturn:
         task.request.id,
         exc_info=exc,
     )
-    # With Redis a message that came again has the delivery tag of the first: to
-    # acknowledge ours, or to reject it, is to remove theirs, and if they die, nobody
-    # would do the work. The message of a retry looks again, too.
+    # With Redis, a message that is delivered again has the delivery tag of the first.
+    # If this copy acknowledges or rejects its message, the other copy's is removed, and
+    # if that one dies, nobody does the work. A retry's message looks again, too.
     if not isinstance(exc, Retry):
         _look_again(task)
     raise Ignore("Another copy of this task has claimed it.") from exc
@@ -281,8 +326,8 @@ def _drop(task: Any, exc: Exception | None = None) -> NoReturn:
 def _look_again(task: Any) -> None:
     """Send the task once more, in case the copy that is at work dies."""
     request = task.request
-    if task.meterly_on_duplicate == "retry" and not request.is_eager:
-        # Not by retry(): it is no failure, and counts for nothing.
+    if task.meterly_options.on_duplicate == "retry" and not request.is_eager:
+        # Not by retry(), which counts as a failure.
         task.signature_from_request(
             request,
             countdown=meterly_settings.LEASE_GRACE,
@@ -297,7 +342,7 @@ def _begin(task: Any, job: Job, options: Any, args: Any, kwargs: Any) -> None:
         with db.serving():
             job.begin(options, args, kwargs)
     except MeterlyDuplicateError as exc:
-        # Celery says no more of it than "ignored".
+        # Celery itself logs only "ignored".
         request = task.request
         logger.info("%s[%s] is left alone: %s", task.name, request.id, exc)
         if exc.in_progress:
@@ -318,11 +363,11 @@ def _retry(
 ) -> Any:
     """Keep the credits for the retry, or release them, and then retry as Celery does.
 
-    Before the message is sent: the retry may start at once, elsewhere.
+    The credits first: once its message is sent, the retry may start elsewhere.
     """
     job = _job_of(task)
     if job is not None and job.task_id is not None:
-        if task.meterly_on_retry == "keep":
+        if task.meterly_options.on_retry == "keep":
             if eta is not None:
                 delay = (eta - dt.datetime.now(eta.tzinfo)).total_seconds()
             else:
@@ -342,18 +387,18 @@ def _retry(
     )
 
 
-# The tasks that beat runs expire by themselves, because django-celery-beat drops the
-# "expires" of a schedule's entry. Nobody needs the runs that a dead queue has gathered.
+# The tasks that beat runs set "expires" themselves, because django-celery-beat drops it
+# from a schedule's entry. The runs that pile up in a dead queue are useless.
 @shared_task(
     name="django_meterly.tasks.release_stale_reservations",
     ignore_result=True,
     expires=MOST_WAITING * RELEASE_EVERY,
 )
 def release_stale_reservations(seconds: float = 60.0) -> None:
-    """Give up the reservations whose lease has run out, and release them.
+    """Release the reservations whose lease has lapsed.
 
-    Then forget what was settled ``JOURNAL_RETENTION`` ago. Each for *seconds* at
-    most: a long backlog must not take every worker there is.
+    Then delete the rows that were settled ``JOURNAL_RETENTION`` ago. Each step takes
+    at most *seconds*, so that a long backlog cannot occupy every worker.
     """
     from . import journal
     from .client import get_client
@@ -371,7 +416,7 @@ def release_stale_reservations(seconds: float = 60.0) -> None:
 def settle_reservations(seconds: float = 60.0) -> None:
     """Carry out the commits, releases and grants that are due.
 
-    Commits and releases for *seconds* at most.
+    Commits and releases take at most *seconds*.
     """
     from . import grants, journal
     from .client import get_client
@@ -383,9 +428,9 @@ def settle_reservations(seconds: float = 60.0) -> None:
 
 @shared_task(name="django_meterly.tasks.release_handed_off", ignore_result=True)
 def release_handed_off(header: Any, name: str, task_id: str) -> None:
-    """Release what *header* hands off to the task *name*[*task_id*]: it will not run.
+    """Release what *header* hands off to the task *name*[*task_id*].
 
-    Unless the task has claimed it.
+    The task will not run. If it has claimed the hold all the same, nothing happens.
     """
     from . import handoffs, journal
     from .client import get_client
@@ -397,12 +442,12 @@ def release_handed_off(header: Any, name: str, task_id: str) -> None:
 
 @task_revoked.connect
 def _release_revoked(sender: Any = None, request: Any = None, **kwargs: Any) -> None:
-    """Have the credits released of a hand-off that was revoked, or has expired."""
+    """Let a worker release the credits of a hand-off that was revoked or expired."""
     from .handoffs import header_of
 
     header = header_of(request)
     if header is not None and getattr(sender, "meterly_guarded", False):
-        # This is the worker's main process, which cannot wait for a database.
+        # This runs in the worker's main process, which must not wait for a database.
         release_handed_off.apply_async((header, sender.name, request.id), retry=False)
 
 
@@ -420,7 +465,7 @@ def check_tasks(**kwargs: Any) -> list[CheckMessage]:
             id="meterly.W006",
         )
         for task in guarded_tasks()
-        if task.meterly_on_duplicate == "ignore" and task.acks_late
+        if task.meterly_options.on_duplicate == "ignore" and task.acks_late
     ]
 
 
@@ -430,7 +475,7 @@ def check_secret_key(**kwargs: Any) -> list[CheckMessage]:
     try:
         keys = [settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS]
     except ImproperlyConfigured:
-        return []  # Django says so.
+        return []  # Django reports it.
     if not guarded_tasks() or not any(
         str(key).startswith(SECRET_KEY_INSECURE_PREFIX) for key in keys
     ):
@@ -438,7 +483,8 @@ def check_secret_key(**kwargs: Any) -> list[CheckMessage]:
     return [
         CheckWarning(
             "Hand-offs to tasks are signed with a SECRET_KEY that startproject has "
-            "written: whoever knows it and your broker can run tasks for nothing.",
+            "written. Somebody who knows it and can write to your broker can run "
+            "tasks for free.",
             hint=(
                 "Set a long random SECRET_KEY, the same for web and workers. When you "
                 "change it, keep the old one in SECRET_KEY_FALLBACKS of both until the "
@@ -468,15 +514,15 @@ def beat_schedule(
 ) -> dict[str, dict[str, Any]]:
     """Return the entries for ``CELERY_BEAT_SCHEDULE``; intervals in seconds.
 
-    With *ledger* also those of the embedded ledger, which expire its holds and seal
-    its entries.
+    For example, ``CELERY_BEAT_SCHEDULE = beat_schedule()`` in the settings module. With
+    *ledger* also those of the embedded ledger, which expire its holds and seal its
+    entries.
 
-    For the settings module. Several beats and several workers at once do no
-    harm: every row is claimed. A run ends after its interval, so that a backlog
-    keeps two workers busy, and no more.
+    Several beats and several workers may run at once, because every row is claimed. A
+    run ends after its interval, so that a backlog occupies at most two workers.
     """
-    # By name, because a task object would load the Celery app, and that the
-    # settings, in the middle of which we are.
+    # By name: a task object would load the Celery app, which would load the settings,
+    # which are calling this function.
     ours: dict[str, dict[str, Any]] = {
         "meterly-release-stale-reservations": {
             "task": "django_meterly.tasks.release_stale_reservations",
@@ -505,9 +551,9 @@ def beat_schedule(
 
 
 def missing_from_beat() -> list[str]:
-    """Return which of our tasks the project's beat lacks, if it runs others of them.
+    """Return which of the sweeping tasks are missing from the project's beat.
 
-    A schedule without any is no mistake by itself: cron may do it.
+    A schedule without any of them is fine: cron may sweep instead.
     """
     ledger = apps.is_installed("django_meterly.ledger")
     ours = {entry["task"] for entry in beat_schedule(ledger=ledger).values()}

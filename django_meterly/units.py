@@ -1,8 +1,9 @@
-"""Credit units: which ones there are, and what people call them.
+"""Credit units: which units exist, and what people call them.
 
-``METERLY["UNITS"]`` declares both. The rule is for units that somebody types: in a
-guard, a grant, a setting, a template. What is on record already is settled and shown,
-also after its unit was taken out of ``UNITS``.
+``METERLY["UNITS"]`` declares both. For example, ``{"image_credits": "image credits"}``.
+A unit that somebody types has to be declared there: in a guard, a grant, a setting, a
+template. Rows that exist already are settled and shown even if their unit was removed
+from ``UNITS``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .wire import check_unit, shown
 def check_declared(value: object, name: str = "unit") -> str:
     """Return *value* if it is a credit unit that ``UNITS`` declares.
 
-    Without ``UNITS``, every unit will do. Raises ``ValueError``, with a suggestion.
+    Without ``UNITS``, any unit is accepted. Raises ``ValueError``, with a suggestion.
     """
     unit = check_unit(value, name)
     declared = meterly_settings.UNITS
@@ -31,7 +32,7 @@ def check_declared(value: object, name: str = "unit") -> str:
 
 
 def default() -> str | None:
-    """Return ``DEFAULT_UNIT``, if there is one.
+    """Return ``DEFAULT_UNIT``, or ``None`` if it is not set.
 
     Raises ``ImproperlyConfigured`` if ``UNITS`` does not declare it.
     """
@@ -45,7 +46,7 @@ def default() -> str | None:
 
 
 def name_of(unit: str) -> str:
-    """Return what people call *unit*; *unit* itself if ``UNITS`` does not say."""
+    """Return the name for people of *unit*, or *unit* if ``UNITS`` does not say."""
     return str(meterly_settings.UNITS.get(unit, unit))
 
 

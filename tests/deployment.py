@@ -65,10 +65,10 @@ def sell() -> None:
     with guard(user, 10, idempotency_key="once"):
         pass
     with pytest.raises(errors.MeterlyDuplicateError):
-        guard(user, 10, idempotency_key="once").reserve()
+        guard(user, 10, idempotency_key="once").lifecycle.reserve()
     with pytest.raises(errors.MeterlyInsufficientCreditsError):
-        guard(user, 1000).reserve()
-    guard(user, 10).reserve()
+        guard(user, 1000).lifecycle.reserve()
+    guard(user, 10).lifecycle.reserve()
     sweep()
     client = Client()
     client.force_login(user)

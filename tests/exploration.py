@@ -37,7 +37,9 @@ from django_meterly.journal import deciding, opening, settling
 from django_meterly.ledger import operations
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.transport import LedgerTransport
+from django_meterly.lifecycle import Lifecycle
 from django_meterly.models import Customer, Reservation
+from django_meterly.policies import Policies
 from django_meterly.transports.base import Call
 
 if TYPE_CHECKING:
@@ -264,18 +266,20 @@ class World:
     # The actors
 
     def work(self) -> None:
-        guard = Guard(
+        lifecycle = Lifecycle(
             self.customer,
             HELD,
             "credits",
+            Policies(
+                ttl_seconds=300,
+                on_unavailable="allow" if self.scenario.outage else "deny",
+            ),
             reference="work",
             idempotency_key="work",
-            ttl_seconds=300,
-            durable=True,
-            on_unavailable="allow" if self.scenario.outage else "deny",
         )
+        guard = Guard(lifecycle)
         try:
-            guard.reserve()
+            lifecycle.reserve()
         except MeterlyError:
             return
         assert guard.reservation is not None
@@ -283,9 +287,10 @@ class World:
         if guard.reservation.attempt > 1:
             assert self.scenario.charge is not None
             guard.charge(self.scenario.charge - 1)
-            guard.succeed() if self.scenario.retry == "succeeds" else guard.fail()
+            succeeds = self.scenario.retry == "succeeds"
+            lifecycle.succeed() if succeeds else lifecycle.fail()
         elif self.scenario.charge is None:
-            guard.fail()
+            lifecycle.fail()
         elif self.scenario.forgotten:
             held = str(guard.reservation.reservation_id)
             try:
@@ -299,32 +304,32 @@ class World:
             guard.charge(self.scenario.charge)
             try:
                 with get_client().transport.unit_of_work(world_alias()):
-                    guard.presume()
+                    lifecycle.presume()
             except OperationalError:
                 # The work was rolled back together with what its return said.
                 self.owed.clear()
-                guard.fail()
+                lifecycle.fail()
                 return
             if self.scenario.late == "rendered":
-                guard.succeed()
+                lifecycle.succeed()
             elif self.scenario.late == "fails":
-                guard.cancel()
+                lifecycle.cancel()
         elif self.scenario.raises:
             guard.charge(self.scenario.charge)
             try:
                 # The view's own, as far as the ledger joins it.
                 with get_client().transport.unit_of_work(world_alias()):
-                    guard.decide()
+                    lifecycle.decide()
             except OperationalError:
                 # The work was rolled back together with its decision.
                 self.owed.clear()
             else:
                 # One statement of PostgreSQL does not record the success by itself.
                 self.owed[1] = self.scenario.charge
-            guard.fail()
+            lifecycle.fail()
         else:
             guard.charge(self.scenario.charge)
-            guard.succeed()
+            lifecycle.succeed()
 
     def sweep(self) -> None:
         journal.sweep(get_client())

@@ -163,7 +163,7 @@ def rejects(external_id: str) -> None:
 def nested(self: Any, external_id: str) -> int:
     plain(external_id, used=1)
     self.meterly.charge(2)
-    return int(self.meterly._charge)
+    return int(self.meterly.lifecycle.charge)
 
 
 @meterly_task(amount=25, customer=payer, name="jobs.long", ttl_seconds=2)

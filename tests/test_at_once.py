@@ -98,7 +98,7 @@ def test_the_row_is_the_same_as_by_several_statements(
         monkeypatch.setattr(postgresql, "enabled", enabled)
         work = guard(customer, 25, reference="r", ttl_seconds=60)
         with CaptureQueriesContext(connection) as log:
-            work.reserve()
+            work.lifecycle.reserve()
         assert log[0]["sql"].startswith("WITH") == enabled
         rows.append(row_of(work))
         lasts = rows[-1].pop("lease_until") - rows[-1].pop("created_at")
@@ -106,7 +106,7 @@ def test_the_row_is_the_same_as_by_several_statements(
         if charge is not None:
             work.charge(charge)
         with CaptureQueriesContext(connection) as log:
-            getattr(work, end)()
+            getattr(work.lifecycle, end)()
         assert log[0]["sql"].startswith("WITH") == enabled
         rows.append(row_of(work))
         assert rows[-1].pop("created_at") < rows[-1].pop("settled_at")
@@ -128,16 +128,16 @@ def expire() -> None:
 
 def test_a_refusal_writes_its_row_afterwards(customer: Customer) -> None:
     with pytest.raises(MeterlyInsufficientCreditsError):
-        guard(customer, 101).reserve()
+        guard(customer, 101).lifecycle.reserve()
     assert states() == ["denied"]
     assert movements() == []
 
 
 def test_holds_past_their_time_make_room_for_a_new_one(customer: Customer) -> None:
-    guard(customer, 100).reserve()
+    guard(customer, 100).lifecycle.reserve()
     expire()
     work = guard(customer, 30)
-    work.reserve()
+    work.lifecycle.reserve()
     assert balance(customer) == (100, 30)
     assert row_of(work)["state"] == "reserved"
     call_command("meterly_ledger_verify", verbosity=0)
@@ -146,10 +146,10 @@ def test_holds_past_their_time_make_room_for_a_new_one(customer: Customer) -> No
 @pytest.mark.parametrize("charge", [25, 40])
 def test_a_hold_that_is_gone_is_debited(customer: Customer, charge: int) -> None:
     work = guard(customer, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     work.charge(charge)
     expire()
-    work.succeed()
+    work.lifecycle.succeed()
     assert states() == ["committed"]
     assert movements() == ["reserved", "expired", "used"]
     assert balance(customer) == (100 - charge, 0)
@@ -161,7 +161,7 @@ def test_a_decision_whose_answer_is_lost_is_made_once(
     customer: Customer, end: str
 ) -> None:
     work = guard(customer, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     lost = []
 
     def lose(execute: Any, sql: str, *rest: Any) -> Any:
@@ -172,7 +172,7 @@ def test_a_decision_whose_answer_is_lost_is_made_once(
         return result
 
     with connection.execute_wrapper(lose):
-        getattr(work, end)()
+        getattr(work.lifecycle, end)()
     assert lost
     last = "committed" if end == "succeed" else "released"
     assert states() == [last]
@@ -197,11 +197,11 @@ def test_a_reserve_whose_answer_is_lost_runs_on_trust_under_another_row(
 
     work = guard(customer, 25)
     with connection.execute_wrapper(lose):
-        work.reserve()
+        work.lifecycle.reserve()
     assert work.reservation is not None
     assert work.reservation.reservation_id is None
     assert states() == ["reserved", "reserved"]
-    work.succeed()
+    work.lifecycle.succeed()
     lapse_leases()
     journal.sweep(get_client())
     assert sorted(states()) == ["committed", "released"]
@@ -241,7 +241,7 @@ def test_f33_a_decision_that_waited_for_another_moves_nothing_under_it(
     customer: Customer, fenced: bool
 ) -> None:
     work = guard(customer, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     lapse_leases()
     with transaction.atomic():
         if fenced:
@@ -249,7 +249,7 @@ def test_f33_a_decision_that_waited_for_another_moves_nothing_under_it(
             Reservation.objects.update(fence=2)
         else:
             journal.record_lapsed()
-        thread = in_a_thread(work.succeed)
+        thread = in_a_thread(work.lifecycle.succeed)
         wait_for_a_lock()
     thread.join()
     # The sweeper's decision is not the last word about work that was done; somebody
@@ -261,13 +261,18 @@ def test_f33_a_decision_that_waited_for_another_moves_nothing_under_it(
 
 def test_two_that_decide_at_once_are_charged_once(customer: Customer) -> None:
     work, copy = guard(customer, 25), guard(customer, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     assert work.reservation is not None
-    copy.adopt(Reservation.objects.get())
+    # As another process that has claimed the row would hold it.
+    copy.lifecycle.reservation = Reservation.objects.get()
+    copy.lifecycle.fence = copy.lifecycle.reservation.fence
     with transaction.atomic():
         # Both wait for the account.
         Account.objects.update(balance=100)
-        threads = [in_a_thread(work.succeed), in_a_thread(copy.fail)]
+        threads = [
+            in_a_thread(work.lifecycle.succeed),
+            in_a_thread(copy.lifecycle.fail),
+        ]
         wait_for_a_lock()
     for thread in threads:
         thread.join()
@@ -289,7 +294,7 @@ def test_in_a_transaction_a_failure_leaves_the_transaction_usable(
 
     with transaction.atomic():
         with connection.execute_wrapper(fails), pytest.raises(Exception, match="asked"):
-            guard(customer, 25, durable=False).reserve()
+            guard(customer, 25, durable=False).lifecycle.reserve()
         assert states() == []
         with guard(customer, 25, durable=False):
             pass
@@ -318,11 +323,11 @@ def test_without_autocommit_a_failure_leaves_the_transaction_usable(
     work = guard(customer, 25, durable=False)
     if call == "meterly_spend":
         with connection.execute_wrapper(fails), pytest.raises(Exception, match="asked"):
-            work.reserve()
+            work.lifecycle.reserve()
     else:
-        work.reserve()
+        work.lifecycle.reserve()
         with connection.execute_wrapper(fails):
-            work.succeed()
+            work.lifecycle.succeed()
         assert states() == ["commit_pending"]
     assert User.objects.filter(username="bob").exists()
 
@@ -341,10 +346,10 @@ def test_f33_a_beat_in_the_way_of_a_decision_does_not_stop_it(
     connection.settings_dict["OPTIONS"] = {**before, **isolation}
     try:
         work = guard(customer, 25)
-        work.reserve()
+        work.lifecycle.reserve()
         with transaction.atomic():
             journal.beat(work.reservation, fence=0)
-            thread = in_a_thread(getattr(work, end))
+            thread = in_a_thread(getattr(work.lifecycle, end))
             wait_for_a_lock()
         thread.join()
     finally:
@@ -379,7 +384,7 @@ def test_a_connection_that_dies_while_reserving_is_replaced(
 
     def reserve() -> None:
         try:
-            work.reserve()
+            work.lifecycle.reserve()
         except MeterlyUnavailableError as exc:
             outcomes.append(type(exc))
         # What comes next in the same request has a connection.
@@ -415,9 +420,9 @@ def test_a_success_stands_whichever_way_the_connection_fails(
         return execute(sql, *rest)
 
     work = guard(customer, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     with connection.execute_wrapper(fails):
-        work.succeed()
+        work.lifecycle.succeed()
     assert failed
     assert states() == ["commit_pending"]
 
@@ -432,7 +437,7 @@ def test_f29_a_connection_that_died_meanwhile_is_no_outage_of_the_ledger(
     customer: Customer, end: str
 ) -> None:
     work = guard(customer, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid()")
         [pid] = cursor.fetchone()
@@ -449,7 +454,7 @@ def test_f29_a_connection_that_died_meanwhile_is_no_outage_of_the_ledger(
 
     signals.ledger_unreachable.connect(hear)
     try:
-        getattr(work, end)()
+        getattr(work.lifecycle, end)()
     finally:
         signals.ledger_unreachable.disconnect(hear)
     assert states() == ["committed" if end == "succeed" else "released"]
@@ -497,7 +502,7 @@ def test_f71_a_locked_row_leaves_the_others(
     # One at a time: a round ends although what is left is more than that.
     monkeypatch.setattr(sweeping, "BATCH", 1)
     for _ in range(4):
-        guard(customer, 1).reserve()
+        guard(customer, 1).lifecycle.reserve()
     lapse_leases()
     if step != "lapse":
         journal.record_lapsed()
@@ -528,7 +533,7 @@ def test_f71_a_locked_account_leaves_the_others(
     monkeypatch.setattr(db, "LOCK_SECONDS", 0.2)
     others = [fund(f"team_{number}") for number in range(3)]
     for payer in (customer, *others):
-        guard(payer, 1).reserve()
+        guard(payer, 1).lifecycle.reserve()
     lapse_leases()
     journal.record_lapsed()
     lapse_leases()
@@ -545,7 +550,7 @@ def test_f71_a_locked_account_leaves_the_others(
 def release_due(*payers: Customer) -> None:
     """Have a hold of each payer's wait for its release, due now."""
     for payer in payers:
-        guard(payer, 1).reserve()
+        guard(payer, 1).lifecycle.reserve()
     lapse_leases()
     journal.record_lapsed()
     lapse_leases()

@@ -46,7 +46,7 @@ def attempt(amount: int = 25, **options: Any) -> Guard:
 def taken_for_dead() -> Guard:
     """Return work that goes on although its lease has lapsed."""
     work = attempt()
-    work.reserve()
+    work.lifecycle.reserve()
     sweep()
     assert states()[-1] == "released"
     return work
@@ -60,7 +60,7 @@ def free(customer: Customer) -> int:
 
 
 def fails(work: Guard) -> None:
-    work.fail()
+    work.lifecycle.fail()
 
 
 def lapses(work: Guard) -> None:
@@ -69,7 +69,7 @@ def lapses(work: Guard) -> None:
 
 def is_free(work: Guard) -> None:
     work.release()
-    work.succeed()
+    work.lifecycle.succeed()
 
 
 ENDS: list[Callable[[Guard], None]] = [fails, lapses, is_free]
@@ -82,20 +82,20 @@ def test_f72_a_success_is_charged_when_a_later_attempt_comes_to_nothing(
 ) -> None:
     early = taken_for_dead()
     late = attempt()
-    late.reserve()
+    late.lifecycle.reserve()
     if comes == "meanwhile":
-        early.succeed()
+        early.lifecycle.succeed()
     end(late)
     if comes == "afterwards":
-        early.succeed()
+        early.lifecycle.succeed()
     else:
         with pytest.raises(MeterlyDuplicateError):
-            attempt().reserve()
+            attempt().lifecycle.reserve()
         sweep()
     assert states() == ["committed", "released"]
     assert balance(customer) == (75, 0)
     with pytest.raises(MeterlyDuplicateError):
-        attempt().reserve()
+        attempt().lifecycle.reserve()
     assert_books_balance()
 
 
@@ -104,8 +104,8 @@ def test_f72_a_success_is_charged_when_the_later_attempt_was_denied(
 ) -> None:
     early = taken_for_dead()
     with pytest.raises(MeterlyInsufficientCreditsError):
-        attempt(101).reserve()
-    early.succeed()
+        attempt(101).lifecycle.reserve()
+    early.lifecycle.succeed()
     assert states() == ["committed", "denied"]
     assert balance(customer) == (75, 0)
 
@@ -117,8 +117,8 @@ def test_f72_a_success_is_charged_when_the_later_attempt_never_reached_the_ledge
     early = taken_for_dead()
     remote.meet("reserve_credits", *["unsent"] * 3)
     with pytest.raises(MeterlyError):
-        attempt().reserve()
-    early.succeed()
+        attempt().lifecycle.reserve()
+    early.lifecycle.succeed()
     assert states() == ["committed", "failed"]
     assert balance(customer) == (75, 0)
 
@@ -129,13 +129,13 @@ def test_f72_a_success_is_dropped_when_a_later_attempt_is_charged(
 ) -> None:
     early = taken_for_dead()
     late = attempt()
-    late.reserve()
+    late.lifecycle.reserve()
     early.charge(3)
     if comes == "meanwhile":
-        early.succeed()
-    late.succeed()
+        early.lifecycle.succeed()
+    late.lifecycle.succeed()
     if comes == "afterwards":
-        early.succeed()
+        early.lifecycle.succeed()
     for _ in range(2):
         sweep()
     assert states() == ["released", "committed"]
@@ -148,16 +148,16 @@ def test_f72_a_success_is_dropped_when_a_later_attempt_is_charged(
 def test_f72_of_three_successes_one_is_charged(customer: Customer) -> None:
     first, second = taken_for_dead(), taken_for_dead()
     third = attempt()
-    third.reserve()
+    third.lifecycle.reserve()
     for work in first, second:
-        work.succeed()
-    third.fail()
+        work.lifecycle.succeed()
+    third.lifecycle.fail()
     for _ in range(3):
         sweep()
     assert sorted(states()) == ["committed", "released", "released"]
     assert balance(customer) == (75, 0)
     with pytest.raises(MeterlyDuplicateError):
-        attempt().reserve()
+        attempt().lifecycle.reserve()
 
 
 def test_f72_a_success_waits_while_a_later_attempt_is_at_work(
@@ -165,8 +165,8 @@ def test_f72_a_success_waits_while_a_later_attempt_is_at_work(
 ) -> None:
     early = taken_for_dead()
     late = attempt()
-    late.reserve()
-    early.succeed()
+    late.lifecycle.reserve()
+    early.lifecycle.succeed()
     Reservation.objects.filter(state="released").update(next_attempt_at=timezone.now())
     backlog = journal.backlog()
     assert (backlog.due, backlog.by_state) == (1, {"released": 1})
@@ -176,7 +176,7 @@ def test_f72_a_success_waits_while_a_later_attempt_is_at_work(
     assert free(customer) == 100
     # Looked at again, but not at once.
     assert not Reservation.objects.due().exists()
-    late.succeed()
+    late.lifecycle.succeed()
     sweep()
     assert states() == ["released", "committed"]
     assert balance(customer) == (75, 0)
@@ -186,8 +186,8 @@ def test_f72_a_later_attempt_that_succeeds_late_is_not_charged_as_well(
     customer: Customer,
 ) -> None:
     early, late = taken_for_dead(), taken_for_dead()
-    early.succeed()
-    late.succeed()
+    early.lifecycle.succeed()
+    late.lifecycle.succeed()
     sweep()
     assert states() == ["committed", "released"]
     assert balance(customer) == (75, 0)
@@ -198,12 +198,12 @@ def test_f72_a_success_before_the_release_is_carried_out_is_noted_too(
 ) -> None:
     customer = fund("user_1")
     early, late = taken_for_dead(), attempt()
-    late.reserve()
+    late.lifecycle.reserve()
     remote.meet("release_reservation", "unsent")
     lapse_leases()
     journal.record_lapsed()
     assert states() == ["released", "release_pending"]
-    early.succeed()
+    early.lifecycle.succeed()
     # The row of the later attempt may still turn out to be committed at the ledger.
     assert states() == ["released", "release_pending"]
     for _ in range(3):
@@ -224,20 +224,20 @@ def test_f72_a_success_and_the_next_attempt_at_the_same_moment_are_one_charge(
 
     def succeed() -> None:
         barrier.wait(10)
-        early.succeed()
+        early.lifecycle.succeed()
 
     def again() -> None:
         barrier.wait(10)
         work = attempt()
         try:
-            work.reserve()
+            work.lifecycle.reserve()
         except MeterlyDuplicateError:
             return
         began.append(work)
         if turn % 2:
-            work.succeed()
+            work.lifecycle.succeed()
         else:
-            work.fail()
+            work.lifecycle.fail()
 
     def closing(run: Callable[[], None]) -> Callable[[], None]:
         def closed() -> None:
@@ -286,7 +286,7 @@ def retention_passes() -> None:
 
 def denied() -> None:
     with pytest.raises(MeterlyInsufficientCreditsError):
-        attempt().reserve()
+        attempt().lifecycle.reserve()
 
 
 def released() -> None:
@@ -301,19 +301,19 @@ def charged() -> None:
 
 def charged_late() -> None:
     work = attempt()
-    work.reserve()
+    work.lifecycle.reserve()
     sweep()
-    work.succeed()
+    work.lifecycle.succeed()
 
 
 def charged_without_a_hold() -> None:
     work = attempt()
-    work.reserve()
+    work.lifecycle.reserve()
     for hold in Reservation.objects.exclude(reservation_id=None):
         get_client().extend_reservation(str(hold.reservation_id), 1)
     connection.close()
     threading.Event().wait(1.2)
-    work.succeed()
+    work.lifecycle.succeed()
 
 
 @pytest.mark.parametrize("on_unavailable", ["deny", "allow"])
@@ -353,7 +353,7 @@ def test_f74_a_key_that_was_charged_stays_charged_after_pruning(
     for _ in range(3):
         # The ledger knows the key, but not that the reference is new by default.
         with pytest.raises((MeterlyDuplicateError, MeterlyIdempotencyMismatchError)):
-            attempt(on_unavailable=on_unavailable).reserve()
+            attempt(on_unavailable=on_unavailable).lifecycle.reserve()
         sweep()
     assert balance(customer) == (75, 0)
     assert movements()[-1] in ("committed", "used")
@@ -363,7 +363,7 @@ def test_f59_what_was_denied_is_forgotten_after_a_day(any_ledger: Any) -> None:
     customer = fund("user_1", 10)
     for key in (None, "k"):
         with pytest.raises(MeterlyInsufficientCreditsError):
-            guard(customer, 25, idempotency_key=key).reserve()
+            guard(customer, 25, idempotency_key=key).lifecycle.reserve()
     with guard(customer, 5):
         pass
     assert journal.prune() == 0
@@ -373,7 +373,7 @@ def test_f59_what_was_denied_is_forgotten_after_a_day(any_ledger: Any) -> None:
     assert states() == ["committed"]
     # Nothing is left to the sweeper meanwhile.
     with pytest.raises(MeterlyInsufficientCreditsError):
-        guard(customer, 25).reserve()
+        guard(customer, 25).lifecycle.reserve()
     lapse_leases()
     assert not Reservation.objects.due().exists()
     assert journal.backlog().due == 0
@@ -383,7 +383,7 @@ def test_f59_a_ledger_that_was_never_reached_is_no_denial(remote: Any) -> None:
     customer = fund("user_1", 100)
     remote.meet("reserve_credits", *["unsent"] * 3)
     with pytest.raises(MeterlyError) as caught:
-        guard(customer, 25).reserve()
+        guard(customer, 25).lifecycle.reserve()
     assert not isinstance(caught.value.__cause__, type(None))
     assert isinstance(caught.value.__cause__, MeterlyNotSentError)
     a_day_passes()

@@ -53,7 +53,7 @@ def everything(user: User, client: Client) -> None:
         pass
     with guard(user, 4, idempotency_key=f"key-{len(states())}"):
         pass
-    guard(user, 4).reserve()
+    guard(user, 4).lifecycle.reserve()
     sweep()
     assert client.post("/paid/", {"trace": f"trace-{len(states())}"}).status_code == 200
     get_client().list_entries(str(customer.customer_id))

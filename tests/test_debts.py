@@ -88,7 +88,7 @@ def test_f50_who_owes_credits_starts_no_work(debtor: Customer) -> None:
     top_up(debtor, 4)
     for _ in range(2):
         with pytest.raises(MeterlyDebtError, match="owes 5 credits") as caught:
-            guard(debtor, 2).reserve()
+            guard(debtor, 2).lifecycle.reserve()
     error = caught.value
     assert (error.owed, error.required, error.available) == (5, 7, 4)
     assert (error.unit, error.code, error.status) == ("image_credits", "debt", 402)
@@ -118,7 +118,7 @@ def test_f50_a_top_up_that_pays_the_debt_alone_is_a_402_of_its_own(
 ) -> None:
     top_up(debtor, 6)
     with pytest.raises(MeterlyInsufficientCreditsError) as caught:
-        guard(debtor, 2).reserve()
+        guard(debtor, 2).lifecycle.reserve()
     assert not isinstance(caught.value, MeterlyDebtError)
     assert states() == ["committed", "denied"]
 
@@ -178,7 +178,7 @@ def test_f50_the_oldest_debts_are_paid_first_and_the_others_are_still_owed(
     del settings.METERLY["ON_DEBT"]
     top_up(customer, 4)
     with pytest.raises(MeterlyDebtError) as caught:
-        guard(customer, 2).reserve()
+        guard(customer, 2).lifecycle.reserve()
     assert (caught.value.owed, caught.value.required) == (12, 14)
     assert caught.value.available == 1
     assert states() == ["committed", "unbilled", "unbilled"]
@@ -195,7 +195,7 @@ def test_f50_a_debt_in_one_unit_leaves_the_others_alone(debtor: Customer) -> Non
     assert balance(debtor, "gpu_seconds") == (8, 0)
     assert Customer.objects.get(pk=debtor.pk).owes
     with pytest.raises(MeterlyDebtError):
-        guard(debtor, 2).reserve()
+        guard(debtor, 2).lifecycle.reserve()
 
 
 def test_f50_another_customer_is_not_concerned(debtor: Customer) -> None:
@@ -213,7 +213,7 @@ def test_f50_a_key_that_was_used_is_a_duplicate_all_the_same(
         work.charge(15)
     for _ in range(2):
         with pytest.raises(MeterlyDuplicateError):
-            guard(customer, 10, idempotency_key="k").reserve()
+            guard(customer, 10, idempotency_key="k").lifecycle.reserve()
 
 
 def test_f50_on_debt_allow_lets_work_begin(debtor: Customer, settings: Any) -> None:
@@ -247,7 +247,7 @@ def test_f50_a_ledger_that_cannot_be_asked_for_the_debt_is_a_503(
     owe(customer)
     remote.meet("use_credits", "unsent")
     with pytest.raises(MeterlyUnavailableError):
-        guard(customer, 2, on_unavailable="allow").reserve()
+        guard(customer, 2, on_unavailable="allow").lifecycle.reserve()
     assert states() == ["unbilled"]
 
 
@@ -258,7 +258,7 @@ def test_f50_a_debt_that_the_ledger_refuses_otherwise_is_owed_all_the_same(
     owe(customer)
     remote.meet("use_credits", MeterlyNotFoundError())
     with pytest.raises(MeterlyDebtError) as caught:
-        guard(customer, 2).reserve()
+        guard(customer, 2).lifecycle.reserve()
     assert (caught.value.owed, caught.value.available) == (5, 0)
 
 
@@ -279,7 +279,7 @@ def test_f50_a_debt_whose_account_the_database_refuses_is_still_a_402(
         for _ in range(4):
             if enforcement == "enforce":
                 with pytest.raises(MeterlyDebtError):
-                    guard(debtor, 2).reserve()
+                    guard(debtor, 2).lifecycle.reserve()
             else:
                 with guard(debtor, 2, enforcement="shadow"):
                     pass
@@ -300,7 +300,7 @@ def test_f50_a_stuck_debt_stays_stuck_while_the_ledger_is_out_of_reach(
     Reservation.objects.update(stuck_at=timezone.now(), refusals=1)
     remote.meet("use_credits", "unsent")
     with pytest.raises(MeterlyUnavailableError):
-        guard(customer, 2).reserve()
+        guard(customer, 2).lifecycle.reserve()
     assert Reservation.objects.get().stuck_at
 
 
@@ -365,9 +365,9 @@ def test_f50_a_debt_recorded_while_another_is_paid_is_not_forgotten(
     # It costs nothing to hold: only what is charged above it is a debt.
     other = fund(user, 1, "gpu_seconds")
     work = guard(other, 1, "gpu_seconds")
-    work.reserve()
+    work.lifecycle.reserve()
     work.charge(9)
-    threads = [run(collect), run(work.succeed)]
+    threads = [run(collect), run(work.lifecycle.succeed)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -498,4 +498,4 @@ def test_f50_a_key_that_was_written_off_stays_used(
     settings.METERLY = {**settings.METERLY, "JOURNAL_RETENTION": 0.001}
     journal.prune()
     with pytest.raises(MeterlyDuplicateError):
-        guard(customer, 10, idempotency_key="k").reserve()
+        guard(customer, 10, idempotency_key="k").lifecycle.reserve()

@@ -87,7 +87,7 @@ class TestWork:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         work = guard(user, 25, idempotency_key="k")
-        work.reserve()
+        work.lifecycle.reserve()
 
         def interrupted(*args: Any, **kwargs: Any) -> Any:
             raise KeyboardInterrupt
@@ -95,7 +95,7 @@ class TestWork:
         with monkeypatch.context() as patch:
             patch.setattr(LedgerTransport, "send", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                getattr(work, end)()
+                getattr(work.lifecycle, end)()
         pending = {"succeed": "commit_pending", "fail": "release_pending"}
         assert states() == [pending[end]]
         sweep()
@@ -129,7 +129,7 @@ class TestWork:
                 pass
         assert balance(customer) == (97, 0)
         with pytest.raises(TypeError, match="A customer is"):
-            guard(42, 1).reserve()
+            guard(42, 1).lifecycle.reserve()
 
     def test_settling_too_late_is_refused(self, user: User, customer: Any) -> None:
         with guard(user, 25) as work:
@@ -138,7 +138,7 @@ class TestWork:
             work.charge(1)
         with pytest.raises(MeterlyUsageError, match="too late"):
             work.release()
-        work.fail()
+        work.lifecycle.fail()
         assert states() == ["committed"]
 
     def test_a_customer_known_by_id_first_gets_its_owner(self, user: User) -> None:
@@ -180,14 +180,14 @@ class TestKeys:
         with guard(user, 25, idempotency_key="order-1"):
             pass
         with pytest.raises(MeterlyDuplicateError, match="used already") as info:
-            guard(user, 25, idempotency_key="order-1").reserve()
+            guard(user, 25, idempotency_key="order-1").lifecycle.reserve()
         assert (info.value.state, info.value.in_progress) == ("committed", False)
         assert balance(customer) == (75, 0)
 
     def test_a_running_key_is_refused(self, user: User, customer: Any) -> None:
         with guard(user, 25, idempotency_key="order-1"):
             with pytest.raises(MeterlyDuplicateError, match="right now") as info:
-                guard(user, 25, idempotency_key="order-1").reserve()
+                guard(user, 25, idempotency_key="order-1").lifecycle.reserve()
             assert info.value.in_progress
         assert balance(customer) == (75, 0)
 
@@ -195,7 +195,7 @@ class TestKeys:
         self, user: User, customer: Any
     ) -> None:
         with pytest.raises(MeterlyInsufficientCreditsError):
-            guard(user, 250, idempotency_key="order-1").reserve()
+            guard(user, 250, idempotency_key="order-1").lifecycle.reserve()
         with (
             pytest.raises(ZeroDivisionError),
             guard(user, 25, idempotency_key="order-1"),
@@ -256,7 +256,7 @@ class TestTransactions:
         self, user: User, customer: Any
     ) -> None:
         with transaction.atomic(), pytest.raises(MeterlyUsageError, match="durable"):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == []
         assert movements() == []
 
@@ -264,7 +264,7 @@ class TestTransactions:
         transaction.set_autocommit(False)
         try:
             with pytest.raises(MeterlyUsageError, match="open transaction"):
-                guard(user, 25).reserve()
+                guard(user, 25).lifecycle.reserve()
         finally:
             transaction.rollback()
             transaction.set_autocommit(True)
@@ -307,7 +307,9 @@ class TestTransactions:
     ) -> None:
         with guard(user, 25, idempotency_key="order-1"), transaction.atomic():
             with pytest.raises(MeterlyDuplicateError):
-                guard(user, 25, idempotency_key="order-1", durable=False).reserve()
+                guard(
+                    user, 25, idempotency_key="order-1", durable=False
+                ).lifecycle.reserve()
             row = Reservation.objects.get()
             with pytest.raises(IntegrityError), transaction.atomic():
                 Reservation.objects.create(
@@ -347,7 +349,7 @@ class TestTransactions:
             return result
 
         with connection.execute_wrapper(fails), pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         # One statement was durable before its answer was lost.
         assert states() == (["reserved"] if postgresql.serves("default") else [])
         sweep()
@@ -359,9 +361,9 @@ class TestTransactions:
         self, user: User, customer: Any, end: str
     ) -> None:
         work = guard(user, 25)
-        work.reserve()
+        work.lifecycle.reserve()
         Reservation.objects.update(fence=2)
-        getattr(work, end)()
+        getattr(work.lifecycle, end)()
         assert states() == ["reserved"]
         assert movements() == ["reserved"]
         assert balance(customer) == (100, 25)
@@ -382,7 +384,7 @@ class TestTransactions:
             connection.execute_wrapper(fails),
             pytest.raises((OperationalError, MeterlyUnavailableError)),
         ):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == []
         assert balance(customer) == (100, 0)
         assert_books_balance()
@@ -402,7 +404,7 @@ class TestTransactions:
             other.execute("BEGIN IMMEDIATE")
             release = threading.Timer(0.3, other.execute, ["ROLLBACK"])
             release.start()
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
             release.join()
             other.close()
             assert balance(customer) == (100, 25)
@@ -443,7 +445,7 @@ class TestInTestCase(TestCase):
     def test_f16_an_atomic_block_of_the_test_is_refused(self) -> None:
         user = User.objects.create_user("alice")
         with transaction.atomic(), pytest.raises(MeterlyUsageError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
 
 
 class TestLedgerTrouble:
@@ -459,7 +461,7 @@ class TestLedgerTrouble:
     ) -> None:
         remote.meet("reserve_credits", fault)
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == ["intent"]
         assert sweep() == (1, 1)
         assert states() == ["released"]
@@ -476,7 +478,7 @@ class TestLedgerTrouble:
     ) -> None:
         remote.meet("reserve_credits", "unsent")
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == ["failed"]
         assert sweep() == (0, 0)
 
@@ -497,7 +499,7 @@ class TestLedgerTrouble:
     ) -> None:
         remote.meet("reserve_credits", refusal)
         with pytest.raises(raised):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == ["failed"]
 
     @pytest.mark.parametrize("loss", ["expired", "released"])
@@ -590,7 +592,7 @@ class TestLedgerTrouble:
         self, user: User, customer: Any, remote: Any
     ) -> None:
         work = guard(user, 25)
-        work.reserve()
+        work.lifecycle.reserve()
         get_client().commit_reservation(work.reservation.reservation_id)
         assert sweep() == (1, 1)
         assert states() == ["committed"]
@@ -605,7 +607,7 @@ class TestLedgerTrouble:
 
         remote.meet("reserve_credits", swept)
         with pytest.raises(MeterlyUnavailableError, match="given up"):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == ["release_pending"]
         assert balance(customer) == (100, 0)
         sweep()
@@ -623,7 +625,7 @@ class TestLedgerTrouble:
 
         remote.meet("reserve_credits", swept)
         with pytest.raises(MeterlyUnavailableError, match="given up"):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == ["released"]
         assert balance(customer) == (100, 0)
         assert_books_balance()
@@ -647,7 +649,7 @@ class TestLedgerTrouble:
     ) -> None:
         remote.meet("reserve_credits", MeterlyIdempotencyInProgressError("wait"))
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == ["intent"]
 
     def test_a_row_that_is_refused_too_often_is_marked_and_left(
@@ -688,11 +690,11 @@ class TestLedgerTrouble:
             raise OperationalError("the database is down")
 
         work = guard(user, 25)
-        work.reserve()
+        work.lifecycle.reserve()
         row = Reservation.objects.get()
         monkeypatch.setattr(journal, "record_success", down)
         with pytest.raises(OperationalError):
-            work.succeed()
+            work.lifecycle.succeed()
         assert remote.operations()[-1] == "commit_reservation"
         assert row.wire_key("commit") in caplog.text
         monkeypatch.undo()
@@ -716,7 +718,7 @@ class TestLedgerTrouble:
         if name == "customerId":
             Customer.objects.update(customer_id=None)
         with faults(Altered(odd)), pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
 
     def test_f38_one_poison_row_does_not_stop_the_others(
         self, user: User, customer: Any, remote: Any
@@ -737,7 +739,7 @@ class TestLedgerTrouble:
     ) -> None:
         Customer.objects.update(customer_id="cus_of_another_ledger")
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         with guard(user, 25):
             pass
         assert balance(customer) == (75, 0)

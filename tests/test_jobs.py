@@ -247,7 +247,7 @@ def test_f32_a_task_whose_attempt_was_released_runs_under_the_next(
 def left_by_a_worker() -> Any:
     """Return the guard of a run of ``jobs.plain`` with the id "one"."""
     left = guard("user_1", 25, idempotency_key="task:jobs.plain:one")
-    left.name = "jobs.plain"
+    left.lifecycle.name = "jobs.plain"
     return left
 
 
@@ -264,13 +264,13 @@ def test_f32_a_task_whose_worker_died_goes_on_under_the_same_hold(
     customer: Customer,
 ) -> None:
     left = left_by_a_worker()
-    left.reserve()
+    left.lifecycle.reserve()
     lapse_leases()
     assert jobs.plain.apply(("user_1",), task_id="one").state == "SUCCESS"
     assert states() == ["committed"]
     assert movements() == ["reserved", "committed"]
     # The copy that was taken for dead has nothing to say any more.
-    left.succeed()
+    left.lifecycle.succeed()
     assert left.superseded
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
@@ -278,7 +278,7 @@ def test_f32_a_task_whose_worker_died_goes_on_under_the_same_hold(
 
 
 def test_f33_a_copy_leaves_a_task_alone_that_is_at_work(customer: Customer) -> None:
-    left_by_a_worker().reserve()
+    left_by_a_worker().lifecycle.reserve()
     assert jobs.plain.apply(("user_1",), task_id="one").state == "IGNORED"
     assert states() == ["reserved"]
 
@@ -322,13 +322,13 @@ def test_f33_of_two_attempts_of_a_key_only_the_later_one_settles(
     ends: str, customer: Customer
 ) -> None:
     early = guard("user_1", 25, idempotency_key="k")
-    early.reserve()
+    early.lifecycle.reserve()
     sweep()
     assert states() == ["released"]
     late = guard("user_1", 25, idempotency_key="k")
-    late.reserve()
+    late.lifecycle.reserve()
     for work in (early, late) if ends == "first" else (late, early):
-        work.succeed()
+        work.lifecycle.succeed()
     assert sorted(states()) == ["committed", "released"]
     assert late.fence > early.fence
     # What it did was not charged: its result is dropped, if it is a task's.
@@ -344,12 +344,12 @@ def test_f04_work_that_outlives_its_lease_is_charged_if_nobody_has_tried_again(
     customer: Customer,
 ) -> None:
     work = guard("user_1", 25, idempotency_key="k")
-    work.reserve()
+    work.lifecycle.reserve()
     sweep()
-    work.succeed()
+    work.lifecycle.succeed()
     assert states() == ["committed"]
     with pytest.raises(MeterlyDuplicateError):
-        guard("user_1", 25, idempotency_key="k").reserve()
+        guard("user_1", 25, idempotency_key="k").lifecycle.reserve()
     assert balance(customer) == (75, 0)
 
 
@@ -357,31 +357,31 @@ def test_f33_an_attempt_that_succeeds_while_the_next_is_opened_is_the_only_one(
     customer: Customer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     early = guard("user_1", 25, idempotency_key="k")
-    early.reserve()
+    early.lifecycle.reserve()
     sweep()
     number_attempt = attempts.number
 
     def after_it_was_numbered(*args: Any) -> None:
         number_attempt(*args)
-        early.succeed()
+        early.lifecycle.succeed()
 
     monkeypatch.setattr(attempts, "number", after_it_was_numbered)
     with pytest.raises(MeterlyDuplicateError):
-        guard("user_1", 25, idempotency_key="k").reserve()
+        guard("user_1", 25, idempotency_key="k").lifecycle.reserve()
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)
 
 
 def test_f33_only_one_of_two_takes_up_what_was_handed_over(customer: Customer) -> None:
     work = guard("user_1", 25, idempotency_key="k")
-    work.reserve()
-    assert work.offer(60)
+    work.lifecycle.reserve()
+    assert work.lifecycle.offer(60)
     client = get_client()
     taken = [journal.claim(client, customer, "k") for _ in range(2)]
     assert taken[0] is not None
     assert taken[0].fence == 2
     assert taken[1] is None
-    work.fail()
+    work.lifecycle.fail()
     assert states() == ["reserved"]
 
 
@@ -411,7 +411,7 @@ def test_f33_nobody_hears_what_became_of_a_copy_that_was_outrun(
 
 def test_a_task_does_not_go_on_under_a_hold_that_is_gone(customer: Customer) -> None:
     work = left_by_a_worker()
-    work.reserve()
+    work.lifecycle.reserve()
     past = timezone.now() - dt.timedelta(minutes=5)
     Hold.objects.update(expires_at=past)
     lapse_leases()
@@ -439,10 +439,10 @@ def test_f33_in_shadow_a_copy_runs_uncharged_while_the_task_is_at_work(
     customer: Customer, shadow: list[str]
 ) -> None:
     left = left_by_a_worker()
-    left.reserve()
+    left.lifecycle.reserve()
     assert jobs.plain.apply(("user_1", 7), task_id="one").state == "SUCCESS"
     assert states() == ["reserved"]
-    left.succeed()
+    left.lifecycle.succeed()
     assert shadow == ["MeterlyDuplicateError"]
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (75, 0)
@@ -498,27 +498,23 @@ class Copy:
 
     def start(self) -> None:
         work = guard(self.customer, 25, idempotency_key="one")
-        row = journal.claim(get_client(), self.customer, "one")
         try:
-            if row is None:
-                work.reserve()
-            else:
-                work.adopt(row)
+            work.lifecycle.resume()
         except MeterlyDuplicateError:
             return
         self.work = work
 
     def succeed(self) -> None:
         if self.work:
-            self.work.succeed()
+            self.work.lifecycle.succeed()
 
     def fail(self) -> None:
         if self.work:
-            self.work.fail()
+            self.work.lifecycle.fail()
 
     def retry(self) -> None:
         if self.work:
-            self.work.offer(60)
+            self.work.lifecycle.offer(60)
 
     def lapse(self) -> None:
         lapse_leases()
@@ -593,8 +589,8 @@ def test_f34_a_retry_that_another_worker_begins_at_once_is_a_retry(
 ) -> None:
     def begin_at_once(reservation: Reservation, **kwargs: Any) -> None:
         again = guard("user_1", 25, idempotency_key=reservation.key)
-        again.name = reservation.name
-        again.reserve()
+        again.lifecycle.name = reservation.name
+        again.lifecycle.reserve()
 
     task = jobs.retries_releasing
     tracer = build_tracer(task.name, task, app=app, eager=False)
@@ -707,19 +703,19 @@ def test_a_heart_stops_when_the_work_is_somebody_elses(
     settings.METERLY = {**settings.METERLY, "LEASE_GRACE": 0.3}
     said = beats(monkeypatch)
     work = guard("user_1", 25)
-    work.reserve()
+    work.lifecycle.reserve()
     assert work.reservation is not None
     heart = Heart(work.reservation, work.fence)
     heart.start()
     wait_until(lambda: len(said) >= 2)
-    assert work.offer(60)
+    assert work.lifecycle.offer(60)
     wait_until(lambda: not heart.is_alive())
     assert said[-1] is False
 
 
 def test_a_beat_is_worth_lease_grace(customer: Customer, settings: Any) -> None:
     work = guard("user_1", 25, ttl_seconds=3600)
-    work.reserve()
+    work.lifecycle.reserve()
     assert work.reservation is not None
     assert journal.beat(work.reservation, fence=work.fence)
     lease = Reservation.objects.get().lease_until
@@ -978,7 +974,7 @@ def test_f36_a_task_that_comes_too_late_for_the_credits_does_not_run(
 ) -> None:
     client.post("/")
     sweep()
-    guard(alice(), 90).reserve()
+    guard(alice(), 90).lifecycle.reserve()
     sent[0]["kwargs"]["folder"] = str(tmp_path)
     result = deliver(sent[0])
     assert isinstance(result.result, MeterlyInsufficientCreditsError)
@@ -999,11 +995,11 @@ def test_f36_a_view_that_outlives_its_reservation_hands_nothing_off(
     customer: Customer, sent: list[Any]
 ) -> None:
     work = guard("user_1", 25)
-    work.reserve()
+    work.lifecycle.reserve()
     work.hand_off(jobs.handed_off)
     sweep()
     with pytest.raises(MeterlyUnavailableError):
-        work.succeed()
+        work.lifecycle.succeed()
     assert sent == []
 
 
@@ -1026,11 +1022,11 @@ def test_f36_a_transaction_that_rolls_back_takes_the_hand_off_along(
 
 def test_what_was_handed_off_is_sent_once(customer: Customer, sent: list[Any]) -> None:
     work = guard("user_1", 25)
-    work.reserve()
+    work.lifecycle.reserve()
     work.hand_off(jobs.handed_off)
-    work.succeed()
-    work.succeed()
-    work.fail()
+    work.lifecycle.succeed()
+    work.lifecycle.succeed()
+    work.lifecycle.fail()
     assert len(sent) == 1
     assert states() == ["reserved"]
 
@@ -1057,13 +1053,13 @@ def test_only_a_guarded_task_and_its_arguments_can_be_handed_off(
 ) -> None:
     unguarded = app.tasks["celery.backend_cleanup"]
     work = guard("user_1", 25)
-    work.reserve()
+    work.lifecycle.reserve()
     for task in (unguarded, unguarded.s(), group(jobs.handed_off.s()), print):
-        with pytest.raises(TypeError, match="no meterly_task"):
+        with pytest.raises(TypeError, match="not a meterly_task"):
             work.hand_off(task)
     with pytest.raises(TypeError):
         work.hand_off(jobs.handed_off, 1, 2, 3)
-    work.fail()
+    work.lifecycle.fail()
     assert states() == ["released"]
 
 

@@ -38,7 +38,7 @@ def meterly_settle(**options: Any) -> str:
 def leave_behind(customer: Customer, count: int) -> None:
     """Reserve as somebody does who is never heard of again."""
     for _ in range(count):
-        guard(customer, 1).reserve()
+        guard(customer, 1).lifecycle.reserve()
 
 
 def test_f31_a_lapsed_reservation_is_released(customer: Customer) -> None:

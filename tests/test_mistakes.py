@@ -25,7 +25,7 @@ from django_meterly import guard, meterly_guard
 from django_meterly.checks.guards import check_urls
 from django_meterly.errors import MeterlyUsageError
 from django_meterly.mixins import MeterlyGuardMixin
-from django_meterly.options import GuardOptions, shows
+from django_meterly.options import read_mapping, shows
 from django_meterly.tasks import meterly_task
 from tests.books import balance, fund, states
 
@@ -68,7 +68,7 @@ def define(where: str, **options: Any) -> Any:
     if where == "task":
         return meterly_task(**options)(task)
     if where == "mapping":
-        return GuardOptions.of(options, "METERLY['GUARDED_VIEWS']['x']")
+        return read_mapping(options, "METERLY['GUARDED_VIEWS']['x']")
     if where == "mixin":
 
         class Poster(MeterlyGuardMixin, View):
@@ -780,7 +780,7 @@ def test_a_success_that_nobody_awaits_charges_nothing(
 @pytest.mark.parametrize("text", ["25", "abc", "no.such.thing"])
 def test_a_text_that_is_no_path_names_its_option(option: str, text: str) -> None:
     with pytest.raises(ImportError, match=f"^views: {option} must be .*{text!r}"):
-        GuardOptions.of({option: text}, "views")
+        read_mapping({option: text}, "views")
 
 
 def test_options_of_a_tasks_base_are_the_bases() -> None:

@@ -137,10 +137,10 @@ class TestOnTrust:
     ) -> None:
         remote.meet("reserve_credits", "lost")
         work = guard(user, 25, ttl_seconds=500)
-        work.reserve()
+        work.lifecycle.reserve()
         row = Reservation.objects.get()
         assert 559 < (row.lease_until - row.created_at).total_seconds() < 575
-        work.fail()
+        work.lifecycle.fail()
 
     @pytest.mark.parametrize("fault", ["lost", "unanswered"])
     @pytest.mark.parametrize("how", ["fails", "is free", "lapses"])
@@ -149,12 +149,12 @@ class TestOnTrust:
     ) -> None:
         remote.meet("reserve_credits", fault)
         work = guard(user, 25)
-        work.reserve()
+        work.lifecycle.reserve()
         if how == "fails":
-            work.fail()
+            work.lifecycle.fail()
         elif how == "is free":
             work.release()
-            work.succeed()
+            work.lifecycle.succeed()
         sweep()
         assert states() == ["released"]
         assert balance(customer) == (100, 0)
@@ -197,15 +197,15 @@ class TestOnTrust:
     ) -> None:
         remote.meet("create_customer", "unsent")
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 25, on_unavailable="deny").reserve()
+            guard(user, 25, on_unavailable="deny").lifecycle.reserve()
         assert states() == []
 
     def test_no_is_not_an_outage(self, user: User, customer: Any, remote: Any) -> None:
         with pytest.raises(MeterlyInsufficientCreditsError):
-            guard(user, 101).reserve()
+            guard(user, 101).lifecycle.reserve()
         remote.meet("reserve_credits", MeterlyNotFoundError("who?"))
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert states() == ["denied", "failed"]
 
     def test_f67_a_ledger_that_does_not_register_a_customer_keeps_its_id(
@@ -215,7 +215,7 @@ class TestOnTrust:
             remote.meet("reserve_credits", MeterlyNotFoundError("no such path"))
             remote.meet("create_customer", fault)
             with pytest.raises(MeterlyUnavailableError):
-                guard(user, 25).reserve()
+                guard(user, 25).lifecycle.reserve()
             assert Customer.objects.get(pk=customer.pk).customer_id == (
                 customer.customer_id
             )
@@ -227,7 +227,7 @@ class TestOnTrust:
     ) -> None:
         Customer.objects.update(customer_id="cus_of_another_ledger")
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert Customer.objects.get().customer_id == customer.customer_id
 
     @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ class TestOnTrust:
         other.register(get_client(), "image_credits")
         with guard(user, 25), guard(user, 25, "tokens"), guard(other, 25):
             with pytest.raises(MeterlyUnavailableError):
-                guard(user, 6).reserve()
+                guard(user, 6).lifecycle.reserve()
             refused = Reservation.objects.get(amount=6)
             assert (refused.state, refused.lapsed) == (state, False)
             # What was refused takes no room.
@@ -256,7 +256,7 @@ class TestOnTrust:
             work.charge(10)
         assert states() == ["commit_pending"]
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 21).reserve()
+            guard(user, 21).lifecycle.reserve()
         with guard(user, 20):
             pass
 
@@ -265,14 +265,14 @@ class TestOnTrust:
     ) -> None:
         remote.meet("reserve_credits", *["unsent"] * 4)
         work = guard(user, 25)
-        work.reserve()
+        work.lifecycle.reserve()
         lapse_leases()
         assert journal.record_lapsed() == 1
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 6).reserve()
+            guard(user, 6).lifecycle.reserve()
         failed = guard(user, 5)
-        failed.reserve()
-        failed.fail()
+        failed.lifecycle.reserve()
+        failed.lifecycle.fail()
         assert not Reservation.objects.on_trust().filter(pk=failed.reservation.pk)
 
     def test_the_cap_counts_debts(self, user: User, remote: Any, settings: Any) -> None:
@@ -284,7 +284,7 @@ class TestOnTrust:
         assert states() == ["unbilled"]
         remote.meet("reserve_credits", "unsent", "unsent", "unsent")
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 6).reserve()
+            guard(user, 6).lifecycle.reserve()
         fund(user, 25)
         sweep()
         assert balance(customer) == (10, 0)
@@ -296,7 +296,7 @@ class TestOnTrust:
     ) -> None:
         remote.meet("reserve_credits", MeterlyRateLimitedError())
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 1).reserve()
+            guard(user, 1).lifecycle.reserve()
         assert states() == ["failed"]
         assert balance(customer) == (100, 0)
 
@@ -306,7 +306,7 @@ class TestOnTrust:
         settings.METERLY = {**settings.METERLY, "UNAVAILABLE_CAP": 0}
         remote.meet("reserve_credits", "unsent")
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 1).reserve()
+            guard(user, 1).lifecycle.reserve()
 
     @pytest.mark.database
     def test_two_at_once_do_not_share_the_room_for_one(
@@ -320,7 +320,7 @@ class TestOnTrust:
             guarded = guard(user, 10)
             barrier.wait()
             try:
-                guarded.reserve()
+                guarded.lifecycle.reserve()
                 ran.append(True)
             except MeterlyUnavailableError:
                 ran.append(False)
@@ -430,10 +430,10 @@ class TestOnTrust:
 
         remote.meet("reserve_credits", "unsent")
         work = guard(user, 25)
-        work.reserve()
+        work.lifecycle.reserve()
         monkeypatch.setattr(journal, "record_success", down)
         with pytest.raises(OperationalError):
-            work.succeed()
+            work.lifecycle.succeed()
         assert "commit_reservation" not in remote.operations()
         assert "ran on trust" in caplog.text
 
@@ -589,7 +589,7 @@ class TestShadow:
 
     def test_wrong_use_raises(self, user: User, denials: Any) -> None:
         with transaction.atomic(), pytest.raises(MeterlyUsageError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         with pytest.raises(ValueError, match="amount"):
             guard(user, 0)
         assert denials == []
@@ -645,11 +645,11 @@ class TestOff:
     def test_nothing_is_asked_and_nothing_written(self, user: User) -> None:
         with CaptureQueriesContext(connection) as log:
             with guard(user, 25, idempotency_key="a b") as work:
-                assert (work.available, work._charge) == (0, 25)
+                assert (work.available, work.lifecycle.charge) == (0, 25)
                 with pytest.raises(ValueError, match="amount"):
                     work.charge(1.5)  # type: ignore[arg-type]
                 work.charge(20)
-                assert work._charge == 20
+                assert work.lifecycle.charge == 20
                 work.release()
             with pytest.raises(ZeroDivisionError), guard(user, 25):
                 raise ZeroDivisionError

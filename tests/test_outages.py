@@ -186,9 +186,9 @@ def test_f64_an_outage_that_passes_costs_nobody_a_charge(
     customer: Customer, times: int
 ) -> None:
     work = guard(customer, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     with failing(OUTAGES["canceling statement: lock timeout"], times) as met:
-        work.succeed()
+        work.lifecycle.succeed()
     assert len(met) == times
     sweep()
     assert states() == ["committed"]
@@ -197,10 +197,10 @@ def test_f64_an_outage_that_passes_costs_nobody_a_charge(
 
 def test_f64_an_outage_that_stays_is_raised_after_the_work(customer: Customer) -> None:
     work = guard(customer, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     outage = OUTAGES["the database system is shutting down"]
     with failing(outage), pytest.raises(OperationalError):
-        work.succeed()
+        work.lifecycle.succeed()
 
 
 # A file has no server that could go.
@@ -270,12 +270,12 @@ if connection.vendor != "sqlite":
         pool: Any, customer: Customer, end: str
     ) -> None:
         work = guard(customer, 25)
-        work.reserve()
+        work.lifecycle.reserve()
         fill(pool)
         if end == "cancel":
-            work.presume()
+            work.lifecycle.presume()
         kill_connections()
-        getattr(work, end)()
+        getattr(work.lifecycle, end)()
         state, left = ENDS[end]
         assert states() == [state]
         assert balance(customer) == (left, 0)

@@ -275,7 +275,7 @@ def test_f38_a_sweeper_that_dies_within_a_row_loses_nothing(
     moment: str, any_ledger: Any, customer: Customer, run: Any
 ) -> None:
     for _ in range(3):
-        guard(customer, 10).reserve()
+        guard(customer, 10).lifecycle.reserve()
     lapse_leases()
     run("settle()", f"{moment}:release_reservation")
     assert set(states()) == {"release_pending"}

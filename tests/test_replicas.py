@@ -43,7 +43,7 @@ def test_f69_a_replica_that_lags_decides_nothing(
     with guard(user, 10) as work:
         work.charge(200)
     with pytest.raises(MeterlyDebtError):
-        guard(user, 4).reserve()
+        guard(user, 4).lifecycle.reserve()
     # It pays the debt.
     customer.refresh_from_db(using="default")
     grants.grant(
@@ -52,7 +52,7 @@ def test_f69_a_replica_that_lags_decides_nothing(
     with guard(user, 4, idempotency_key="once"):
         pass
     with pytest.raises(MeterlyDuplicateError):
-        guard(user, 4, idempotency_key="once").reserve()
+        guard(user, 4, idempotency_key="once").lifecycle.reserve()
     with pytest.raises(RuntimeError), guard(user, 1):
         raise RuntimeError
     assert client.post("/paid/").status_code == 200

@@ -90,7 +90,7 @@ class TestReservations:
 
     def test_too_few_credits(self, user: User, customer: Any, heard: Heard) -> None:
         with pytest.raises(MeterlyInsufficientCreditsError) as info:
-            guard(user, 101, reference="poster-1").reserve()
+            guard(user, 101, reference="poster-1").lifecycle.reserve()
         [denied] = heard.of("credits_denied")
         assert denied == {
             "customer": customer,
@@ -108,7 +108,7 @@ class TestReservations:
         heard.clear()
         remote.meet("reserve_credits", "unsent")
         with pytest.raises(MeterlyUnavailableError) as info:
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
         assert heard.names() == ["ledger_unreachable", "credits_denied"]
         assert heard.of("credits_denied")[0]["error"] is info.value
 
@@ -381,7 +381,7 @@ class TestOutages:
 
     def refused(self, user: User) -> None:
         with pytest.raises(MeterlyUnavailableError):
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
 
     def test_it_is_said_once_when_it_begins_and_when_it_ends(
         self,
@@ -434,7 +434,7 @@ class TestOutages:
         self.refused(user)
         assert not heard.of("ledger_reachable")
         with pytest.raises(MeterlyInsufficientCreditsError):
-            guard(user, 101).reserve()
+            guard(user, 101).lifecycle.reserve()
         assert len(heard.of("ledger_reachable")) == 1
 
     @pytest.mark.parametrize(

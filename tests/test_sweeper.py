@@ -254,7 +254,7 @@ def test_f76_rows_whose_account_the_database_refuses_get_stuck_and_stop_no_other
     fund("user_1", 100, "refused")
     for unit in ["refused"] * 6 + ["image_credits"] * 20:
         work = guard(customer, 1, unit)
-        work.reserve()
+        work.lifecycle.reserve()
         row = work.reservation
         assert row is not None
         if decision == "succeed":
@@ -281,7 +281,7 @@ def test_an_answer_that_comes_too_late_does_not_postpone_another_decision(
 ) -> None:
     customer = fund("user_1")
     work = guard(customer, 25, idempotency_key="k")
-    work.reserve()
+    work.lifecycle.reserve()
     lapse_leases()
     journal.record_lapsed()
     lapse_leases()
@@ -652,7 +652,7 @@ def test_every_end_is_dated_by_the_database(any_ledger: Any) -> None:
     with pytest.raises(LookupError), guard(customer, 1):
         raise LookupError
     with pytest.raises(Exception, match="credits"):
-        guard(customer, 100).reserve()
+        guard(customer, 100).lifecycle.reserve()
     assert states() == ["committed", "released", "denied"]
     assert not Reservation.objects.filter(settled_at=None).exists()
 
@@ -671,7 +671,9 @@ def test_a_forgotten_key_is_still_refused_for_the_same_request(
     forget(customer)
     for _ in range(2):
         with pytest.raises(MeterlyDuplicateError) as caught:
-            guard(customer, 5, reference="job-1", idempotency_key="k").reserve()
+            guard(
+                customer, 5, reference="job-1", idempotency_key="k"
+            ).lifecycle.reserve()
         assert caught.value.state == "committed"
     assert movements() == ["reserved", "committed"]
     assert balance(customer) == (995, 0)
@@ -686,7 +688,9 @@ def test_f74_a_forgotten_key_stays_refused_for_another_request(
     forget(customer)
     for _ in range(3):
         with pytest.raises(MeterlyIdempotencyMismatchError):
-            guard(customer, 7, reference="job-2", idempotency_key="k").reserve()
+            guard(
+                customer, 7, reference="job-2", idempotency_key="k"
+            ).lifecycle.reserve()
     # An attempt on record would be followed by the next, with a key of its own.
     assert states() == []
     assert balance(customer) == (995, 0)
@@ -702,7 +706,7 @@ def test_a_forgotten_key_whose_work_failed_may_be_used_again(
         raise LookupError
     forget(customer)
     with pytest.raises(MeterlyDuplicateError) as caught:
-        work().reserve()
+        work().lifecycle.reserve()
     assert caught.value.state == "released"
     with work():
         pass

@@ -157,8 +157,8 @@ def test_each_unit_is_for_itself_and_others_stay(user: User) -> None:
     ("end", "held"),
     [
         (lambda work: None, 20),
-        (lambda work: work.succeed(), 0),
-        (lambda work: work.fail(), 0),
+        (lambda work: work.lifecycle.succeed(), 0),
+        (lambda work: work.lifecycle.fail(), 0),
         (lambda work: expire_holds(), 0),
         (lambda work: sweep(), 0),
     ],
@@ -170,7 +170,7 @@ def test_work_that_runs_when_the_block_begins_keeps_its_hold(
 ) -> None:
     customer = fund(user, 50)
     work = guard(user, 20)
-    work.reserve()
+    work.lifecycle.reserve()
     with override_credits(user, image_credits=inside):
         assert balance(customer) == (inside + 20, 20)
         end(work)
@@ -184,16 +184,16 @@ def test_holds_that_the_block_leaves_open_are_released(
 ) -> None:
     customer = fund(user, 20)
     running = guard(user, 5)
-    running.reserve()
+    running.lifecycle.reserve()
     with override_credits(user, image_credits=100):
         work = guard(user, amount)
-        work.reserve()
+        work.lifecycle.reserve()
         if amount < 100:
             get_client().reserve_credits(str(customer.customer_id), 1, reference="own")
     assert balance(customer) == (20, 5)
     verify()
-    work.fail()
-    running.succeed()
+    work.lifecycle.fail()
+    running.lifecycle.succeed()
     assert balance(customer) == (15, 0)
     assert_books_balance()
 
@@ -257,13 +257,13 @@ def test_a_transaction_that_a_test_has_broken_is_left_to_its_rollback(
 
 def test_expired_holds_that_nobody_has_swept_do_not_count(user: User) -> None:
     customer = fund(user, 50)
-    guard(user, 20).reserve()
+    guard(user, 20).lifecycle.reserve()
     past = Hold.objects.get().created_at
     Hold.objects.update(expires_at=past)
     with override_credits(user, image_credits=10):
         assert balance(customer) == (10, 0)
         with pytest.raises(MeterlyInsufficientCreditsError):
-            guard(user, 11).reserve()
+            guard(user, 11).lifecycle.reserve()
     assert balance(customer) == (50, 0)
 
 
@@ -618,7 +618,7 @@ class Told:
     def denied(self) -> tuple[Any, str]:
         def work() -> None:
             with pytest.raises(MeterlyInsufficientCreditsError):
-                guard(self.user, 2500, reference="poster-1").reserve()
+                guard(self.user, 2500, reference="poster-1").lifecycle.reserve()
 
         return work, (
             "{0} was charged nothing instead of 25 image_credits.\n"
@@ -628,7 +628,7 @@ class Told:
 
     def not_ended(self) -> tuple[Any, str]:
         return (
-            lambda: guard(self.user, 25, reference="poster-1").reserve(),
+            lambda: guard(self.user, 25, reference="poster-1").lifecycle.reserve(),
             (
                 "{0} was charged nothing instead of 25 image_credits.\n"
                 "Reservations of the block:\n"
@@ -686,8 +686,8 @@ class Told:
     def handed_off(self) -> tuple[Any, str]:
         def work() -> None:
             held = guard(self.user, 25, reference="poster-1")
-            held.reserve()
-            held.offer(60)
+            held.lifecycle.reserve()
+            held.lifecycle.offer(60)
 
         return work, (
             "{0} was charged nothing instead of 25 image_credits.\n"
@@ -744,20 +744,20 @@ def _poster() -> Any:
 
 
 def _open(user: User) -> str:
-    guard(user, 25, reference="poster-1").reserve()
+    guard(user, 25, reference="poster-1").lifecycle.reserve()
     return "poster-1 (25 image_credits, reserved) is still open: end its work, or let"
 
 
 def _offered(user: User) -> str:
     work = guard(user, 25, reference="poster-1")
-    work.reserve()
-    work.offer(60)
+    work.lifecycle.reserve()
+    work.lifecycle.offer(60)
     return "poster-1 (25 image_credits, reserved) was handed off to a task that has not"
 
 
 def _undecided(user: User) -> str:
     with faults(reserve_credits="lost"), pytest.raises(Exception, match="time-out"):
-        guard(user, 25, reference="poster-1").reserve()
+        guard(user, 25, reference="poster-1").lifecycle.reserve()
     return "poster-1 (25 image_credits, intent) is still open"
 
 
@@ -789,7 +789,7 @@ def _unknown_hold(user: User) -> str:
 
 
 def _hold_left(user: User) -> str:
-    guard(user, 25, reference="poster-1").reserve()
+    guard(user, 25, reference="poster-1").lifecycle.reserve()
     _poster().update(state="released", lease_until=None)
     return "poster-1 (25 image_credits, released) is over, but its hold is open at the"
 
@@ -874,10 +874,10 @@ def test_every_way_in_which_work_ends_balances(
     with guard(user, 10) as work:
         lapse_leases()
         journal.sweep(get_client())
-    guard(user, 10).reserve()
+    guard(user, 10).lifecycle.reserve()
     sweep()
     with pytest.raises(MeterlyInsufficientCreditsError):
-        guard(user, 1000).reserve()
+        guard(user, 1000).lifecycle.reserve()
     get_client().use_credits(f"{Customer.objects.get().customer_id}", 2)
     with guard(user, 10) as work:
         work.charge(1000)
@@ -906,13 +906,13 @@ def test_lapsed_work_is_released_by_the_sweeper_and_late_success_is_charged(
 ) -> None:
     customer = fund(user)
     work = guard(user, 25)
-    work.reserve()
+    work.lifecycle.reserve()
     lapse_leases()
     assert states() == ["reserved"]
     assert sweep() == (1, 1)
     assert (states(), balance(customer)) == (["released"], (100, 0))
     with assert_charged(user, 25):
-        work.succeed()
+        work.lifecycle.succeed()
         sweep()
     assert_books_balance()
 
@@ -1229,7 +1229,7 @@ class CommitTests(TestCase):
             with guard(self.user, 10) as work:
                 work.charge(20)
         with pytest.raises(MeterlyDebtError):
-            guard(Customer.objects.get(), 1).reserve()
+            guard(Customer.objects.get(), 1).lifecycle.reserve()
 
     def test_a_guard_that_is_not_durable_at_a_remote_ledger(self) -> None:
         def work() -> None:

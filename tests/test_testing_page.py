@@ -238,7 +238,7 @@ from django_meterly.conf import meterly_settings
 
 def test_open(meterly_books, meterly_credits):
     meterly_credits("user_1", image_credits=5)
-    guard("user_1", 5).reserve()
+    guard("user_1", 5).lifecycle.reserve()
 
 def test_closed(meterly_books, meterly_credits):
     meterly_credits("user_1", image_credits=5)

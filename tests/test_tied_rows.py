@@ -217,7 +217,7 @@ def test_f71_a_row_that_cannot_lapse_leaves_the_others(
     rows = []
     for number in range(5):
         work = guard(customer, 1, reference=TIED if number == 1 else f"free-{number}")
-        work.reserve()
+        work.lifecycle.reserve()
         rows.append(work.reservation)
     row = tied_one(rows)
     lapse_leases()
@@ -238,7 +238,7 @@ def test_f71_rows_that_cannot_be_settled_leave_the_others(
 ) -> None:
     customer = fund(user)
     for number in range(6):
-        guard(customer, 1, reference=f"{number}").reserve()
+        guard(customer, 1, reference=f"{number}").lifecycle.reserve()
     lapse_leases()
     journal.record_lapsed()
     bad = list(Reservation.objects.order_by("reference")[:count])
@@ -262,7 +262,9 @@ def test_f71_a_stuck_row_that_cannot_change_leaves_the_others(
 ) -> None:
     customer = fund(user)
     for number in range(3):
-        guard(customer, 1, reference=TIED if number == 1 else "free").reserve()
+        guard(
+            customer, 1, reference=TIED if number == 1 else "free"
+        ).lifecycle.reserve()
     lapse_leases()
     journal.record_lapsed()
     Reservation.objects.update(stuck_at=timezone.now())
@@ -306,7 +308,7 @@ def test_f71_no_receiver_stops_a_round(
     settings.METERLY = {**settings.METERLY, "LOW_BALANCE": {"image_credits": 100}}
     customer = fund(user)
     for _ in range(2):
-        guard(customer, 1).reserve()
+        guard(customer, 1).lifecycle.reserve()
     charged = Reservation.objects.first()
     assert charged is not None
     journal.record_success(charged, 3)
@@ -347,7 +349,7 @@ def test_f71_a_low_balance_that_cannot_be_recorded_leaves_the_others(
     customers = [fund(name) for name in ("team_1", "team_2", "team_3")]
     for customer in customers:
         work = guard(customer, 1)
-        work.reserve()
+        work.lifecycle.reserve()
         assert work.reservation is not None
         journal.record_success(work.reservation, 3)
     lapse_leases()
@@ -369,7 +371,7 @@ if connection.vendor == "mysql":
         # In whatever order, OUTAGE_AFTER of them come in a row.
         count = 2 * journal.OUTAGE_AFTER + 1
         for payer in (*[payers[0]] * count, *payers[1:]):
-            guard(payer, 1).reserve()
+            guard(payer, 1).lifecycle.reserve()
         lapse_leases()
         journal.record_lapsed()
         lapse_leases()

@@ -103,7 +103,7 @@ def test_f69_the_wire_has_utc(zone: str) -> None:
 def test_f69_leases_end_when_they_should(zone: str) -> None:
     user = User.objects.create_user("alice")
     fund(user)
-    guard(user, 10).reserve()
+    guard(user, 10).lifecycle.reserve()
     assert journal.sweep(get_client()) == (0, 0)
     assert states() == ["reserved"]
     past = timezone.now() - dt.timedelta(seconds=5)

@@ -53,7 +53,7 @@ def integrity(request: Any) -> HttpResponse:
             1,
             idempotency_key="taken",
             durable=not connection.in_atomic_block,
-        ).reserve()
+        ).lifecycle.reserve()
     Group.objects.create(name="still works")
     return HttpResponse("done")
 
@@ -256,7 +256,7 @@ class InTestCase(TestCase):
 
     def test_f16_a_test_that_opens_a_transaction_is_told(self) -> None:
         with transaction.atomic(), pytest.raises(MeterlyUsageError, match="durable"):
-            guard(self.user, 25).reserve()
+            guard(self.user, 25).lifecycle.reserve()
         with transaction.atomic(), guard(self.user, 25, durable=False):
             pass
         # A remote ledger hears of it after a COMMIT that never comes in a test.

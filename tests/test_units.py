@@ -253,7 +253,7 @@ def test_an_undeclared_default_unit_names_the_setting(
     uses: list[Callable[[], Any]] = [
         lambda: guard("user_1", 5),
         # A new customer's account would have that unit.
-        lambda: guard("user_1", 5, "gpu_seconds").reserve(),
+        lambda: guard("user_1", 5, "gpu_seconds").lifecycle.reserve(),
         lambda: HasCredits().has_permission(
             APIRequestFactory().post("/"),
             None,  # type: ignore[arg-type]  # not asked
@@ -445,7 +445,7 @@ def test_the_sweeper_settles_a_removed_unit(
     customer = fund("user_1")
     if fault is not None:
         remote.meet("reserve_credits", fault)
-    reserve = guard(customer, 25, "image_credits").reserve
+    reserve = guard(customer, 25, "image_credits").lifecycle.reserve
     if fault is None:
         reserve()
     else:

@@ -594,7 +594,7 @@ def test_f58_a_worker_refuses_what_was_not_signed_for_the_task(
     with guard("user_1", 25) as work:
         # On a queue that nobody reads: the forger has only seen the id.
         work.hand_off(jobs.handed_off.s(str(site.folder)).set(queue="elsewhere"))
-    row = str(work._row.pk)
+    row = str(work.reservation.pk)
     site.worker()
     forged = ("uncharged", row, sign(row, "jobs.handed_off", "other"), 7, None, [row])
     for header in forged:

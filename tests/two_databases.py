@@ -75,7 +75,7 @@ def main() -> None:
     for alias in ("default", "ledger"):
         refused = pytest.raises(MeterlyUsageError, match=repr(alias))
         with transaction.atomic(using=alias), refused:
-            guard(user, 25).reserve()
+            guard(user, 25).lifecycle.reserve()
     assert states() == []
 
     with guard(user, 10) as work:

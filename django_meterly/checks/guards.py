@@ -20,11 +20,13 @@ from ..conf import meterly_settings, suggestion
 from ..execution import class_of, handlers, is_guarded
 from ..middleware import MIDDLEWARE, is_installed, key_for, named_patterns
 from ..mixins import MeterlyGuardMixin
-from ..options import GuardOptions
+from ..options import read_mapping
 from ..wire import MAX_TTL_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ..policies import ViewOptions, WorkOptions
 
 
 @register("meterly")
@@ -37,7 +39,7 @@ def check_guarded_views(**kwargs: Any) -> list[CheckMessage]:
     found: list[CheckMessage] = []
     for name, options in views.items():
         try:
-            GuardOptions.of(options, f"METERLY['GUARDED_VIEWS'][{name!r}]")
+            read_mapping(options, f"METERLY['GUARDED_VIEWS'][{name!r}]")
         except (TypeError, ValueError, ImportError) as exc:
             found.append(Error(str(exc), id="meterly.E009"))
     if views and not is_installed():
@@ -125,11 +127,11 @@ def _check_view(name: str, view: Any, key: str | None) -> Iterator[CheckMessage]
         setting = f"METERLY['GUARDED_VIEWS'][{name!r}]"
         given = meterly_settings.GUARDED_VIEWS[name]
         try:
-            options = GuardOptions.of(given, setting)
+            options = read_mapping(given, setting)
         except (TypeError, ValueError, ImportError):
             return  # check_guarded_views reports it.
         try:
-            GuardOptions.of(given, setting, handlers(view) or {"post": view})
+            read_mapping(given, setting, handlers(view) or {"post": view})
         except TypeError as exc:
             yield Error(str(exc), id="meterly.E009")
     yield from _check_charges(where, view, options)
@@ -166,7 +168,7 @@ def _check_atomic_requests(where: str, view: Any) -> Iterator[CheckMessage]:
 
 
 def _check_charges(
-    where: str, view: Any, options: GuardOptions | None
+    where: str, view: Any, options: ViewOptions | None
 ) -> Iterator[CheckMessage]:
     """Warn of each guard of *view* that only sees methods that cost nothing.
 
@@ -268,13 +270,13 @@ def check_units(**kwargs: Any) -> list[CheckMessage]:
     return errors
 
 
-def _guards() -> list[tuple[str, GuardOptions]]:
+def _guards() -> list[tuple[str, WorkOptions]]:
     """Return where each guard stands, and its options.
 
     These are the guards of the settings, of the views in ``ROOT_URLCONF`` and of tasks.
     """
     guards = [
-        (f"METERLY['GUARDED_VIEWS'][{name!r}]", GuardOptions.of(options, name))
+        (f"METERLY['GUARDED_VIEWS'][{name!r}]", read_mapping(options, name))
         for name, options in meterly_settings.GUARDED_VIEWS.items()
     ]
     if getattr(settings, "ROOT_URLCONF", None):

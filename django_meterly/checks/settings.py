@@ -8,7 +8,7 @@ from django.core.checks import CheckMessage, Error, register
 from django.core.checks import Warning as CheckWarning
 from django.core.exceptions import ImproperlyConfigured
 
-from .. import units
+from .. import functions, units
 from ..conf import (
     DEFAULTS,
     FUNCTIONS,
@@ -17,7 +17,6 @@ from ..conf import (
     suggestion,
     text_of,
 )
-from ..options import _cannot_take, _takes
 from ..wire import shown
 
 if TYPE_CHECKING:
@@ -68,8 +67,8 @@ def _check_values() -> Iterator[CheckMessage]:
             yield Error(str(exc), id=_VALUE_IDS.get(name, "meterly.E003"))
             continue
         given = _ARGUMENTS.get(name)
-        if given is not None and not _takes(value, [given]):
-            refused = _cannot_take(f"METERLY[{name!r}]", value, given)
+        if given is not None and not functions.takes(value, [given]):
+            refused = functions.cannot_take(f"METERLY[{name!r}]", value, given)
             yield Error(str(refused), id=_VALUE_IDS[name])
 
 

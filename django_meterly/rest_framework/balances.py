@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .. import db, journal
 from ..client import get_client
 from ..models import Customer
-from ..options import payer_of
+from ..resolvers import payer_of
 
 if TYPE_CHECKING:
     from ..types import Balance

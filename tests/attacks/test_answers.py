@@ -1030,7 +1030,7 @@ def test_f51_wrong_answer_to_a_registration_is_not_stored(
     remote.meet("create_customer", changed(change))
     customer = Customer.objects.resolve("user_1")
     with pytest.raises(MeterlyUnavailableError):
-        guard("user_1", 5, "image_credits").reserve()
+        guard("user_1", 5, "image_credits").lifecycle.reserve()
     customer.refresh_from_db()
     assert customer.customer_id is None
     fund("user_1")
@@ -1051,7 +1051,7 @@ def test_f57_nonsense_in_a_conflict_locks_nobody_out(
     details = {"customerId": value}
     remote.meet("create_customer", MeterlyCustomerExistsError(details=details))
     with pytest.raises(MeterlyUnavailableError):
-        guard("user_1", 5, "image_credits").reserve()
+        guard("user_1", 5, "image_credits").lifecycle.reserve()
     # One that looks like an id is replaced when the ledger does not know it.
     assert Customer.objects.get().customer_id != value
     customer = fund("user_1")
@@ -1072,7 +1072,7 @@ def test_f51_id_of_another_customer_is_not_stored(
     ):
         remote.meet("create_customer", fault)
         with pytest.raises(MeterlyUnavailableError, match="another customer"):
-            guard("user_2", 5, "image_credits", durable=durable).reserve()
+            guard("user_2", 5, "image_credits", durable=durable).lifecycle.reserve()
     assert Customer.objects.get(external_id="user_2").customer_id is None
     assert balance(customer) == (100, 0)
 

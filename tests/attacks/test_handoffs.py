@@ -66,15 +66,15 @@ def deliver(task: Any, args: Any, task_id: str, headers: dict[str, Any]) -> Any:
 
 def released(customer: Customer) -> str:
     work = guard(customer, 25)
-    work.reserve()
-    work.fail()
-    return str(work._row.pk)
+    work.lifecycle.reserve()
+    work.lifecycle.fail()
+    return str(work.reservation.pk)
 
 
 def offered_to_another(customer: Customer) -> str:
     with guard(customer, 5) as work:
         work.hand_off(jobs.handed_off)
-    return str(work._row.pk)
+    return str(work.reservation.pk)
 
 
 def signed_with(key: str, value: Any, salt: str = handoffs.SALT) -> str:
@@ -143,7 +143,7 @@ def test_f58_a_forged_header_runs_nothing(
         work.hand_off(task, *(["user_1"] if task is jobs.plain else []))
     [real] = sent
     forged = FORGED[how](
-        row=str(work._row.pk),
+        row=str(work.reservation.pk),
         name=task.name,
         task_id=real["task_id"],
         key=settings.SECRET_KEY,
@@ -166,7 +166,7 @@ def test_f58_a_forged_header_runs_nothing(
 
     # The message itself is as good as ever.
     assert deliver(task, args, real["task_id"], real["headers"]).info is None
-    assert Reservation.objects.get(pk=work._row.pk).state == "committed"
+    assert Reservation.objects.get(pk=work.reservation.pk).state == "committed"
     call_command("meterly_ledger_verify", verbosity=0)
 
 

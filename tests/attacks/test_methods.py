@@ -27,7 +27,7 @@ from rest_framework.viewsets import ViewSet
 
 from django_meterly import MeterlyUsageError, meterly_guard, methods
 from django_meterly.mixins import MeterlyGuardMixin
-from django_meterly.options import GuardOptions
+from django_meterly.policies import ViewOptions
 from tests.books import balance, fund
 
 pytestmark = [
@@ -465,7 +465,7 @@ def test_f48_methods_adds_get_and_head() -> None:
     assert methods.check_methods(("HEAD",)) == {"HEAD"}
     assert methods.check_methods([]) == set()
     for named in (None, [], ["POST"], ["GET"], ["HEAD"]):
-        options = GuardOptions(unit="image_credits", methods=named)
+        options = ViewOptions(unit="image_credits", methods=named)
         for method in (*WRITES, *UNKNOWN, "TRACE", "get", "head", "options", "", None):
             assert options.costs(method), (named, method)
         assert not options.costs("OPTIONS")

@@ -58,7 +58,7 @@ def _work(self: Any, number: int, external_id: str, plan: dict[str, Any]) -> Non
         if plan["charge"] is not None:
             # Each run another amount, so that it can be seen whose was charged.
             work.charge(random.randint(*plan["charge"]))
-        note("finished", run=_run, charge=work._charge)
+        note("finished", run=_run, charge=work.lifecycle.charge)
         # Done, and nobody knows yet: the worst of moments.
         time.sleep(plan["linger"])
     except BaseException:

@@ -80,7 +80,7 @@ def test_credits_of_an_expired_hold_let_the_caller_in(
     api: APIClient, by_token: APIClient, user: User, any_ledger: Any
 ) -> None:
     fund(user, 10)
-    guard(user, 10).reserve()
+    guard(user, 10).lifecycle.reserve()
     assert by_token.post("/gated/").status_code == 403
     Hold.objects.update(expires_at=from_now(-1))
     balance = {"unit": "image_credits", "available": 10, "reserved": 0, "balance": 10}

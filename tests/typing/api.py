@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, assert_type
 
+from django.http import HttpRequest, HttpResponse
 from django.test import TestCase
 from django.views import View
 from rest_framework.views import APIView
@@ -22,6 +23,7 @@ from django_meterly import (
     get_client,
     grants,
     guard,
+    meterly_guard,
 )
 from django_meterly.errors import api_error
 from django_meterly.mixins import MeterlyGuardMixin
@@ -92,6 +94,27 @@ def job(number: int) -> None: ...
 
 meterly_task(amount="25")  # type: ignore[arg-type]
 meterly_task(customer="user_1")  # type: ignore[arg-type]
+meterly_task(overage="cap", on_retry="release", bind=True, max_retries=3, queue="gpu")
+meterly_task(overage=5)  # type: ignore[arg-type]
+meterly_task(ttl_seconds="5")  # type: ignore[arg-type]
+meterly_task(max_retries="3")  # type: ignore[arg-type]
+meterly_task(methods=["GET"])  # type: ignore[call-arg]
+
+
+@meterly_guard("tokens", 5, methods=["GET"], on_disconnect="release", ttl_seconds=60)
+def view(request: HttpRequest) -> HttpResponse:
+    return HttpResponse()
+
+
+meterly_guard("tokens", "5")  # type: ignore[arg-type]
+meterly_guard("tokens", enforcement=True)  # type: ignore[arg-type]
+meterly_guard("tokens", success="yes")  # type: ignore[arg-type]
+meterly_guard("tokens", ammount=5)  # type: ignore[call-arg]
+meterly_guard("tokens", on_retry="keep")  # type: ignore[call-arg]
+guard("user_1", 5, "tokens", reference="r", idempotency_key="k", overage="cap")
+guard("user_1", 5, overage=5)  # type: ignore[arg-type]
+guard("user_1", 5, durable="no")  # type: ignore[arg-type]
+guard("user_1", 5, methods=["GET"])  # type: ignore[call-arg]
 
 
 def handing_off() -> None:
