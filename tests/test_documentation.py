@@ -171,7 +171,11 @@ class Page:
             dont_inherit=True,
         )
         if code.co_flags & inspect.CO_COROUTINE:
-            async_to_sync(eval)(code, self.namespace)
+
+            async def run() -> None:
+                await eval(code, self.namespace)
+
+            async_to_sync(run)()
         else:
             exec(code, self.namespace)
 
