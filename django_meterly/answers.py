@@ -20,15 +20,6 @@ import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import MeterlyInsufficientCreditsError, MeterlyUnknownOutcomeError
-from .transports.base import (
-    MAX_AMOUNT,
-    check_amount,
-    check_description,
-    check_identifier,
-    check_text,
-    check_unit,
-    shown,
-)
 from .types import (
     Balance,
     Balances,
@@ -39,6 +30,15 @@ from .types import (
     LedgerEntry,
     MovementResult,
     ReservationResult,
+)
+from .wire import (
+    MAX_AMOUNT,
+    check_amount,
+    check_description,
+    check_identifier,
+    check_text,
+    check_unit,
+    shown,
 )
 
 if TYPE_CHECKING:

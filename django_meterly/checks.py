@@ -31,7 +31,7 @@ from .middleware import MIDDLEWARE, is_installed, key_for, named_patterns
 from .mixins import MeterlyGuardMixin
 from .options import GuardOptions, _cannot_take, _takes
 from .resolvers import request_user
-from .transports.base import MAX_TTL_SECONDS, shown
+from .wire import MAX_TTL_SECONDS, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

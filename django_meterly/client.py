@@ -28,7 +28,7 @@ from typing import (
 
 from asgiref.sync import sync_to_async
 
-from . import answers, signals
+from . import answers, signals, wire
 from .errors import (
     OUTAGE,
     MeterlyAuthenticationError,
@@ -41,9 +41,9 @@ from .errors import (
     MeterlyUnknownOutcomeError,
     MeterlyUsageError,
 )
-from .transports import base
-from .transports.base import MAX_CALLER_KEY_LENGTH, Call
+from .transports.base import Call
 from .transports.signing import Secret
+from .wire import MAX_CALLER_KEY_LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -88,13 +88,13 @@ def _refusing(check: Callable[P, T]) -> Callable[P, T]:
     return refuse
 
 
-check_amount = _refusing(base.check_amount)
-check_description = _refusing(base.check_description)
-check_identifier = _refusing(base.check_identifier)
-check_key = _refusing(base.check_key)
-check_text = _refusing(base.check_text)
-check_ttl = _refusing(base.check_ttl)
-check_unit = _refusing(base.check_unit)
+check_amount = _refusing(wire.check_amount)
+check_description = _refusing(wire.check_description)
+check_identifier = _refusing(wire.check_identifier)
+check_key = _refusing(wire.check_key)
+check_text = _refusing(wire.check_text)
+check_ttl = _refusing(wire.check_ttl)
+check_unit = _refusing(wire.check_unit)
 
 
 def _twin(
@@ -860,7 +860,7 @@ def _reservation(value: object) -> str:
     return check_identifier(value, "reservation_id")
 
 
-def _key(value: str | None, length: int = base.MAX_KEY_LENGTH) -> str:
+def _key(value: str | None, length: int = wire.MAX_KEY_LENGTH) -> str:
     return str(uuid.uuid4()) if value is None else check_key(value, length=length)
 
 

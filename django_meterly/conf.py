@@ -20,8 +20,9 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.functional import Promise
 from django.utils.module_loading import import_string
 
-from .transports.base import (
-    Transport,
+from .transports.base import Transport
+from .transports.signing import Secret
+from .wire import (
     check_amount,
     check_api_key,
     check_base_url,
@@ -30,7 +31,6 @@ from .transports.base import (
     clean_text,
     shown,
 )
-from .transports.signing import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import random
 import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.apps import apps
 from django.core.checks import CheckMessage
@@ -28,6 +29,8 @@ from django.db import (
 from django.db.models.functions import Now
 from django.utils import timezone
 
+from .errors import MeterlyUnavailableError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
@@ -35,9 +38,13 @@ if TYPE_CHECKING:
     from django.db.models import QuerySet
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: How long a sweeper waits for a row that somebody has locked.
 LOCK_SECONDS = 5
+#: How long a query is tried again after the database rolled it back in favour of
+#: another one (a deadlock, for example).
+GIVE_WAY_SECONDS = 2.0
 
 #: PostgreSQL: the transaction has failed before.
 ABORTED_STATE = "25P02"
@@ -365,3 +372,117 @@ def reconnect(connection: BaseDatabaseWrapper) -> None:
     pool = getattr(connection, "pool", None)
     if pool is not None:
         pool.check()
+
+
+#: Seconds between two tries at most.
+PAUSE = 0.1
+
+
+def in_transaction(using: str) -> bool:
+    """Return whether a transaction is open on the database *using*.
+
+    The one that Django's ``TestCase`` wraps around a test does not count.
+    """
+    connection = connections[using]
+    if not connection.in_atomic_block:
+        return not connection.get_autocommit()
+    try:
+        # Django knows its TestCase's block; no query is sent by this one.
+        with transaction.atomic(using=using, savepoint=False, durable=True):
+            return False
+    except RuntimeError:
+        return True
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Raise ``MeterlyUnavailableError`` where a database cannot serve."""
+    try:
+        yield
+    except Error as exc:
+        if not is_outage(exc):
+            raise
+        logger.warning("The database cannot serve: %s", exc)
+        raise MeterlyUnavailableError(f"The database failed: {exc}") from exc
+
+
+READS_COMMITTED = (
+    "current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')"
+)
+
+
+def reads_committed(using: str) -> bool:
+    """Return whether the transaction on *using* sees what others commit meanwhile.
+
+    Only the server knows the isolation level: it may be set there for the database, for
+    the role, or by a statement.
+    """
+    connection: Any = connections[using]
+    if connection.vendor == "postgresql":
+        sql = f"SELECT {READS_COMMITTED}"
+    elif connection.vendor == "mysql":
+        # MariaDB has this name in every version, and MySQL the other.
+        name = "tx" if connection.mysql_is_mariadb else "transaction"
+        sql = f"SELECT @@{name}_isolation IN ('READ-COMMITTED', 'READ-UNCOMMITTED')"
+    else:
+        # SQLite has one writer at a time.
+        return True
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        return bool(cursor.fetchone()[0])
+
+
+def on_live_connection(
+    using: str, query: Callable[[], T], *, patience: float = 0.0
+) -> T:
+    """Run *query*, once more on a new connection if the present one is dead.
+
+    If the database cannot serve for another reason, or cannot be reached, *query* is
+    tried again for *patience* seconds. After a deadlock, for example, it is tried again
+    for at least ``GIVE_WAY_SECONDS``. Inside a transaction it is never tried again,
+    because the transaction's other changes are lost.
+    """
+    connection = connections[using]
+    begun = time.monotonic()
+    replaced = False
+    while True:
+        before = None
+        try:
+            connection.ensure_connection()
+            before = connection.connection
+            return query()
+        except Error as exc:
+            if connection.in_atomic_block or not is_outage(exc):
+                raise
+            dead = before is not None and (
+                # Django closes a dead connection when it leaves an atomic block.
+                connection.connection is not before
+                or is_read_only(exc)
+                or not connection.is_usable()
+            )
+            if gave_way(exc):
+                patience = max(patience, GIVE_WAY_SECONDS)
+            if (replaced or not dead) and time.monotonic() - begun >= patience:
+                raise
+        if dead:
+            reconnect(connection)
+        if replaced or not dead:
+            # Jitter: processes that collided once should not collide again.
+            time.sleep(random.uniform(0, PAUSE))  # noqa: S311
+        replaced = replaced or dead
+
+
+def refused_by_database(
+    exc: BaseException | None, handled: BaseException | None
+) -> Exception | None:
+    """Return what *exc* comes from if a database in reach refuses what a row asks.
+
+    A constraint or a trigger on an account, for example. See ``causes`` for *handled*.
+    """
+    for each in causes(exc, handled):
+        sqlstate, number = error_codes(each)
+        # RAISE EXCEPTION in PostgreSQL, and SIGNAL in MySQL.
+        raised = sqlstate == "P0001" or number == 1644
+        if raised or isinstance(each, IntegrityError | DataError):
+            return each
+    return None

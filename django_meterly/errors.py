@@ -41,7 +41,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from .transports.base import (
+from .wire import (
     MAX_AMOUNT,
     MAX_TEXT_LENGTH,
     check_amount,

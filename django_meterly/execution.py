@@ -17,7 +17,7 @@ from django.http.response import HttpResponseBase
 from django.views import View as DjangoView
 from django.views.generic import RedirectView
 
-from . import journal, methods, responses
+from . import db, journal, methods, responses
 from .conf import meterly_settings
 from .errors import MeterlyUsageError
 from .guards import Guard, to_the_end
@@ -225,7 +225,7 @@ class _ViewGuard:
                 request.meterly = NoGuard(why.format(*[request.method] * 2))
             return None
         try:
-            with journal.serving():
+            with db.serving():
                 # Who pays may be read from the database, too.
                 guard = options.guard(self.name, call.given, *call.args, **call.kwargs)
             if guard is None:

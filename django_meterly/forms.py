@@ -21,7 +21,7 @@ from .models import (
     Reservation,
     replace_missing_owner_model,
 )
-from .transports.base import MAX_AMOUNT, check_text, check_unit
+from .wire import MAX_AMOUNT, check_text, check_unit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,14 @@ from django.db import Error, IntegrityError, router, transaction
 from django.db.models import F
 
 from . import signals, units
-from .db import bound_waits, refuses_rows, unlocked, was_locked
+from .db import (
+    bound_waits,
+    in_transaction,
+    refused_by_database,
+    refuses_rows,
+    unlocked,
+    was_locked,
+)
 from .errors import (
     OUTAGE,
     MeterlyApiError,
@@ -22,16 +29,9 @@ from .errors import (
     MeterlyReferenceConflictError,
     MeterlyUnknownOutcomeError,
 )
-from .journal import (
-    OUTAGE_AFTER,
-    announce,
-    collect,
-    in_transaction,
-    refused_by_database,
-    taking,
-)
+from .journal import OUTAGE_AFTER, collect, taking
 from .models import MAX_REASON_LENGTH, Customer, Grant
-from .transports.base import check_amount, check_description, check_text, shown
+from .wire import check_amount, check_description, check_text, shown
 
 if TYPE_CHECKING:
     from .client import MeterlyClient
@@ -201,7 +201,7 @@ def _record(row: Grant, state: str, error: str) -> None:
         row.state, row.last_error = state, error
         if state == State.GRANTED:
             using = router.db_for_write(Grant)
-            announce(signals.credits_granted, Grant, using=using, grant=row)
+            signals.announce(signals.credits_granted, Grant, using=using, grant=row)
 
 
 def settle_due(client: MeterlyClient) -> int:

@@ -14,7 +14,7 @@ from django.db import Error, connections, transaction
 from django.utils.asyncio import async_unsafe
 from django.utils.functional import cached_property
 
-from . import journal, signals, units
+from . import db, journal, signals, units
 from .client import get_client
 from .conf import check_choice, meterly_settings
 from .errors import (
@@ -28,7 +28,7 @@ from .handoffs import FREE, UNCHARGED, Message
 from .heart import Heart
 from .models import Customer
 from .options import check_price, shows
-from .transports.base import (
+from .wire import (
     MAX_CALLER_KEY_LENGTH,
     check_amount,
     check_key,
@@ -234,15 +234,15 @@ class Guard:
         customer: Customer | None = None
         try:
             if self.durable:
-                with journal.serving():
+                with db.serving():
                     journal.refuse_open_transaction(self._client)
             if self._invalid is not None:
                 raise self._invalid
             if self._payer is None and self.enforcement == "shadow":
                 raise MeterlyError("Nobody is known to pay for this.")
-            with journal.serving():
+            with db.serving():
                 # The first statement of most guards: who meets a dead connection.
-                customer = journal.on_live_connection(
+                customer = db.on_live_connection(
                     journal.alias(), lambda: Customer.objects.resolve(self._payer)
                 )
                 if self.amount:
@@ -277,7 +277,7 @@ class Guard:
     def _announce(
         self, signal: Signal, customer: Customer | None, error: MeterlyError
     ) -> None:
-        journal.announce(
+        signals.announce(
             signal,
             Guard,
             using=journal.alias(),
@@ -352,7 +352,7 @@ class Guard:
             and self._decide_in_one_statement()
         ):
             return
-        settles = joins and journal.reads_committed(using)
+        settles = joins and db.reads_committed(using)
         if self._record(succeeded=True) and settles:
             self._settle_now()
 
@@ -369,7 +369,7 @@ class Guard:
         left = max(self._reserved_at + self.ttl_seconds - time.monotonic(), 0)
         lease = min(meterly_settings.LEASE_GRACE, left / 2)
         charge = self._charge
-        journal.on_live_connection(
+        db.on_live_connection(
             journal.alias(),
             lambda: journal.presume(self._row, charge, fence=self.fence, lease=lease),
         )
@@ -461,9 +461,7 @@ class Guard:
         if not self._presumed:
             return False
         using = journal.alias()
-        journal.on_live_connection(
-            using, lambda: self._row.refresh_from_db(using=using)
-        )
+        db.on_live_connection(using, lambda: self._row.refresh_from_db(using=using))
         return self._row.is_presumed
 
     @property
@@ -547,12 +545,12 @@ class Guard:
             return
         using = journal.alias()
         try:
-            journal.on_live_connection(
+            db.on_live_connection(
                 using, lambda: self._record_and_settle(using, succeeded=succeeded)
             )
         except Error:
             logger.exception("%s could not be settled at once", self.reference)
-            journal.on_live_connection(
+            db.on_live_connection(
                 using,
                 lambda: self._record(succeeded=succeeded),
                 patience=journal.SETTLE_TIMEOUT,

@@ -13,7 +13,7 @@ from django.db import Error, connections
 from . import journal
 from .client import get_client
 from .conf import meterly_settings
-from .transports.base import MAX_TTL_SECONDS
+from .wire import MAX_TTL_SECONDS
 
 if TYPE_CHECKING:
     from .models import Reservation

@@ -14,7 +14,7 @@ from .client import get_client
 from .conf import meterly_settings
 from .errors import MeterlyIdempotencyMismatchError, MeterlyUsageError
 from .models import Customer, Reservation
-from .transports.base import MAX_CALLER_KEY_LENGTH, MAX_TTL_SECONDS, check_key
+from .wire import MAX_CALLER_KEY_LENGTH, MAX_TTL_SECONDS, check_key
 
 if TYPE_CHECKING:
     from .guards import Guard

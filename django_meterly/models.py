@@ -24,7 +24,7 @@ from .errors import (
     MeterlyError,
     MeterlyUnknownOutcomeError,
 )
-from .transports.base import (
+from .wire import (
     MAX_CALLER_KEY_LENGTH,
     MAX_KEY_LENGTH,
     MAX_TEXT_LENGTH,

@@ -16,7 +16,7 @@ from django.utils.module_loading import import_string
 from . import methods
 from .conf import check_choice, meterly_settings, suggestion
 from .keys import requested_key
-from .transports.base import check_amount, check_text, check_ttl, check_unit, shown
+from .wire import check_amount, check_text, check_ttl, check_unit, shown
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable

@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from .conf import meterly_settings
-from .transports.base import check_text
+from .wire import check_text
 
 if TYPE_CHECKING:
     from django.db.models import Model

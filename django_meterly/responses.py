@@ -29,7 +29,7 @@ from .errors import (
     MeterlyUnavailableError,
 )
 from .resolvers import request_user
-from .transports.base import MAX_CALLER_KEY_LENGTH
+from .wire import MAX_CALLER_KEY_LENGTH
 
 if TYPE_CHECKING:
     from django.http import HttpRequest

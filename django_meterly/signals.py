@@ -1,11 +1,13 @@
-"""What has happened, for receivers that want to know; nothing depends on them.
+"""Signals: they tell receivers what has happened; the package itself needs none.
 
-A signal is sent when its fact is durable, after the COMMIT of the transaction it
-was part of, and once, by whoever made it so. A receiver that raises is logged and
-hurts nobody. ``docs/signals.md`` describes them all.
+Each signal is sent once, after the COMMIT that makes its fact durable. A receiver that
+raises is logged, and changes nothing else. ``docs/signals.md`` describes them all.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 from django.dispatch import Signal
 
@@ -19,7 +21,7 @@ credits_committed = Signal()
 credits_released = Signal()
 
 #: The work did not run: too few credits, or a ledger that could not be asked.
-#: Sends *customer* (a ``Customer``, or ``None`` if it came to none), *unit*,
+#: Sends *customer* (a ``Customer``, or ``None`` if none was found), *unit*,
 #: *amount*, *reference* and the *error*.
 credits_denied = Signal()
 
@@ -45,3 +47,21 @@ ledger_unreachable = Signal()
 
 #: The ledger answers this process again.
 ledger_reachable = Signal()
+
+
+def announce(signal: Signal, sender: Any, *, using: str, **facts: Any) -> None:
+    """Send *signal* once the transaction on *using* is committed, if there is one.
+
+    An error of a receiver is logged and not raised.
+    """
+    if not signal.has_listeners(sender):
+        return
+    # Only here: clients without a Django project import this module, too.
+    from django.db import connections, transaction
+
+    send = functools.partial(signal.send_robust, sender=sender, **facts)
+    if connections[using].in_atomic_block:
+        transaction.on_commit(send, using=using, robust=True)
+    else:
+        # Without asking a database that may be out of reach.
+        send()

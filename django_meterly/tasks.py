@@ -291,10 +291,10 @@ def _look_again(task: Any) -> None:
 
 
 def _begin(task: Any, job: Job, options: Any, args: Any, kwargs: Any) -> None:
-    from . import journal
+    from . import db
 
     try:
-        with journal.serving():
+        with db.serving():
             job.begin(options, args, kwargs)
     except MeterlyDuplicateError as exc:
         # Celery says no more of it than "ignored".

@@ -45,7 +45,8 @@ from .errors import (
     MeterlyUsageError,
 )
 from .models import Customer, Reservation
-from .transports.base import ROUTES, Call, Transport, check_amount, check_unit
+from .transports.base import Call, Transport
+from .wire import ROUTES, check_amount, check_unit
 
 if TYPE_CHECKING:
     from types import TracebackType

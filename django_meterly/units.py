@@ -11,7 +11,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.formats import localize
 
 from .conf import meterly_settings, suggestion
-from .transports.base import check_unit, shown
+from .wire import check_unit, shown
 
 
 def check_declared(value: object, name: str = "unit") -> str:

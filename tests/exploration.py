@@ -33,6 +33,7 @@ from django_meterly.errors import (
     MeterlyUnknownOutcomeError,
 )
 from django_meterly.guards import Guard
+from django_meterly.journal import deciding, opening, settling
 from django_meterly.ledger import operations
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.transport import LedgerTransport
@@ -465,10 +466,10 @@ class World:
             actor.note(context["cursor"].rowcount)
             return result
 
-        record_success, trust = journal.record_success, journal._trust
-        presume, record_failure = journal.presume, journal.record_failure
-        opened, record_late = journal._opened, journal._record_late_success
-        record_debt = journal._record_debt
+        record_success, trust = deciding.record_success, opening._trust
+        presume, record_failure = deciding.presume, deciding.record_failure
+        opened, record_late = opening.opened, deciding.record_late_success
+        record_debt = settling._record_debt
 
         @contextmanager
         def one_step() -> Iterator[None]:
@@ -528,13 +529,21 @@ class World:
 
         with (
             self.connection.execute_wrapper(wrapper),
-            mock.patch.object(journal, "presume", presumed),
-            mock.patch.object(journal, "record_failure", failed),
-            mock.patch.object(journal, "record_success", recorded),
-            mock.patch.object(journal, "_trust", trusted),
-            mock.patch.object(journal, "_record_late_success", recorded_late),
-            mock.patch.object(journal, "_record_debt", recorded_debt),
-            mock.patch.object(journal, "_opened", opened_at_once),
+            # Guards call these by the journal's names, the journal by its rooms'.
+            mock.patch.multiple(
+                journal,
+                presume=presumed,
+                record_failure=failed,
+                record_success=recorded,
+            ),
+            mock.patch.multiple(
+                deciding,
+                record_failure=failed,
+                record_late_success=recorded_late,
+                record_success=recorded,
+            ),
+            mock.patch.multiple(opening, opened=opened_at_once, _trust=trusted),
+            mock.patch.object(settling, "_record_debt", recorded_debt),
         ):
             yield
 

@@ -26,43 +26,43 @@ from drf_spectacular.openapi import AutoSchema
 from drf_spectacular.settings import patched_settings
 
 import django_meterly
+from django_meterly import wire
 from django_meterly.errors import _BY_CODE
 from django_meterly.ledger import service, urls
 from django_meterly.ledger.authentication import SCOPES
 from django_meterly.ledger.models import Entry, Hold
-from django_meterly.transports import base
-from django_meterly.transports.base import ROUTES
+from django_meterly.wire import ROUTES
 
 PATH = Path(django_meterly.__file__).parent / "ledger" / "api" / "openapi.json"
 
 # Every check of an argument, as a JSON schema. A field with another one fails.
 CHECKS: dict[Any, dict[str, Any]] = {
-    base.check_amount: {"type": "integer", "minimum": 1, "maximum": base.MAX_AMOUNT},
+    wire.check_amount: {"type": "integer", "minimum": 1, "maximum": wire.MAX_AMOUNT},
     service._zero_or_more: {
         "type": "integer",
         "minimum": 0,
-        "maximum": base.MAX_AMOUNT,
+        "maximum": wire.MAX_AMOUNT,
     },
     service._ttl: {
         "type": "integer",
         "minimum": 1,
-        "maximum": base.MAX_TTL_SECONDS,
+        "maximum": wire.MAX_TTL_SECONDS,
         "description": "Seconds. A server may allow fewer.",
     },
-    base.check_identifier: {
+    wire.check_identifier: {
         "type": "string",
-        "pattern": f"^{base._IDENTIFIER.pattern}$",
+        "pattern": f"^{wire._IDENTIFIER.pattern}$",
     },
-    base.check_text: {
+    wire.check_text: {
         "type": "string",
-        "pattern": f"^{base._TEXT.pattern}$",
-        "maxLength": base.MAX_TEXT_LENGTH,
+        "pattern": f"^{wire._TEXT.pattern}$",
+        "maxLength": wire.MAX_TEXT_LENGTH,
     },
-    base.check_unit: {"type": "string", "pattern": f"^{base._UNIT.pattern}$"},
-    base.check_description: {
+    wire.check_unit: {"type": "string", "pattern": f"^{wire._UNIT.pattern}$"},
+    wire.check_description: {
         "type": "string",
         "pattern": "^[^\\u0000]*$",
-        "maxLength": base.MAX_DESCRIPTION_LENGTH,
+        "maxLength": wire.MAX_DESCRIPTION_LENGTH,
     },
 }
 
@@ -252,8 +252,8 @@ _PARAMETERS = {
         "same method, path and body never moves credits twice.",
         "schema": {
             "type": "string",
-            "pattern": f"^{base._VISIBLE.pattern}$",
-            "maxLength": base.MAX_KEY_LENGTH,
+            "pattern": f"^{wire._VISIBLE.pattern}$",
+            "maxLength": wire.MAX_KEY_LENGTH,
         },
     },
     "X-Request-Id": {

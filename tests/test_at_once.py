@@ -33,6 +33,7 @@ from django_meterly import (
     signals,
 )
 from django_meterly.db import from_now
+from django_meterly.journal import sweeping
 from django_meterly.ledger import operations, postgresql
 from django_meterly.ledger.models import Account, Hold
 from django_meterly.models import Customer, Grant, Reservation
@@ -494,7 +495,7 @@ def test_f71_a_locked_row_leaves_the_others(
     if remotely:
         request.getfixturevalue("remote")
     # One at a time: a round ends although what is left is more than that.
-    monkeypatch.setattr(journal, "BATCH", 1)
+    monkeypatch.setattr(sweeping, "BATCH", 1)
     for _ in range(4):
         guard(customer, 1).reserve()
     lapse_leases()

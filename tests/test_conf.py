@@ -24,8 +24,8 @@ from django_meterly.checks import check_settings
 from django_meterly.conf import DEFAULTS, FUNCTIONS, from_env, meterly_settings
 from django_meterly.resolvers import external_id
 from django_meterly.transports import HttpTransport
-from django_meterly.transports.base import shown
 from django_meterly.transports.signing import BearerSigner, Secret
+from django_meterly.wire import shown
 from tests.test_checks import found
 
 # Some checks look into the database.

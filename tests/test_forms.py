@@ -8,7 +8,7 @@ from django.utils import formats
 from django.utils.translation import override
 
 from django_meterly.forms import AmountField
-from django_meterly.transports.base import MAX_AMOUNT
+from django_meterly.wire import MAX_AMOUNT
 from tests.books import balance, fund
 
 if TYPE_CHECKING:

@@ -135,7 +135,9 @@ def test_only_the_pytest_plugin_imports_what_is_for_tests() -> None:
 
 
 def test_the_ledger_imports_the_seam_and_no_more() -> None:
-    seam = [f"django_meterly.{name}" for name in ("errors", "transports.base", "db")]
+    seam = [
+        f"django_meterly.{name}" for name in ("errors", "wire", "transports.base", "db")
+    ]
     strays = [
         str(line)
         for line in IMPORTS
@@ -148,7 +150,7 @@ def test_the_ledger_imports_the_seam_and_no_more() -> None:
 
 def test_the_client_side_imports_no_models_and_no_settings() -> None:
     # The signals are names that the client sends under, and know nothing.
-    homes = ("answers", "client", "types", "errors", "transports", "signals")
+    homes = ("answers", "client", "types", "errors", "wire", "transports", "signals")
     strays = [
         str(line)
         for line in IMPORTS
@@ -216,6 +218,7 @@ assert not heavy, heavy
         "django_meterly.transports",
         "django_meterly.transports.base",
         "django_meterly.types",
+        "django_meterly.wire",
     ],
 )
 def test_an_import_needs_no_settings_and_no_library(module: str) -> None:

@@ -14,7 +14,7 @@ from django.db import OperationalError, connection, connections, transaction
 from django.db.backends.signals import connection_created
 from django.db.models.signals import post_save
 
-from django_meterly import MeterlyUnavailableError, db, guard, journal
+from django_meterly import MeterlyUnavailableError, db, guard
 from django_meterly.ledger import postgresql
 from django_meterly.testing import assert_books_balance, sweep
 from tests.books import balance, movements, states
@@ -142,7 +142,7 @@ if connection.vendor != "sqlite":
 
     def test_f69_the_server_is_asked_for_its_level(level: str) -> None:
         with transaction.atomic():
-            assert not journal.reads_committed("default")
+            assert not db.reads_committed("default")
 
     def test_f69_a_busy_account_does_not_fail_the_work(
         payer: Client,
@@ -194,7 +194,7 @@ def test_f69_read_committed_settles_in_the_works_own_transaction(
     assert payer.post("/paid/").status_code == 200
     assert states() == ["committed"]
     with transaction.atomic():
-        assert journal.reads_committed("default")
+        assert db.reads_committed("default")
 
 
 if connection.vendor == "postgresql":

@@ -36,6 +36,7 @@ from django_meterly import (
 )
 from django_meterly.handoffs import sign
 from django_meterly.heart import Heart
+from django_meterly.journal import attempts
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Reservation
 from django_meterly.tasks import check_tasks, meterly_task, release_handed_off
@@ -358,13 +359,13 @@ def test_f33_an_attempt_that_succeeds_while_the_next_is_opened_is_the_only_one(
     early = guard("user_1", 25, idempotency_key="k")
     early.reserve()
     sweep()
-    number_attempt = journal._number_attempt
+    number_attempt = attempts.number
 
     def after_it_was_numbered(*args: Any) -> None:
         number_attempt(*args)
         early.succeed()
 
-    monkeypatch.setattr(journal, "_number_attempt", after_it_was_numbered)
+    monkeypatch.setattr(attempts, "number", after_it_was_numbered)
     with pytest.raises(MeterlyDuplicateError):
         guard("user_1", 25, idempotency_key="k").reserve()
     assert states() == ["committed"]

@@ -29,6 +29,7 @@ from django_meterly.errors import (
     MeterlyInvalidRequestError,
     MeterlyRateLimitedError,
 )
+from django_meterly.journal import low_balance
 from django_meterly.models import Customer, LowBalance, Reservation
 from django_meterly.testing import sweep
 from tests.books import balance, fund, fund_by_grant, states
@@ -333,7 +334,7 @@ class TestLowBalance:
         def cross() -> None:
             try:
                 meeting.wait()
-                journal._watch_balance(row, crossing, 60)
+                low_balance.watch_balance(row, crossing, 60)
             finally:
                 connections.close_all()
 

@@ -31,6 +31,7 @@ from django_meterly.errors import (
     MeterlyIdempotencyMismatchError,
     MeterlyInvalidRequestError,
 )
+from django_meterly.journal import sweeping
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Reservation
 from django_meterly.testing import FaultyTransport, assert_books_balance, lapse_leases
@@ -101,7 +102,7 @@ def age(rows: Any, by: dt.timedelta) -> None:
 def test_lapsed_rows_are_given_up_some_at_a_time(
     customer: Customer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "BATCH", 10)
+    monkeypatch.setattr(sweeping, "BATCH", 10)
     leave_behind(customer, 35)
     with CaptureQueriesContext(connection) as queries:
         assert journal.record_lapsed() == 35
@@ -130,8 +131,8 @@ def test_a_settled_row_takes_two_queries_of_the_journal(
 def test_memory_does_not_grow_with_the_backlog(
     notebook: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "BATCH", 10)
-    monkeypatch.setattr(journal, "WINDOW", 20)
+    monkeypatch.setattr(sweeping, "BATCH", 10)
+    monkeypatch.setattr(sweeping, "WINDOW", 20)
     remote = settings.METERLY
     settings.METERLY = {
         **remote,
@@ -198,7 +199,7 @@ def test_a_round_ends_when_its_time_is_up(customer: Customer) -> None:
 def test_a_backlog_without_an_end_leaves_the_rest_of_the_lapsed(
     customer: Customer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "BATCH", 10)
+    monkeypatch.setattr(sweeping, "BATCH", 10)
     leave_behind(customer, 15)
     assert journal.record_lapsed(seconds=0) == 10
     assert journal.record_lapsed(seconds=0) == 5
@@ -215,10 +216,10 @@ def test_a_row_that_was_taken_up_since_it_was_read_is_left_alone(
     row = Reservation.objects.select_related("customer").get()
     # Tried by somebody else meanwhile, without success, and due again.
     Reservation.objects.update(settle_attempts=1)
-    assert journal._sweep_row(get_client(), "default", row) is None
+    assert sweeping._sweep_row(get_client(), "default", row) is None
     # Or it has another decision by now.
     Reservation.objects.update(settle_attempts=0, state="commit_pending", charge=1)
-    assert journal._sweep_row(get_client(), "default", row) is None
+    assert sweeping._sweep_row(get_client(), "default", row) is None
     assert "release_reservation" not in remote.operations()
 
 
@@ -638,7 +639,7 @@ def test_old_rows_are_deleted_some_at_a_time(
     for _ in range(25):
         make(customer, "released")
     age(Reservation.objects.all(), 91 * DAY)
-    monkeypatch.setattr(journal, "BATCH", 10)
+    monkeypatch.setattr(sweeping, "BATCH", 10)
     with CaptureQueriesContext(connection) as queries:
         assert settle_json()["pruned"] == 25
     assert sum(q["sql"].startswith("DELETE") for q in queries) == 3

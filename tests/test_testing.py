@@ -63,7 +63,7 @@ from django_meterly.testing import (
     sweep,
 )
 from django_meterly.transports import HttpTransport
-from django_meterly.transports.base import ROUTES
+from django_meterly.wire import ROUTES
 from tests.books import balance, fund, states
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from django.utils import timezone
 
 from django_meterly import get_client, grants, guard, journal, signals
 from django_meterly.db import from_now
+from django_meterly.journal import sweeping
 from django_meterly.ledger import operations, seals
 from django_meterly.ledger.models import Account, Entry, Hold, Record
 from django_meterly.models import Customer, Grant, LowBalance, Reservation
@@ -142,7 +143,7 @@ UNCHANGEABLE = {
 @pytest.fixture(params=[1, 2, 200])
 def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many rows are changed at a time; the loops end with all of them."""
-    monkeypatch.setattr(journal, "BATCH", request.param)
+    monkeypatch.setattr(sweeping, "BATCH", request.param)
     return int(request.param)
 
 

@@ -19,9 +19,9 @@ from django_meterly import (
     MeterlyDuplicateError,
     MeterlyUsageError,
     guard,
-    journal,
     meterly_guard,
 )
+from django_meterly.journal import attempts
 from django_meterly.testing import assert_books_balance, override_meterly, sweep
 from tests import views
 from tests.books import balance, fund, movements, states
@@ -192,7 +192,7 @@ class TestViews:
     ) -> None:
         with guard(user, 1, idempotency_key="taken"):
             # As in a race: whoever looked before sees the key free.
-            monkeypatch.setattr(journal, "_number_attempt", lambda *args: None)
+            monkeypatch.setattr(attempts, "number", lambda *args: None)
             client.force_login(user)
             assert client.post("/integrity/").status_code == 200
         assert Group.objects.count() == 1

@@ -27,7 +27,7 @@ from rest_framework.exceptions import AuthenticationFailed, Throttled
 from rest_framework.permissions import BasePermission
 
 from ..db import DatabaseNow, from_now
-from ..transports.base import string_to_sign
+from ..wire import string_to_sign
 from .api.parsers import read_body
 from .api.throttling import FailureThrottle
 from .models import ApiKey, ApiKeyEvent

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
-from ..transports.base import MAX_TTL_SECONDS, check_text, check_ttl, shown
+from ..wire import MAX_TTL_SECONDS, check_text, check_ttl, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -43,7 +43,7 @@ from ..errors import (
     MeterlyReservationExpiredError,
     MeterlyReservationReleasedError,
 )
-from ..transports.base import MAX_AMOUNT
+from ..wire import MAX_AMOUNT
 from . import portable, postgresql
 from .conf import ledger_settings
 from .idempotency import Request, fingerprint_of

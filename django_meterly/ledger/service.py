@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..db import in_utc
 from ..errors import MeterlyInvalidRequestError
-from ..transports.base import (
+from ..wire import (
     ROUTES,
     check_amount,
     check_description,

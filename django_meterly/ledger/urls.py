@@ -6,7 +6,7 @@ import re
 
 from django.urls import re_path
 
-from ..transports.base import ROUTES
+from ..wire import ROUTES
 from .api.views import DocumentView, HealthView, OperationView, UnknownPathView
 
 app_name = "meterly_ledger"

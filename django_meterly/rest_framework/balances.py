@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .. import journal
+from .. import db, journal
 from ..client import get_client
 from ..models import Customer
 from ..options import payer_of
@@ -23,8 +23,8 @@ def balances_of(request: Any) -> tuple[Balance, ...] | None:
     payer = payer_of(request)
     if payer is None:
         return None
-    with journal.serving():
-        customer = journal.on_live_connection(
+    with db.serving():
+        customer = db.on_live_connection(
             journal.alias(), lambda: Customer.objects.resolve(payer)
         )
         if customer.customer_id is None:

@@ -10,7 +10,7 @@ from rest_framework.permissions import BasePermission
 from .. import units
 from ..errors import OUTAGE, MeterlyUnavailableError
 from ..methods import costs
-from ..transports.base import check_amount
+from ..wire import check_amount
 from .balances import balances_of
 from .exceptions import complete_answers, counterpart
 

@@ -11,7 +11,7 @@ from django.utils.html import format_html
 
 from .. import units
 from ..keys import FORM_FIELD
-from ..transports.base import shown
+from ..wire import shown
 
 if TYPE_CHECKING:
     from django.template.base import FilterExpression, Parser, Token

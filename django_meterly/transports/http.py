@@ -41,7 +41,8 @@ from ..errors import (
     api_error,
     is_known,
 )
-from .base import NEVER_MISSING, Transport, check_api_key, check_base_url
+from ..wire import NEVER_MISSING, check_api_key, check_base_url
+from .base import Transport
 from .signing import Secret, signer_for
 
 if TYPE_CHECKING:

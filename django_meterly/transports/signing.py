@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .base import string_to_sign
+from ..wire import string_to_sign
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -42,7 +42,7 @@ from django_meterly.testing import (
     sweep,
 )
 from django_meterly.transports import Call, Transport
-from django_meterly.transports.base import MAX_AMOUNT
+from django_meterly.wire import MAX_AMOUNT
 from tests.books import balance, fund, movements, states
 from tests.children import ROOT
 from tests.transports.server import KEY, Server, answer

@@ -31,8 +31,8 @@ from django_meterly.ledger.models import Hold
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.testing import FaultyTransport, faults
 from django_meterly.transports import Call
-from django_meterly.transports.base import MAX_AMOUNT
 from django_meterly.types import Balance
+from django_meterly.wire import MAX_AMOUNT
 
 # Of the transports, one for each test: they take turns.
 pytestmark = [pytest.mark.database, pytest.mark.sample(1)]

@@ -17,7 +17,7 @@ from django_meterly.ledger.api import views
 from django_meterly.ledger.api.throttling import KeyThrottle
 from django_meterly.ledger.authentication import SCOPES, create_api_key
 from django_meterly.ledger.models import ApiKey, Entry
-from django_meterly.transports.base import ROUTES
+from django_meterly.wire import ROUTES
 from tests.ledger.test_signature import sign
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from django_meterly.ledger.authentication import SCOPES
-from django_meterly.transports.base import ROUTES
+from django_meterly.wire import ROUTES
 
 pytest.importorskip("drf_spectacular")
 

@@ -18,7 +18,7 @@ from django_meterly.ledger.models import (
     Record,
     Workspace,
 )
-from django_meterly.transports.base import MAX_AMOUNT
+from django_meterly.wire import MAX_AMOUNT
 from tests.ledger.holds import numbers, reserve
 
 pytestmark = [

@@ -16,7 +16,8 @@ from django_meterly.ledger.checks import check_settings
 from django_meterly.ledger.conf import ledger_settings
 from django_meterly.ledger.models import Entry, Workspace
 from django_meterly.ledger.transport import LedgerTransport
-from django_meterly.transports.base import ROUTES, Call, shown
+from django_meterly.transports.base import Call
+from django_meterly.wire import ROUTES, shown
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("any_path")]
 

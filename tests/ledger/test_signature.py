@@ -13,7 +13,7 @@ from django.test import Client
 
 from django_meterly.ledger.authentication import create_api_key
 from django_meterly.ledger.models import ApiKey
-from django_meterly.transports.base import string_to_sign
+from django_meterly.wire import string_to_sign
 
 pytestmark = pytest.mark.django_db
 

@@ -29,7 +29,7 @@ from django_meterly.errors import (
     MeterlyUnknownOutcomeError,
 )
 from django_meterly.transports import Call, HttpTransport
-from django_meterly.transports.base import ROUTES
+from django_meterly.wire import ROUTES
 from tests.transports.server import (
     BALANCE,
     KEY,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from django.core.management.base import BaseCommand, CommandError
 from django.db import transaction
 
-from ....transports.base import check_text
+from ....wire import check_text
 from ...authentication import create_api_key
 from ...conf import ledger_settings
 from ...models import ApiKey

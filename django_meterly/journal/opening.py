@@ -1,0 +1,305 @@
+"""Opening a row: ``reserve``."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import random
+import sys
+import time
+import uuid
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from django.db import Error, IntegrityError, connections, transaction
+from django.db.models import F, Sum
+from django.db.models.functions import Coalesce
+
+from .. import signals, units
+from ..conf import meterly_settings
+from ..db import PAUSE, causes, from_now, gave_way, in_transaction, on_live_connection
+from ..errors import (
+    OUTAGE,
+    MeterlyDuplicateError,
+    MeterlyError,
+    MeterlyIdempotencyInProgressError,
+    MeterlyIdempotencyMismatchError,
+    MeterlyNotFoundError,
+    MeterlyRateLimitedError,
+    MeterlyUnavailableError,
+    MeterlyUnknownOutcomeError,
+    MeterlyUsageError,
+)
+from ..models import Customer, Reservation
+from . import attempts, calls, statements
+from .debts import refuse_debtor
+from .low_balance import watch_balance
+from .rows import (
+    DENIED_RETENTION,
+    SETTLE_TIMEOUT,
+    State,
+    alias,
+    announce,
+    decided,
+    move,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..client import MeterlyClient
+    from ..types import Balance, ReservationResult
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_open_transaction(client: MeterlyClient) -> None:
+    """Raise ``MeterlyUsageError`` when a transaction is open on a database we write to.
+
+    That is the journal's, and the embedded ledger's if it has another.
+    """
+    for using in {alias(), *client.transport.aliases()}:
+        if in_transaction(using):
+            raise MeterlyUsageError(_IN_TRANSACTION.format(using))
+
+
+_IN_TRANSACTION = (
+    "A guard cannot reserve inside an open transaction (on the database {!r}): a "
+    "rollback would take the reservation's record with it. Move guard() outside the "
+    "atomic() block, or pass durable=False to let the reservation live and die with "
+    "the transaction. Put meterly_guard around as_view(), above every decorator that "
+    "opens a transaction, and have the decorators above it use functools.wraps. If it "
+    "guards a handler of a class-based view, put MeterlyGuardMixin first among the "
+    "bases of the class: it keeps ATOMIC_REQUESTS from opening the transaction early. "
+    "Under ATOMIC_REQUESTS, guard operations of django-ninja by METERLY"
+    "['GUARDED_VIEWS'], and not in the code."
+)
+
+
+def reserve(
+    client: MeterlyClient,
+    customer: Customer,
+    amount: int,
+    unit: str,
+    *,
+    reference: str,
+    key: str | None,
+    ttl_seconds: int,
+    name: str = "",
+    on_unavailable: str = "deny",
+    lease: float | None = None,
+) -> tuple[Reservation, Balance | None]:
+    """Ask the ledger to hold *amount*; return the row that it is on record in.
+
+    Without a *key*, a random one is used. *name* is that of the view or task. *lease*
+    is how many seconds the work may take without a ``beat``; *ttl_seconds* by
+    default. Returns the row, which is ``reserved``, and the balance after the hold.
+
+    There are two ways. The row's INSERT and the hold are one statement, where the
+    ledger can do that and the row has no *key*. Else the row is written before the
+    ledger is asked, as an intent: in the transaction that holds the credits, if the
+    ledger joins it, and else in one that is committed first.
+
+    With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
+    trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
+    ``MeterlyInsufficientCreditsError`` (row ``denied``), ``MeterlyDebtError`` when the
+    customer owes credits of *unit* and cannot pay them now (no row),
+    ``MeterlyUnavailableError`` (the work must not run; a hold that may exist is
+    released by the sweeper), ``MeterlyDuplicateError`` when *key* was used, and
+    ``MeterlyIdempotencyMismatchError`` when it was used for something else.
+    """
+    using = alias()
+    lease = ttl_seconds if lease is None else lease
+    # A customer's first reserve is two calls, and they share the one deadline.
+    limited = client.within(meterly_settings.DEADLINE)
+    row = Reservation(
+        customer=customer,
+        unit=unit,
+        amount=amount,
+        reference=reference,
+        name=name,
+        key=key or str(uuid.uuid4()),
+        ttl_seconds=ttl_seconds,
+    )
+    if key:
+        attempts.number(using, row)
+    if customer.owes and meterly_settings.ON_DEBT == "deny":
+        refuse_debtor(limited, customer, amount, unit)
+    try:
+        if not customer.customer_id:
+            customer.ensure_registered(limited, units.default() or unit)
+        if not key and statements.fits_one_statement(client, using):
+            answer = statements.reserve(using, client, row, lease)
+        else:
+            answer = _reserve_by_intent(using, client, limited, row, lease)
+    except OUTAGE as exc:
+        # Nobody gets work for nothing by sending too many requests.
+        trusts = on_unavailable == "allow" and not isinstance(
+            exc, MeterlyRateLimitedError
+        )
+        if trusts and _trust(using, row, lease):
+            logger.info("Reservation %s runs on trust: %s", row.pk, exc)
+            return row, None
+        _give_up(row, exc, lapses=on_unavailable != "allow")
+        raise _unavailable(exc) from exc
+    if isinstance(answer, MeterlyNotFoundError):
+        # Another ledger than the one this customer was registered at, or a
+        # registration that was rolled back: the next use finds it registered.
+        customer.register_again(limited, meterly_settings.DEFAULT_UNIT or unit)
+        raise _unavailable(answer) from answer
+    if isinstance(answer, MeterlyError):
+        raise answer
+    announce(signals.credits_reserved, row)
+    watch_balance(row, answer.balance, row.amount)
+    return row, answer.balance
+
+
+@contextmanager
+def opened(using: str, row: Reservation) -> Iterator[None]:
+    """Write *row* as an intent, in a transaction that commits after the block.
+
+    Raises ``MeterlyDuplicateError`` when somebody was faster; then nothing of it
+    was done.
+    """
+    try:
+        with transaction.atomic(using=using):
+            standing = [] if row.attempt == 1 else attempts.standing(using, row)
+            if standing:
+                # It succeeded after all, in the last moment.
+                raise attempts.refusal(standing[-1])
+            seconds = meterly_settings.DEADLINE + meterly_settings.LEASE_GRACE
+            row.lease_until = from_now(seconds)
+            # An earlier try was rolled back when its COMMIT failed, with what it had
+            # recorded.
+            row.state, row.reservation_id = State.INTENT, None
+            row.save(force_insert=True, using=using)
+            yield
+    except IntegrityError as exc:
+        # Somebody else opened this attempt in between: theirs runs, not ours.
+        attempts.number(using, row)
+        raise MeterlyDuplicateError(
+            f"The idempotency key {row.key!r} is in use right now.", in_progress=True
+        ) from exc
+
+
+def _reserve_by_intent(
+    using: str,
+    client: MeterlyClient,
+    limited: MeterlyClient,
+    row: Reservation,
+    lease: float,
+) -> ReservationResult | MeterlyError:
+    """Write *row* as an intent, ask the ledger, and record what it answered.
+
+    A ledger that joins is asked in the transaction that writes the row. Rows are
+    locked before accounts: a second caller with the same key waits for the row, and
+    does not hold the account's lock meanwhile. Raises ``OUTAGE``; with a ledger that
+    joins, that rolls the row back.
+    """
+    connection = connections[using]
+    ours = not connection.in_atomic_block and connection.get_autocommit()
+    until = time.monotonic() + SETTLE_TIMEOUT
+    handled = sys.exception()
+    while True:
+        try:
+            with opened(using, row):
+                if client.transport.joins(using):
+                    return _ask_and_record(client, limited, row, lease)
+            break
+        except (Error, MeterlyUnknownOutcomeError) as exc:
+            # The ledger may have reported it as an outcome that is not known. It was
+            # rolled back.
+            gave = any(map(gave_way, causes(exc, handled)))
+            if not gave or not ours or time.monotonic() > until:
+                raise
+        # Jitter: processes that collided once should not collide again.
+        time.sleep(random.uniform(0, PAUSE))  # noqa: S311
+    try:
+        return _ask_and_record(client, limited, row, lease)
+    except MeterlyIdempotencyMismatchError:
+        # The key was used before the journal's rows of it were deleted or lost. It
+        # stays used: without a row there is no next attempt, and so no other key.
+        Reservation.objects.using(using).filter(pk=row.pk, state=State.INTENT).delete()
+        raise
+
+
+def _ask_and_record(
+    client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
+) -> ReservationResult | MeterlyError:
+    answer, state = calls.ask(limited, row)
+    # From the moment the intent was written: the hold cannot be older.
+    seconds = dt.timedelta(seconds=lease - meterly_settings.DEADLINE)
+    recorded = move(
+        row,
+        [State.INTENT],
+        state,
+        reservation_id=row.reservation_id,
+        last_error=row.last_error,
+        lease_until=F("lease_until") + seconds if state == State.RESERVED else None,
+        # It has an index: then the sweeper comes back to delete the row.
+        next_attempt_at=(from_now(DENIED_RETENTION) if state == State.DENIED else None),
+    )
+    if not recorded and not isinstance(answer, MeterlyError):
+        # The sweeper may have been told that there is no hold, before there was.
+        calls.give_back(client, row, answer)
+        return MeterlyUnavailableError(
+            "The ledger answered after the reservation had been given up."
+        )
+    return answer
+
+
+def _trust(using: str, row: Reservation, lease: float) -> bool:
+    """Let the work of *row* run on trust, if ``UNAVAILABLE_CAP`` has room for it.
+
+    What the customer has had on trust in this unit, and not paid for yet, counts.
+    """
+
+    def written() -> bool:
+        return Reservation.objects.using(using).filter(pk=row.pk).exists()
+
+    @transaction.atomic(using=using)
+    def trust() -> bool:
+        # Locks the customer on every database: two that see the same room would
+        # both take it.
+        Customer.objects.using(using).filter(pk=row.customer.pk).update(
+            external_id=F("external_id")
+        )
+        owed = (
+            Reservation.objects.using(using)
+            .on_trust()
+            .filter(customer=row.customer, unit=row.unit)
+            .aggregate(sum=Sum(Coalesce("owed", "charge", "amount")))["sum"]
+        )
+        if (owed or 0) + row.amount > meterly_settings.UNAVAILABLE_CAP:
+            return False
+        return move(
+            row,
+            [State.INTENT],
+            State.RESERVED,
+            lease_until=from_now(lease + meterly_settings.LEASE_GRACE),
+        )
+
+    if not on_live_connection(using, written):
+        # The outage has rolled the intent back, or came before it was written.
+        with opened(using, row):
+            pass
+    return on_live_connection(using, trust)
+
+
+def _give_up(row: Reservation, exc: MeterlyError, *, lapses: bool) -> None:
+    """Record that the work does not run, for the ledger could not be asked."""
+    if not isinstance(
+        exc, MeterlyUnknownOutcomeError | MeterlyIdempotencyInProgressError
+    ):
+        move(row, [State.INTENT], State.FAILED, lease_until=None, last_error=str(exc))
+    elif not lapses:
+        # Or it would count as work on trust that has outlived its lease.
+        move(row, [State.INTENT], State.RELEASE_PENDING, **decided())
+    # Otherwise a hold may exist. The row keeps its lease: when it lapses, the sweeper
+    # sends the same reserve again to learn the hold's id, and releases it.
+
+
+def _unavailable(exc: MeterlyError) -> MeterlyUnavailableError:
+    # At INFO: the client says at WARNING when an outage begins.
+    logger.info("The ledger cannot be asked for credits: %s", exc)
+    return MeterlyUnavailableError(f"The ledger cannot be asked: {exc}")
