@@ -1,16 +1,15 @@
-"""What a ledger answers, checked against the call, before anything believes it.
+"""The ledger's answers, checked against the call.
 
-This is the one place between the transports and the types, whichever transport carried
-the call. A reader gets the answer's body and the arguments of the call, both with
-their names on the wire:
+Every answer of every transport comes through here. A reader gets the answer's body and
+the arguments of the call, both with their names on the wire, and returns a type:
 
-- A field has to have its type and be within the limits of the wire contract. For
-  example, an ``amount`` of ``true``, ``"5"`` or ``-5`` is invalid.
-- A field that the call has named has to say the same. For example, the reservation of
+- A field must have its type and keep the limits of the wire contract. For example, an
+  ``amount`` of ``true``, ``"5"`` or ``-5`` is invalid.
+- A field that the call named must have the same value. For example, the reservation of
   another customer does not answer a reserve.
-- Needed is only what the vendor's guide shows: ``customerId`` of a customer and of a
-  grant, ``creditUnit`` and ``available`` of a balance, ``reservationId`` of a reserve.
-  Any other field may be absent or null. Unknown fields are ignored.
+- Only the fields of the vendor's guide are required: ``customerId`` of a customer and
+  of a grant, ``creditUnit`` and ``available`` of a balance, ``reservationId`` of a
+  reserve. Any other field may be absent or null. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ def read(
     body: object,
     transport: Transport,
 ) -> T:
-    """Return what *reader* makes of the answer to *call*.
+    """Return the answer to *call* as *reader* reads it.
 
-    Raises ``MeterlyUnknownOutcomeError`` if the answer is invalid: it cannot be known
-    what the ledger has done. The message has the field's name and its value.
+    Raises ``MeterlyUnknownOutcomeError`` if the answer is invalid, because nobody knows
+    what the ledger has done then. The message has the field's name and its value.
     """
     try:
         return reader(_object(body, "The body"), call.arguments)
@@ -74,15 +73,15 @@ def read(
             f"The answer to {transport.name_of(call)} is invalid: {exc}"
             f"{transport.advice}"
         )
-    # Out here: a context would keep the whole answer alive.
+    # Outside the except clause: its context would keep the whole answer alive.
     raise error
 
 
 def complete_refusal(call: Call, error: MeterlyError) -> None:
-    """Correct what a refusal for want of credits says by what *call* has asked for.
+    """Make the details of a 402 agree with the amount and unit of *call*.
 
-    For example, a refusal of 5 credits requires 5, whatever the ledger says, and drops
-    an ``available`` of 5 or more.
+    For example, a refusal of 5 credits requires 5, whatever the ledger says, and an
+    ``available`` of 5 or more is dropped.
     """
     if not isinstance(error, MeterlyInsufficientCreditsError):
         return
@@ -284,7 +283,7 @@ def _optional(
 ) -> T | None:
     """Return a field, or ``None`` if the answer has none.
 
-    Raises ``ValueError`` if *check* refuses it, or if it is another one than *asked*.
+    Raises ``ValueError`` if *check* refuses the value, or if it differs from *asked*.
     """
     value = fields.get(name)
     if value is None:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from django.apps import AppConfig
 
-HTTP_TRANSPORT = "django_meterly.transports.http.HttpTransport"
-LEDGER_TRANSPORT = "django_meterly.ledger.transport.LedgerTransport"
+    from .transports import Transport
+
 LEDGER_APP = "django_meterly.ledger"
 #: The longest hold: its work has to find its row when it ends.
 SHORTEST_RETENTION = 86400
@@ -51,10 +51,9 @@ OVERDUE = 3600
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
     """Check ``settings.METERLY``."""
     try:
-        project = meterly_settings.as_dict()
+        unknown = meterly_settings.unknown()
     except ImproperlyConfigured as exc:
         return [Error(str(exc), id="meterly.E001")]
-    unknown = meterly_settings.unknown()
     if unknown:
         # Every other setting refuses to be read until these are gone.
         return [
@@ -66,20 +65,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
             )
             for name in unknown
         ]
-    lacking = (
-        project.get("TRANSPORT") == LEDGER_TRANSPORT
-        and LEDGER_APP not in _app_modules()
-    )
-    found = list(_check_values({"TRANSPORT"} if lacking else set()))
-    if lacking:
-        found.append(
-            Error(
-                "METERLY['TRANSPORT'] is the embedded ledger, which is not installed.",
-                hint=f"Add {LEDGER_APP!r} to INSTALLED_APPS and run migrate.",
-                id="meterly.E005",
-            )
-        )
-    return found or [*_check_together(), *_check_http()]
+    return [*_check_values()] or [*_check_together(), *_check_transport()]
 
 
 #: Ids of errors in values; all others are E003.
@@ -95,10 +81,8 @@ _VALUE_IDS = {
 _ARGUMENTS = {"CUSTOMER_RESOLVER": "request", "EXTERNAL_ID": "owner"}
 
 
-def _check_values(skipped: set[str]) -> Iterator[CheckMessage]:
+def _check_values() -> Iterator[CheckMessage]:
     for name in DEFAULTS:
-        if name in skipped:
-            continue
         try:
             value = getattr(meterly_settings, name)
         except ImproperlyConfigured as exc:
@@ -151,31 +135,12 @@ def _check_together() -> Iterator[CheckMessage]:
         )
 
 
-def _check_http() -> Iterator[CheckMessage]:
-    """Check what the first call over HTTP would raise."""
-    transport = meterly_settings.TRANSPORT
-    # By name: the embedded ledger needs no requests.
-    named = f"{transport.__module__}.{transport.__qualname__}"
-    if named != HTTP_TRANSPORT or meterly_settings.ENFORCEMENT == "off":
-        return
-    problem = ""
-    if meterly_settings.API_KEY is None:
-        problem = "METERLY['API_KEY'] is needed to reach the ledger over HTTP."
-    else:
-        try:
-            transport.from_settings(meterly_settings).close()
-        except (TypeError, ValueError) as exc:
-            problem = f"METERLY cannot set up the transport: {exc}"
-    if problem:
-        yield Error(
-            problem,
-            hint=(
-                "Set METERLY['API_KEY'] (METERLY_API_KEY with from_env), or set "
-                f"METERLY['TRANSPORT'] to {LEDGER_TRANSPORT!r} to keep the credits in "
-                "your own database."
-            ),
-            id="meterly.E006",
-        )
+def _check_transport() -> list[CheckMessage]:
+    """Let the transport check the settings, unless no ledger is asked."""
+    if meterly_settings.ENFORCEMENT == "off":
+        return []
+    transport: type[Transport] = meterly_settings.TRANSPORT
+    return transport.check(meterly_settings)
 
 
 @register("meterly", deploy=True)

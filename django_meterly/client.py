@@ -1,13 +1,11 @@
 """``MeterlyClient``: the SDK's methods, in Python.
 
-It needs no configured Django settings: ``MeterlyClient(api_key=...)`` works in
-a plain script. In a project, ``get_client()`` returns the one the settings
-describe.
+``MeterlyClient(api_key=...)`` works in a plain script, without Django settings. In a
+project, ``get_client()`` returns the client that the settings describe.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
@@ -20,7 +18,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
-    Generic,
     ParamSpec,
     TypeVar,
     overload,
@@ -29,17 +26,16 @@ from typing import (
 from asgiref.sync import sync_to_async
 
 from . import answers, signals, wire
+from .client_guard import ClientGuard
 from .errors import (
     OUTAGE,
     MeterlyAuthenticationError,
-    MeterlyDuplicateError,
     MeterlyError,
     MeterlyForbiddenError,
     MeterlyIdempotencyInProgressError,
     MeterlyInvalidRequestError,
     MeterlyRateLimitedError,
     MeterlyUnknownOutcomeError,
-    MeterlyUsageError,
 )
 from .transports.base import Call
 from .transports.signing import Secret
@@ -67,34 +63,7 @@ __all__ = ["MeterlyClient", "get_client"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-R = TypeVar("R")
 P = ParamSpec("P")
-
-#: How often ``guard`` tries a key of which nothing has come.
-MOST_ATTEMPTS = 100
-
-
-def _refusing(check: Callable[P, T]) -> Callable[P, T]:
-    """Return *check*, which refuses a value by the error that a ledger would answer."""
-
-    @wraps(check)
-    def refuse(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return check(*args, **kwargs)
-        except ValueError as exc:
-            error = MeterlyInvalidRequestError(str(exc))
-        raise error
-
-    return refuse
-
-
-check_amount = _refusing(wire.check_amount)
-check_description = _refusing(wire.check_description)
-check_identifier = _refusing(wire.check_identifier)
-check_key = _refusing(wire.check_key)
-check_text = _refusing(wire.check_text)
-check_ttl = _refusing(wire.check_ttl)
-check_unit = _refusing(wire.check_unit)
 
 
 def _twin(
@@ -116,19 +85,22 @@ def _twin(
 class MeterlyClient:
     """A ledger's methods, over HTTP with *api_key*, or over any *transport*.
 
-    *options* go to ``HttpTransport`` (``base_url``, ``read_timeout``,
-    ``deadline``, ``signer``, ...). One client may be shared by many threads, and
-    used after a fork. Every method has a twin for ``async`` code, with an ``a``
-    before its name, which does the same in a thread.
+    *options* go to ``HttpTransport`` (``base_url``, ``read_timeout``, ``deadline``,
+    ``signer``, ...). Threads may share a client, and use it after a fork. Each method
+    has a twin for ``async`` code, which does the same in a thread. For example::
 
-    Every method that changes something takes an *idempotency_key*: the same key
-    with the same arguments never moves credits twice. Without one, a random key
-    is used for that one call. Amounts are positive integers; anything else is a
-    ``MeterlyInvalidRequestError``, which is a ``ValueError`` too, before anything is
-    sent. Every method raises ``MeterlyApiError`` when the ledger says no,
-    ``MeterlyNotSentError`` when it was never reached, and
-    ``MeterlyUnknownOutcomeError`` when it cannot be known whether the call was
-    applied.
+        client.use_credits("cus_1", 5, "tokens", "chat-7", idempotency_key="chat-7")
+        await client.ause_credits("cus_1", 5, "tokens", "chat-7")
+
+    Each method that changes something takes an *idempotency_key*. The same key with
+    the same arguments never moves credits twice. The default is a random key for this
+    one call. Amounts are positive integers. Each method raises
+
+    - ``MeterlyInvalidRequestError`` (a ``ValueError``, too) for an invalid argument,
+      before anything is sent,
+    - ``MeterlyApiError`` if the ledger says no,
+    - ``MeterlyNotSentError`` if the call never reached the ledger,
+    - ``MeterlyUnknownOutcomeError`` if nobody knows whether the call was applied.
 
     The methods and their arguments are those of the published SDK guide.
     """
@@ -140,7 +112,7 @@ class MeterlyClient:
         transport: Transport | None = None,
         **options: Any,
     ) -> None:
-        # Or a debug page would show the key with the frame of an error.
+        # A debug page would show the plain key with the frame of an error.
         api_key = Secret(api_key) if isinstance(api_key, str) else api_key
         if transport is None:
             from .transports import HttpTransport
@@ -188,10 +160,10 @@ class MeterlyClient:
     aclose = _twin(close)
 
     def within(self, seconds: float, *, attempts: int | None = None) -> MeterlyClient:
-        """Return a client whose calls must all be done in *seconds* from now.
+        """Return a client whose calls must all end within *seconds* from now.
 
-        Each of them is sent *attempts* times at most (``None``: as often as the
-        transport would). It shares this one's transport and limits.
+        Each call is sent at most *attempts* times, and ``None`` leaves that to the
+        transport. The new client shares this one's transport and limits.
         """
         limited = MeterlyClient(transport=self.transport)
         limited._ends_at = time.monotonic() + seconds
@@ -201,9 +173,10 @@ class MeterlyClient:
         return limited
 
     def carrying(self, statement: Statement) -> MeterlyClient:
-        """Return a client whose one call is to be one with *statement*.
+        """Return a client whose next call carries *statement*.
 
-        For transports that say ``carries_statements``; it shares this one's.
+        That needs a ``JoinedTransport`` whose ``carries_statements`` is true. The new
+        client shares it.
         """
         carrying = MeterlyClient(transport=self.transport)
         carrying._statement = statement
@@ -220,9 +193,9 @@ class MeterlyClient:
     ) -> CustomerResult:
         """Register a customer under *your* stable id, with a default unit.
 
-        Raises ``MeterlyCustomerExistsError`` (with the existing ``customer_id``)
-        when the external id is taken. The same call again, with the same
-        *idempotency_key*, returns the customer that it created.
+        Raises ``MeterlyCustomerExistsError``, with the existing ``customer_id``, if the
+        external id is taken. The same call with the same *idempotency_key* returns the
+        customer that it created.
         """
         return self._post(
             "create_customer",
@@ -260,8 +233,8 @@ class MeterlyClient:
     ) -> GrantResult:
         """Grant credits, once per *reference*; a new customer is created.
 
-        Raises ``MeterlyReferenceConflictError`` when *reference* was used with
-        other values for this customer and unit.
+        Raises ``MeterlyReferenceConflictError`` if *reference* was used with other
+        values for this customer and unit.
         """
         arguments: dict[str, Any] = {
             "externalCustomerId": check_text(
@@ -298,8 +271,8 @@ class MeterlyClient:
     ) -> EntryPage:
         """Return a page of the customer's ledger entries, the newest first.
 
-        All units, or only *unit*. For the next page give the ``next_cursor`` of
-        this one as *cursor*; the last page's is ``None``.
+        They are in all units, or only in *unit*. For the next page, give this page's
+        ``next_cursor`` as *cursor*. It is ``None`` on the last page.
         """
         arguments = {"customerId": _customer(customer_id)}
         if unit is not None:
@@ -319,10 +292,7 @@ class MeterlyClient:
         *,
         idempotency_key: str | None = None,
     ) -> MovementResult:
-        """Add credits, once per *reference*.
-
-        Without one, it is the *idempotency_key*.
-        """
+        """Add credits, once per *reference* (by default the *idempotency_key*)."""
         return self._move(
             "add_credits", customer_id, amount, unit, reference, idempotency_key
         )
@@ -340,7 +310,7 @@ class MeterlyClient:
     ) -> MovementResult:
         """Use credits at once, without a hold; *reference* is a label.
 
-        Raises ``MeterlyInsufficientCreditsError`` when too few are available.
+        Raises ``MeterlyInsufficientCreditsError`` if too few are available.
         """
         return self._move(
             "use_credits", customer_id, amount, unit, reference, idempotency_key
@@ -360,12 +330,11 @@ class MeterlyClient:
         idempotency_key: str | None = None,
         ttl_seconds: int | None = None,
     ) -> ReservationResult:
-        """Hold credits for *ttl_seconds* (1 to 86400; the ledger's default else).
+        """Hold credits for *ttl_seconds* (1 to 86400, or the ledger's default).
 
-        Without a *reference*, it is the *idempotency_key*. Replaying a key returns
-        the same reservation with its present *status*, so look at it before relying
-        on the hold. Raises ``MeterlyInsufficientCreditsError`` when too few are
-        available.
+        *reference* is by default the *idempotency_key*. A replayed key returns the same
+        reservation with its present *status*, so check ``is_held`` before you rely on
+        the hold. Raises ``MeterlyInsufficientCreditsError`` if too few are available.
         """
         arguments: dict[str, Any] = {
             "customerId": _customer(customer_id),
@@ -400,11 +369,11 @@ class MeterlyClient:
     ) -> ReservationResult:
         """Charge a reservation: all of it, or *amount* (0 charges nothing).
 
-        What is not charged is available again. Committing a committed
-        reservation succeeds without a second movement. Where the transport has no
-        ``partial_commit``, all of it is committed, and the rest added again with
-        the reference ``refund:<reservation_id>``. Raises
-        ``MeterlyReservationExpiredError`` or ``MeterlyReservationReleasedError``.
+        The rest of the hold is available again. To commit a committed reservation
+        succeeds and moves nothing. If the transport has no ``partial_commit``, all of
+        the hold is committed, and the rest is added again with the reference
+        ``refund:<reservation_id>``. Raises ``MeterlyReservationExpiredError`` or
+        ``MeterlyReservationReleasedError``.
         """
         arguments: dict[str, Any] = {"reservationId": _reservation(reservation_id)}
         if amount is not None:
@@ -440,7 +409,7 @@ class MeterlyClient:
         )
         if amount == held.amount:
             return committed
-        # Derived, so that a replay of the pair adds nothing twice.
+        # Derived from the reservation, so that a replay of the pair adds nothing twice.
         name = f"refund:{reservation_id}"
         try:
             movement = self.add_credits(
@@ -452,8 +421,8 @@ class MeterlyClient:
             )
         except OUTAGE as exc:
             unknown = MeterlyUnknownOutcomeError(
-                f"Reservation {reservation_id} is committed, but what it held too "
-                f"much may not be added again yet: {exc}"
+                f"Reservation {reservation_id} is committed, but the rest of its hold "
+                f"may not be added again yet: {exc}"
             )
             unknown.idempotency_key = idempotency_key
             raise unknown from exc
@@ -464,7 +433,7 @@ class MeterlyClient:
     ) -> ReservationResult:
         """Give the held credits back.
 
-        Releasing a released reservation succeeds. Raises
+        To release a released reservation succeeds. Raises
         ``MeterlyReservationExpiredError`` or ``MeterlyReservationCommittedError``.
         """
         return self._post(
@@ -537,25 +506,30 @@ class MeterlyClient:
     ) -> Any:
         """Reserve, run the work, then commit; release when the work raises.
 
-        With *callback* the work is run here and its result returned; without, a
-        context manager is returned. A reserve whose outcome is unknown runs
-        nothing. A commit whose outcome is unknown releases nothing: it raises
-        ``MeterlyUnknownOutcomeError`` with the work's ``result`` and the
-        ``idempotency_key`` of the commit.
+        This returns a context manager or, with a *callback*, runs it and returns its
+        result. For example::
 
-        An *idempotency_key* (up to 200 visible ASCII characters) runs the work once.
-        After a success, ``MeterlyDuplicateError`` is raised; while its hold is live,
-        the same with ``in_progress``. After a failure, or when its hold has expired,
-        the same call is a new attempt, with the key ``<key>~2`` and so on on the wire.
-        ``MeterlyIdempotencyMismatchError`` is raised if the key came with other
-        arguments.
+            with client.guard("cus_1", 25, "image_credits", "render-42"):
+                render()
 
-        There is no journal behind this guard: a process that dies between the
-        two calls leaves the hold to its time to live, and the work uncharged.
-        ``django_meterly.guard`` keeps one.
+        If the outcome of the reserve is unknown, the work does not run. If that of the
+        commit is unknown, nothing is released: ``MeterlyUnknownOutcomeError`` has the
+        work's ``result`` and the ``idempotency_key`` of the commit.
+
+        An *idempotency_key* (1 to 200 visible ASCII characters) runs the work once. The
+        same call later
+
+        - raises ``MeterlyDuplicateError`` after a success, and while the hold is live
+          (then with ``in_progress``),
+        - is a new attempt after a failure, or when the hold has expired. Its key on the
+          wire is ``<key>~2``, then ``<key>~3``,
+        - raises ``MeterlyIdempotencyMismatchError`` if its arguments are others.
+
+        This guard keeps no journal. If the process dies between the two calls, the hold
+        expires and the work is not charged. ``django_meterly.guard`` keeps a journal.
         """
-        held: _Held[Any] = _Held(
-            self, customer_id, amount, unit, reference, idempotency_key, ttl_seconds
+        held = self._guard(
+            customer_id, amount, unit, reference, idempotency_key, ttl_seconds
         )
         if callback is None:
             return held
@@ -599,13 +573,36 @@ class MeterlyClient:
     ) -> Any:
         """Guard ``async`` work as ``guard`` does: with ``async with``, or awaited.
 
-        A task that is cancelled in the work releases the hold; in the commit it
-        is cancelled when the commit is done.
+        If the task is cancelled during the work, the hold is released. If it is
+        cancelled during the commit, the commit is finished first.
         """
-        held: _Held[Any] = _Held(
-            self, customer_id, amount, unit, reference, idempotency_key, ttl_seconds
+        held = self._guard(
+            customer_id, amount, unit, reference, idempotency_key, ttl_seconds
         )
         return held if callback is None else held.arun(callback)
+
+    def _guard(
+        self,
+        customer_id: str,
+        amount: int,
+        unit: str | None,
+        reference: str | None,
+        idempotency_key: str | None,
+        ttl_seconds: int | None,
+    ) -> ClientGuard[Any]:
+        # Shorter than other keys: those of the commit and the release are derived from
+        # it, and the work is done when they are needed.
+        key = _key(idempotency_key, MAX_CALLER_KEY_LENGTH)
+        reserve = partial(
+            self.reserve_credits,
+            customer_id,
+            amount,
+            unit=unit,
+            # The same for each attempt, because they are for the same piece of work.
+            reference=key if reference is None else reference,
+            ttl_seconds=ttl_seconds,
+        )
+        return ClientGuard(self, reserve, key, is_random=idempotency_key is None)
 
     # Sending
 
@@ -637,7 +634,7 @@ class MeterlyClient:
         idempotency_key: str | None,
     ) -> T:
         key = _key(idempotency_key)
-        # A random one would make a repeated call another request.
+        # A random reference would make a repeated call another request.
         reference = key if reference is None else reference
         arguments["reference"] = check_text(reference, "reference")
         return self._send(operation, reader, arguments, key)
@@ -684,156 +681,36 @@ class MeterlyClient:
         return answer
 
 
-class _Held(Generic[T]):
-    """What ``guard`` and ``aguard`` return: a hold around a piece of work."""
+def _refusing(check: Callable[P, T]) -> Callable[P, T]:
+    """Return *check*, but raising the error that a ledger would answer."""
 
-    #: What the work returned, as far as anybody has told.
-    result: T | None = None
-
-    def __init__(
-        self,
-        client: MeterlyClient,
-        customer_id: str,
-        amount: int,
-        unit: str | None,
-        reference: str | None,
-        idempotency_key: str | None,
-        ttl_seconds: int | None,
-    ) -> None:
-        self._own_key = idempotency_key is None
-        # Other keys are derived from it. If one of them was found to be too long, that
-        # would be after the work.
-        self._key = _key(idempotency_key, MAX_CALLER_KEY_LENGTH)
-        self._client = client
-        self._reservation_id = ""
-        #: The key of the attempt on the wire.
-        self._attempt = ""
-        self._reserve = partial(
-            client.reserve_credits,
-            customer_id,
-            amount,
-            unit=unit,
-            # Not the attempt's: each attempt is for the same piece of work.
-            reference=self._key if reference is None else reference,
-            ttl_seconds=ttl_seconds,
-        )
-
-    def __enter__(self) -> ReservationResult:
-        if self._attempt:
-            raise MeterlyUsageError(
-                "A guard guards one piece of work. Call guard() again for the next."
-            )
-        for number in range(1, MOST_ATTEMPTS + 1):
-            self._attempt = self._key if number == 1 else f"{self._key}~{number}"
-            reservation = self._reserve(idempotency_key=self._attempt)
-            if reservation.is_held:
-                if reservation.replayed and not self._own_key:
-                    # Whose it is cannot be known, also if the transport has asked
-                    # twice because the first answer was lost.
-                    raise self._duplicate(reservation)
-                self._reservation_id = reservation.reservation_id
-                return reservation
-            if reservation.status == "committed":
-                raise self._duplicate(reservation)
-        raise MeterlyUsageError(
-            f"The idempotency key {self._key!r} was tried {MOST_ATTEMPTS} times, and "
-            "nothing has come of it. Use a new key."
-        )
-
-    def _duplicate(self, reservation: ReservationResult) -> MeterlyDuplicateError:
-        in_progress = reservation.is_held
-        return MeterlyDuplicateError(
-            f"The idempotency key {self._key!r} "
-            + (
-                f"is in use right now, until {reservation.expires_at} at most"
-                if in_progress
-                else "was used already"
-            )
-            + f" (reservation {reservation.status}).",
-            state=reservation.status or "",
-            reference=reservation.reference or "",
-            in_progress=in_progress,
-        )
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc_type is not None:
-            self._release()
-        else:
-            # The work is done, so nothing here may release it.
-            self._commit()
-
-    async def __aenter__(self) -> ReservationResult:
+    @wraps(check)
+    def refuse(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await self._to_its_end(self.__enter__)
-        except asyncio.CancelledError:
-            if self._reservation_id:
-                await self._to_its_end(self._release)
-            raise
+            return check(*args, **kwargs)
+        except ValueError as exc:
+            error = MeterlyInvalidRequestError(str(exc))
+        raise error
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._to_its_end(self.__exit__, exc_type, exc, traceback)
+    return refuse
 
-    async def arun(self, callback: Callable[[], Awaitable[T]]) -> T:
-        async with self:
-            self.result = result = await callback()
-        return result
 
-    async def _to_its_end(self, function: Callable[..., R], *args: Any) -> R:
-        """Run *function* in a thread, and be cancelled only when it is done."""
-        sensitive = self._client.transport.thread_sensitive
-        run = sync_to_async(function, thread_sensitive=sensitive)
-        task = asyncio.ensure_future(run(*args))
-        cancelled: asyncio.CancelledError | None = None
-        while not task.done():
-            try:
-                # Unlike awaiting the task itself, this does not cancel it.
-                await asyncio.wait([task])
-            except asyncio.CancelledError as exc:
-                cancelled = exc
-        if cancelled is not None:
-            raise cancelled from (None if task.cancelled() else task.exception())
-        return task.result()
-
-    def _release(self) -> None:
-        # The work's own exception is the one to report; a hold that cannot be
-        # released now ends with its time to live.
-        try:
-            self._client.release_reservation(
-                self._reservation_id, idempotency_key=f"{self._attempt}:release"
-            )
-        except MeterlyError:
-            pass
-
-    def _commit(self) -> None:
-        key = f"{self._attempt}:commit"
-        try:
-            self._client.commit_reservation(self._reservation_id, idempotency_key=key)
-        except OUTAGE as exc:
-            unknown = MeterlyUnknownOutcomeError(
-                "The work is done, but whether it was charged is unknown. Commit "
-                f"reservation {self._reservation_id} again with idempotency key {key}."
-            )
-            unknown.idempotency_key, unknown.result = key, self.result
-            raise unknown from exc
+check_amount = _refusing(wire.check_amount)
+check_description = _refusing(wire.check_description)
+check_identifier = _refusing(wire.check_identifier)
+check_key = _refusing(wire.check_key)
+check_text = _refusing(wire.check_text)
+check_ttl = _refusing(wire.check_ttl)
+check_unit = _refusing(wire.check_unit)
 
 
 _reachable_lock = threading.Lock()
 
 
 def _reached(transport: Transport, error: MeterlyError | None = None) -> None:
-    """Say once when the ledger does not answer any more, and once when it does."""
+    """Announce once that the ledger stopped answering, and once that it answers."""
     if isinstance(error, MeterlyIdempotencyInProgressError | MeterlyRateLimitedError):
-        return  # It answers, but not what it was asked.
+        return  # The ledger answers, only not to this call yet.
     reachable = not isinstance(error, OUTAGE)
     with _reachable_lock:
         if transport.reachable == reachable:
@@ -865,9 +742,9 @@ def _key(value: str | None, length: int = wire.MAX_KEY_LENGTH) -> str:
 
 
 class _Configured:
-    """The client that the settings described, and what they were.
+    """The client that the settings described, and those settings.
 
-    An object and no tuple, so that no debug page shows the key in them.
+    This is not a tuple, because debug pages would show the key in it.
     """
 
     __slots__ = ("_pid", "_settings", "client")
@@ -876,8 +753,8 @@ class _Configured:
         from .conf import meterly_settings
 
         self._pid = os.getpid()
-        # All of them: a server runs no system checks, and nobody's credits may move
-        # by settings that cannot be meant.
+        # All settings: a server may run without system checks, and no credits may move
+        # by invalid settings.
         meterly_settings.check()
         transport = meterly_settings.TRANSPORT.from_settings(meterly_settings)
         self._settings = deepcopy(meterly_settings.as_dict())
@@ -895,9 +772,9 @@ _current: _Configured | None = None
 def get_client() -> MeterlyClient:
     """Return the client that ``settings.METERLY`` describes.
 
-    The same one as long as the settings stay the same (``override_settings``
-    gives another); a forked process gets its own. Raises ``ImproperlyConfigured`` if
-    any setting is invalid.
+    This is the same client until the settings change (by ``override_settings``, for
+    example) or the process forks. Raises ``ImproperlyConfigured`` if any setting is
+    invalid.
     """
     global _current
     current = _current

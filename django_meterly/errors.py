@@ -24,16 +24,16 @@
     │   └── MeterlyServerError
     ├── MeterlyUnavailableError                the guard could not reserve in time
     ├── MeterlyDuplicateError                  this key was used, or is in use
-    ├── MeterlyInvalidKeyError                 this cannot be a key (a ValueError)
+    ├── MeterlyInvalidKeyError                 an invalid key (a ValueError, too)
     └── MeterlyUsageError                      the code asks for the impossible
 
-A call has three outcomes: yes, no and unknown. ``MeterlyApiError`` is a no,
-``MeterlyNotSentError`` is a no as well (nothing can have happened), and
-``MeterlyUnknownOutcomeError`` is neither: send the same call again with the
-same idempotency key to learn what became of it.
+A call has three outcomes: yes, no and unknown. ``MeterlyApiError`` is a no.
+``MeterlyNotSentError`` is a no as well, because nothing can have happened.
+``MeterlyUnknownOutcomeError`` is neither: send the same call again with the same
+idempotency key to learn the outcome.
 
-A message may quote what a ledger has said, and a detail is what it has said. Both are
-cleaned here, before anybody can store, log or show them.
+Messages and details may come from a ledger. They are cleaned here, before anybody can
+store, log or show them.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ __all__ = [
 ]
 
 
-#: Characters of a message at most.
+#: The longest message, in characters.
 MAX_MESSAGE_LENGTH = 2000
-#: Details at most, and lines in them.
+#: The most details of an error, the most fields in one, and the most texts of a field.
 MAX_DETAILS = 32
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -100,12 +100,13 @@ class MeterlyError(Exception):
 class MeterlyApiError(MeterlyError):
     """The ledger answered with an error.
 
-    *status* is the HTTP status (the embedded ledger names the one it would have
-    sent), *code* the stable name of the condition, *details* what came with it.
-    *request_id*, *method* and *path* say which call it was.
+    *status* is the HTTP status, also from the embedded ledger. *code* is the stable
+    name of the condition; branch on it, or on the class. *details* are further facts,
+    such as ``{"required": 5, "available": 2}``. *request_id*, *method* and *path* name
+    the call.
 
-    All of it is cleaned. For example, a ``required`` that is not a number of credits
-    is dropped, and so is every other detail that is a list or an object.
+    Invalid details are dropped: a ``required`` of ``"5"``, for example, because it is
+    not a whole number, and every unknown detail that is a list or an object.
     """
 
     status = 500
@@ -154,7 +155,7 @@ def _is_code(code: object) -> TypeGuard[str]:
 
 
 def _clean_details(details: object) -> dict[str, Any]:
-    """Return what can be used of an error's *details*."""
+    """Return the valid ones of an error's *details*."""
     cleaned: dict[str, Any] = {}
     if not isinstance(details, dict):
         return cleaned
@@ -193,7 +194,7 @@ def _fields(value: object, name: str) -> dict[str, list[str]]:
     }
 
 
-#: Details that have a meaning, and what checks them.
+#: Details that have a meaning, and their checks.
 _DETAILS: dict[str, Callable[[Any, str], Any]] = {
     "required": _whole_number,
     "available": _whole_number,
@@ -208,8 +209,8 @@ _DETAILS: dict[str, Callable[[Any, str], Any]] = {
 class MeterlyUnknownOutcomeError(MeterlyError):
     """The ledger may or may not have carried out the call.
 
-    Send the same call with the same *idempotency_key* to learn which. Raised by
-    ``MeterlyClient.guard`` it carries the *result* of the work, which is done.
+    Send the same call with the same *idempotency_key* to learn which. If
+    ``MeterlyClient.guard`` raised it, the work is done, and *result* is its result.
     """
 
     idempotency_key: str | None = None
@@ -219,21 +220,21 @@ class MeterlyUnknownOutcomeError(MeterlyError):
 class MeterlyNotSentError(MeterlyError):
     """The call provably never reached the ledger; nothing has moved.
 
-    Not on any attempt: once one attempt may have arrived, the outcome is unknown.
+    No attempt did: once one attempt may have arrived, the outcome is unknown.
     """
 
 
 class MeterlyInvalidRequestError(MeterlyApiError, ValueError):
     """The ledger cannot read this request, or the client has refused to send it.
 
-    What the client refuses has no *request_id*.
+    If the client refused it, *request_id* is ``None``.
     """
 
     status, code = 400, "invalid_request"
 
     @property
     def fields(self) -> dict[str, list[str]]:
-        """What is wrong, by the field's name on the wire."""
+        """The errors of each field, by its name on the wire."""
         return dict(self.details.get("fields") or {})
 
 
@@ -246,8 +247,8 @@ class MeterlyAuthenticationError(MeterlyApiError):
 class MeterlyInsufficientCreditsError(MeterlyApiError):
     """There are not enough credits.
 
-    *required* and *available* are credits of *unit*; *reserved* is what the
-    customer's own running work holds, which may come back.
+    *required* and *available* are credits of *unit*. The customer's running work holds
+    the *reserved* ones, which may come back.
     """
 
     status, code = 402, "insufficient_credits"
@@ -277,8 +278,8 @@ class MeterlyInsufficientCreditsError(MeterlyApiError):
 class MeterlyDebtError(MeterlyInsufficientCreditsError):
     """The customer owes credits for earlier work, and has too few to pay for it.
 
-    No ledger says so: the guard does. *owed* is the debt in credits of *unit*, and
-    *required* is what the debt and the new work cost together.
+    The guard raises this, never a ledger. *owed* is the debt in credits of *unit*, and
+    *required* is the cost of the debt and the new work together.
     """
 
     code = "debt"
@@ -295,7 +296,7 @@ class MeterlyForbiddenError(MeterlyApiError):
 
 
 class MeterlyNotFoundError(MeterlyApiError):
-    """There is no such object in this workspace."""
+    """This workspace does not have this object."""
 
     status, code = 404, "not_found"
 
@@ -362,7 +363,7 @@ class MeterlyServerError(MeterlyApiError, MeterlyUnknownOutcomeError):
 class MeterlyUnavailableError(MeterlyError):
     """The ledger could not be asked, so the work was not run.
 
-    *retry_after* is the number of seconds to suggest to the caller.
+    *retry_after* is the wait to suggest to the caller, in seconds.
     """
 
     def __init__(self, message: str = "", *, retry_after: int = 5) -> None:
@@ -373,8 +374,8 @@ class MeterlyUnavailableError(MeterlyError):
 class MeterlyDuplicateError(MeterlyError):
     """The idempotency key was used before, or is in use right now.
 
-    *state* is the reservation's state and *reference* its reference, if they are
-    known; *in_progress* tells whether its outcome is still open.
+    *state* and *reference* are those of the reservation, if they are known.
+    *in_progress* is true while its outcome is open.
     """
 
     def __init__(
@@ -392,14 +393,14 @@ class MeterlyDuplicateError(MeterlyError):
 
 
 class MeterlyInvalidKeyError(MeterlyError, ValueError):
-    """The idempotency key is not one; the caller may have chosen it."""
+    """The idempotency key is invalid; the caller may have chosen it."""
 
 
 class MeterlyUsageError(MeterlyError):
     """The guard is used where it cannot keep its promise."""
 
 
-#: The ledger was not asked, or would not say: nothing is decided, ask again.
+#: The ledger was not asked, or did not answer. Nothing is decided, so ask again.
 OUTAGE = (
     MeterlyNotSentError,
     MeterlyUnknownOutcomeError,
@@ -449,8 +450,10 @@ def api_error(
 ) -> MeterlyApiError:
     """Return the exception for an error answer.
 
-    *code* decides the class; without a known one the *status* does, and every
-    5xx is an unknown outcome.
+    *code* decides the class, or *status* if the code is unknown. Every 5xx is an
+    unknown outcome. For example::
+
+        raise api_error(402, "insufficient_credits", details={"required": 5})
     """
     if status >= 500:
         cls: type[MeterlyApiError] = MeterlyServerError

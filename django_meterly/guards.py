@@ -28,6 +28,7 @@ from .handoffs import FREE, UNCHARGED, Message
 from .heart import Heart
 from .models import Customer
 from .options import check_price, shows
+from .transports.base import JoinedTransport
 from .wire import (
     MAX_CALLER_KEY_LENGTH,
     check_amount,
@@ -348,7 +349,7 @@ class Guard:
         joins = self._message is None and transport.joins(using)
         if (
             joins
-            and transport.carries_statements(using)
+            and journal.carries_statements(self._client, using)
             and self._decide_in_one_statement()
         ):
             return
@@ -386,7 +387,7 @@ class Guard:
             if (
                 self._charge is not None
                 and self._message is None
-                and not self._client.transport.aliases()
+                and not isinstance(self._client.transport, JoinedTransport)
             ):
                 journal.commit_unrecorded(self._client, self._row, self._charge)
             raise

@@ -1,7 +1,7 @@
 """What the client returns: frozen results, amounts in whole credits, times in UTC.
 
-A field that may be ``None`` is one that a ledger may leave out: the vendor's guide does
-not show it. This project's own ledger leaves none out.
+A field may be ``None`` if the vendor's guide does not show it: a ledger may leave it
+out then. The embedded ledger leaves nothing out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class CustomerResult:
-    """Who pays with credits, as the ledger knows them."""
+    """A customer, who pays with credits, as the ledger knows them."""
 
     customer_id: str
     customer_external_id: str | None
@@ -89,7 +89,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True, slots=True)
 class EntryPage:
-    """Some of a customer's entries; *next_cursor* asks for more, ``None`` ends."""
+    """A page of a customer's entries. *next_cursor* is ``None`` on the last page."""
 
     entries: tuple[LedgerEntry, ...]
     next_cursor: str | None
@@ -107,9 +107,9 @@ class MovementResult:
 class ReservationResult:
     """Credits held for work in progress.
 
-    *status* is ``reserved``, ``committed``, ``released`` or ``expired``, as of
-    this answer; *balance* is the account right after the movement. *replayed* says
-    that an earlier call with the same idempotency key has done it.
+    *status* is ``reserved``, ``committed``, ``released`` or ``expired`` at the time of
+    this answer. *balance* is the account right after the movement. *replayed* is true
+    if an earlier call with the same idempotency key made the movement.
     """
 
     reservation_id: str

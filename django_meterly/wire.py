@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 
 MAX_AMOUNT = 2**63 - 1
 MAX_KEY_LENGTH = 255
-#: Of a key that the caller of a guard names: other keys are derived from it.
+#: For a key that the caller of a guard names, because longer keys are derived from it.
 MAX_CALLER_KEY_LENGTH = 200
 MAX_TEXT_LENGTH = 255
 MAX_DESCRIPTION_LENGTH = 1000
 MAX_TTL_SECONDS = 86400
 
-# operation -> (method, path). Path parameters are taken out of the arguments;
-# what is left is the JSON body of a POST or the query of a GET.
+# operation -> (method, path). The path takes its parameters from the arguments; the
+# other arguments are the JSON body of a POST or the query of a GET.
 ROUTES: dict[str, tuple[str, str]] = {
     "create_customer": ("POST", "/v1/customers"),
     "find_customer": ("GET", "/v1/customers"),
@@ -38,7 +38,7 @@ ROUTES: dict[str, tuple[str, str]] = {
 }
 
 
-#: Calls that name nothing which could be missing: their 404 is not a ledger's.
+#: Calls that name no object which could be missing. No ledger answers them with 404.
 NEVER_MISSING = ("create_customer", "find_customer", "grant_credits")
 
 
@@ -50,12 +50,12 @@ def string_to_sign(
     idempotency_key: str,
     body: bytes,
 ) -> bytes:
-    """Return what an HMAC key signs of a request.
+    """Return the bytes of a request that an HMAC key signs.
 
-    *timestamp* is in Unix seconds, *target* the path with its query as sent, *host*
-    the ``Host`` header in lower case without a default port, *idempotency_key*
-    empty where there is none, and *body* the final bytes. Raises ``ValueError``
-    for a field with a line feed in it: two requests could be signed alike.
+    *timestamp* is in Unix seconds. *target* is the path with its query as sent. *host*
+    is the ``Host`` header in lower case without a default port. *idempotency_key* is
+    empty for a GET. *body* has the final bytes. Raises ``ValueError`` for a field with
+    a line feed, because two requests could have the same signature.
     """
     fields = (timestamp, method, target, host, idempotency_key)
     if any("\n" in field for field in fields):
@@ -71,8 +71,8 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 def check_amount(value: object, name: str = "amount", *, minimum: int = 1) -> int:
     """Return *value* if it is a number of credits, or raise ``ValueError``."""
-    # bool is an int, and Django's integer fields take 1.5 for 1: neither is an
-    # amount anybody meant.
+    # bool is an int, and Django's integer fields take 1.5 for 1. Nobody means either
+    # as an amount.
     if type(value) is not int:
         raise ValueError(
             f"{name} must be an int, not {type(value).__name__} {shown(value)}. "
@@ -148,14 +148,17 @@ def check_description(
         raise ValueError(
             f"{name} must be a text of at most {length} characters, not {shown(value)}."
         )
-    # Half of a surrogate pair, which JSON can name, is no text to a database.
+    # JSON can name half of a surrogate pair, which databases refuse.
     if "\x00" in value or re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{name} must not contain NUL characters or lone surrogates.")
     return value
 
 
 def shown(value: object) -> str:
-    """Return *value* for an error's message: one printable line of a bounded length."""
+    """Return *value* for an error's message: one printable line of bounded length.
+
+    For example, ``shown("a" * 1000)`` has 80 characters.
+    """
     if isinstance(value, dict | list | tuple):
         # It may be too deep for repr().
         return "{...}" if isinstance(value, dict) else "[...]"
@@ -213,7 +216,7 @@ def check_base_url(
             f"{name} must be a str, {like}, not {type(value).__name__} {shown(value)}."
         )
     url = str(value).strip()
-    # Not shown: what stands before an @ may be a secret.
+    # A URL with an @ is not shown, because a secret may precede it.
     this = "this one" if "@" in url else shown(url)
     try:
         parts = urlsplit(url)

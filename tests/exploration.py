@@ -17,7 +17,7 @@ from __future__ import annotations
 import datetime as dt
 import threading
 from collections import Counter
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
@@ -200,9 +200,6 @@ class Line(LedgerTransport):
 
     def joins(self, using: str) -> bool:
         return False
-
-    def unit_of_work(self, using: str) -> AbstractContextManager[Any]:
-        return nullcontext()
 
     def send(self, call: Call) -> dict[str, Any]:
         world = self.world

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery, current_app
 from django.contrib.auth.models import Group
-from django.core.checks import run_checks
+from django.core.checks import CheckMessage, Error, run_checks
 from django.core.management import call_command
 from django.db import OperationalError, connection, transaction
 from django.http import HttpResponse
@@ -26,6 +26,8 @@ from django_meterly import checks, meterly_guard
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Customer, Reservation
 from django_meterly.tasks import beat_schedule
+from django_meterly.testing import LEDGER_TRANSPORT
+from django_meterly.transports import Transport
 from tests import guarded_urls, jobs
 from tests.books import balance, fund
 
@@ -156,11 +158,23 @@ def test_an_unknown_setting_gets_a_suggestion() -> None:
     assert message.hint == "Did you mean 'API_KEY'?"
 
 
-def test_the_ledger_transport_needs_its_app(settings: Any) -> None:
-    settings.INSTALLED_APPS = [
-        app for app in settings.INSTALLED_APPS if app != checks.LEDGER_APP
-    ]
-    assert [message.id for message in checks.check_settings()] == ["meterly.E005"]
+class Gateway(Transport):
+    @classmethod
+    def check(cls, settings: Any) -> list[CheckMessage]:
+        if settings.API_KEY is None:
+            return [Error("The gateway needs METERLY['API_KEY'].", id="shop.E001")]
+        return []
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [({}, ["shop.E001"]), ({"API_KEY": "x"}, []), ({"ENFORCEMENT": "off"}, [])],
+)
+def test_a_transport_checks_the_settings(
+    extra: dict[str, Any], expected: list[str]
+) -> None:
+    with override_settings(METERLY={"TRANSPORT": Gateway, **extra}):
+        assert [message.id for message in checks.check_settings()] == expected
 
 
 LASTING = guarded_urls.Writes.as_view()
@@ -178,7 +192,7 @@ def test_a_guard_that_lasts_longer_than_the_ledgers_holds_is_found(
     settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": lasting})
     settings.METERLY = {
         **settings.METERLY,
-        "TRANSPORT": checks.LEDGER_TRANSPORT,
+        "TRANSPORT": LEDGER_TRANSPORT,
         "RESERVATION_TTL": 61,
         "GUARDED_VIEWS": {"named": {"amount": 1, "ttl_seconds": 62}},
     }

@@ -150,7 +150,16 @@ def test_the_ledger_imports_the_seam_and_no_more() -> None:
 
 def test_the_client_side_imports_no_models_and_no_settings() -> None:
     # The signals are names that the client sends under, and know nothing.
-    homes = ("answers", "client", "types", "errors", "wire", "transports", "signals")
+    homes = (
+        "answers",
+        "client",
+        "client_guard",
+        "types",
+        "errors",
+        "wire",
+        "transports",
+        "signals",
+    )
     strays = [
         str(line)
         for line in IMPORTS

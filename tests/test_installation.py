@@ -152,11 +152,11 @@ COMMANDS: list[Any] = [
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_transport_of_a_ledger_that_is_not_installed_is_e005(
+def test_transport_of_a_ledger_that_is_not_installed_is_e004(
     project: Project, command: list[str]
 ) -> None:
     project.configure([*DJANGO, "django_meterly"], METERLY={"TRANSPORT": LEDGER})
-    assert complains(project.manage(*command), "meterly.E005", ADD_LEDGER)
+    assert complains(project.manage(*command), "meterly.E004", ADD_LEDGER)
 
 
 IMPORTS = ("transport", "models", "admin", "tasks", "urls", "operations", "seals")

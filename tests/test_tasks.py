@@ -19,7 +19,7 @@ from django.core.management import call_command
 from django.utils import timezone
 from kombu import Connection
 
-from django_meterly import get_client, guard, tasks
+from django_meterly import get_client, guard, journal, tasks
 from django_meterly.models import Grant, Reservation
 from django_meterly.testing import assert_books_balance, lapse_leases
 from tests.backlog import leave_behind
@@ -181,7 +181,7 @@ def test_f35_a_soft_time_limit_within_the_commit_loses_no_success(
     site.send("finish", customer.external_id, soft_time_limit=2)
     site.wait_until(lambda: "SoftTimeLimitExceeded" in site.log.read_text())
     # Durable with the movement where both are one statement.
-    durable = get_client().transport.carries_statements("default")
+    durable = journal.carries_statements(get_client(), "default")
     assert states() == ["committed" if durable else "commit_pending"]
     kill_group(worker)
 

@@ -522,7 +522,7 @@ def test_f35_a_soft_time_limit_within_the_commit_of_a_task_loses_no_success(
     site.send(jobs.plain, soft_time_limit=3)
     site.wait_until(lambda: "SoftTimeLimitExceeded" in site.said())
     # Durable with the movement where both are one statement.
-    durable = get_client().transport.carries_statements("default")
+    durable = journal.carries_statements(get_client(), "default")
     assert states() == ["committed" if durable else "commit_pending"]
     kill_group(worker)
     sweep()

@@ -55,7 +55,11 @@ from .offering import beat, claim, offer, withdraw
 from .opening import refuse_open_transaction, reserve
 from .rows import NO_HOLD, SETTLE_TIMEOUT, alias
 from .settling import Outcome, commit_unrecorded, settle
-from .statements import decide_in_one_statement, fits_one_statement
+from .statements import (
+    carries_statements,
+    decide_in_one_statement,
+    fits_one_statement,
+)
 from .sweeping import (
     OUTAGE_AFTER,
     backlog,
@@ -76,6 +80,7 @@ __all__ = [
     "alias",
     "backlog",
     "beat",
+    "carries_statements",
     "claim",
     "collect",
     "commit_unrecorded",

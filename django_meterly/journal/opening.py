@@ -31,6 +31,7 @@ from ..errors import (
     MeterlyUsageError,
 )
 from ..models import Customer, Reservation
+from ..transports.base import JoinedTransport
 from . import attempts, calls, statements
 from .debts import refuse_debtor
 from .low_balance import watch_balance
@@ -58,7 +59,10 @@ def refuse_open_transaction(client: MeterlyClient) -> None:
 
     That is the journal's, and the embedded ledger's if it has another.
     """
-    for using in {alias(), *client.transport.aliases()}:
+    written = {alias()}
+    if isinstance(client.transport, JoinedTransport):
+        written.add(client.transport.alias())
+    for using in written:
         if in_transaction(using):
             raise MeterlyUsageError(_IN_TRANSACTION.format(using))
 

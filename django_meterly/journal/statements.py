@@ -13,7 +13,7 @@ from ..conf import meterly_settings
 from ..db import READS_COMMITTED, DatabaseNow, from_now, is_outage, reconnect
 from ..errors import MeterlyError, MeterlyUnknownOutcomeError
 from ..models import Reservation
-from ..transports.base import NothingLocked, Statement
+from ..transports.base import JoinedTransport, NothingLocked, Statement
 from . import calls
 from .rows import DENIED_RETENTION, OUTCOMES, State, alias, announce
 
@@ -23,16 +23,24 @@ if TYPE_CHECKING:
 
 
 def fits_one_statement(client: MeterlyClient, using: str) -> bool:
-    """Return whether a movement and its row can be one statement, and its own.
+    """Return whether a movement and its row can be one statement in autocommit.
 
-    In a transaction of the caller's they need a savepoint: a statement that failed
-    would end it.
+    In the caller's transaction they need a savepoint, because a statement that fails
+    would end the transaction.
     """
     connection = connections[using]
     return (
-        client.transport.carries_statements(using)
+        carries_statements(client, using)
         and not connection.in_atomic_block
         and connection.get_autocommit()
+    )
+
+
+def carries_statements(client: MeterlyClient, using: str) -> bool:
+    """Return whether a movement and its row on *using* can be one statement."""
+    transport = client.transport
+    return isinstance(transport, JoinedTransport) and transport.carries_statements(
+        using
     )
 
 

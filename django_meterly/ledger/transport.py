@@ -1,30 +1,23 @@
-"""The ledger in this very process, in your own database."""
+"""The embedded ledger, called in this process."""
 
 from __future__ import annotations
 
 import uuid
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from django.db import Error, transaction
+from django.db import Error
 
 from ..errors import MeterlyApiError, MeterlyUnknownOutcomeError
-from ..transports.base import Call, Transport
+from ..transports.base import Call, JoinedTransport
 from . import operations, postgresql, service
 from .conf import ledger_settings
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
 
+class LedgerTransport(JoinedTransport):
+    """Carries calls to the embedded ledger, in this process.
 
-class LedgerTransport(Transport):
-    """Carries calls to the embedded ledger without leaving the process.
-
-    They are for the workspace ``METERLY_LEDGER["WORKSPACE"]``, which is created
-    when first needed.
+    The first call creates the workspace ``METERLY_LEDGER["WORKSPACE"]``.
     """
-
-    thread_sensitive = True
 
     def __repr__(self) -> str:
         return "LedgerTransport()"
@@ -37,10 +30,10 @@ class LedgerTransport(Transport):
     def send(self, call: Call) -> dict[str, Any]:
         """Carry out *call*.
 
-        Raises ``MeterlyApiError``, and ``MeterlyUnknownOutcomeError`` when the
-        database failed. In a transaction of the caller's that one means that it
-        is broken, and takes the movement with it when it is rolled back. To a call
-        with a statement it happens as the database's own error.
+        Raises ``MeterlyApiError``, and ``MeterlyUnknownOutcomeError`` if the database
+        failed. The caller's transaction is broken then, if there is one, and its
+        rollback undoes the movement. A call with a statement raises the database's
+        error itself.
         """
         try:
             answer = service.perform(
@@ -67,18 +60,10 @@ class LedgerTransport(Transport):
             )
         return {**answer.body, "replayed": True} if answer.replayed else answer.body
 
-    def aliases(self) -> tuple[str, ...]:
+    def alias(self) -> str:
         """Return the ledger's database."""
-        return (operations.write_alias(),)
-
-    def joins(self, using: str) -> bool:
-        """Return whether the ledger's tables are in the database *using*."""
-        return operations.write_alias() == using
+        return operations.write_alias()
 
     def carries_statements(self, using: str) -> bool:
-        """Return whether the ledger is in *using*, and that is PostgreSQL."""
+        """Return whether the ledger is in *using*, and *using* is PostgreSQL."""
         return self.joins(using) and postgresql.serves(using)
-
-    def unit_of_work(self, using: str) -> AbstractContextManager[Any]:
-        """Return an ``atomic`` block if the ledger joins it, else a null context."""
-        return transaction.atomic(using=using) if self.joins(using) else nullcontext()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .base import Call, Transport
+from .base import Call, JoinedTransport, Transport
 
 if TYPE_CHECKING:
-    from .http import HttpTransport
+    from .http import HttpTransport, Request
 
-__all__ = ["Call", "HttpTransport", "Transport"]
+__all__ = ["Call", "HttpTransport", "JoinedTransport", "Request", "Transport"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that the in-process ledger never imports requests.
-    if name == "HttpTransport":
-        from .http import HttpTransport
+    if name in ("HttpTransport", "Request"):
+        from . import http
 
-        return HttpTransport
+        return getattr(http, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

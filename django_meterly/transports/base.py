@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,26 +10,9 @@ from ..wire import MAX_TTL_SECONDS, ROUTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """SQL of the caller's that is to be one statement with a movement.
-
-    *sql* writes a row. It may read the relation ``movement``, which has one row if
-    the call moved credits, and none if it did not; its column ``reservation_id`` is
-    the hold's. *lock* is a SELECT that locks a row which the movement depends on:
-    if it finds no row, nothing is done, and ``NothingLocked`` is raised.
-    """
-
-    sql: str
-    parameters: tuple[Any, ...] = ()
-    lock: str = ""
-    lock_parameters: tuple[Any, ...] = ()
-
-
-class NothingLocked(Exception):
-    """The lock of a ``Statement`` found no row, and so nothing was done."""
+    from django.core.checks import CheckMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +20,14 @@ class Call:
     """One call of the wire contract, on its way to a ledger.
 
     *operation* is a key of ``ROUTES``. *arguments* have their names on the wire
-    (camelCase), those of the path included. *idempotency_key* is set on every
-    POST. *timeout* is the number of seconds the whole call may take, and
-    *attempts* how often it may be sent in them; ``None`` leaves either to the
-    transport. A *statement* is for transports with ``carries_statements``.
+    (camelCase), those of the path included. Every POST has an *idempotency_key*.
+    *timeout* is the number of seconds that the whole call may take, and *attempts* is
+    how often it may be sent meanwhile; the transport decides where they are ``None``.
+    Only a ``JoinedTransport`` carries a *statement*. For example::
+
+        call = Call("commit_reservation", {"reservationId": "res_1", "amount": 5}, "k1")
+        call.method, call.path  # "POST", "/v1/reservations/res_1/commit"
+        call.payload            # {"amount": 5}
     """
 
     operation: str
@@ -61,7 +48,7 @@ class Call:
 
     @property
     def payload(self) -> dict[str, Any]:
-        """The arguments that do not stand in the path."""
+        """The arguments that are not in the path."""
         template = ROUTES[self.operation][1]
         return {
             name: value
@@ -73,9 +60,9 @@ class Call:
 class Transport:
     """Carries calls to a ledger.
 
-    A transport raises the exceptions of ``django_meterly.errors`` and no others,
-    and may be used from several threads at once. The client checks every answer, so a
-    transport only has to decode it. For example::
+    A transport raises the exceptions of ``django_meterly.errors`` and no others.
+    Several threads may use it at once. It only decodes answers, because the client
+    checks each of them. For example::
 
         class MyTransport(Transport):
             def send(self, call):
@@ -85,15 +72,15 @@ class Transport:
                 raise api_error(status, body["error"]["code"])
     """
 
-    #: Whether a commit may name less than the hold. Where not, the client commits
-    #: all of it and adds the rest again.
+    #: Whether a commit may name less than the hold. If not, the client commits all of
+    #: the hold and adds the rest again.
     partial_commit = True
-    #: Whether ``async`` code has to call it on the thread that Django keeps for
-    #: synchronous code, as whatever uses Django's database connections has to be.
+    #: Whether ``async`` code has to call the transport on the thread that Django keeps
+    #: for synchronous code. Everything that uses Django's connections needs it.
     thread_sensitive = False
-    #: What to look at when the answers are not a ledger's, for error messages.
+    #: Added to the message of an error if an answer cannot be a ledger's.
     advice = ""
-    #: Whether the ledger answered this process the last time; kept by the client.
+    #: Whether the ledger answered this process the last time. The client sets it.
     reachable = True
 
     @classmethod
@@ -102,52 +89,111 @@ class Transport:
         return cls()
 
     @classmethod
+    def check(cls, settings: Any) -> list[CheckMessage]:
+        """Return what ``manage.py check`` reports about this transport.
+
+        *settings* are those of ``from_settings``; each value is valid by itself. For
+        example::
+
+            if settings.API_KEY is None:
+                return [Error("The gateway needs METERLY['API_KEY'].", id="shop.E001")]
+        """
+        return []
+
+    @classmethod
     def longest_hold(cls) -> int:
-        """Return for how many seconds the ledger holds credits at most."""
+        """Return the longest time that the ledger holds credits for, in seconds."""
         return MAX_TTL_SECONDS
 
     def send(self, call: Call) -> dict[str, Any]:
         """Carry out *call* and return the answer's body, with its wire names.
 
-        The body is a ``dict`` of what JSON can say: texts, whole numbers, lists and
-        ``dict``. Raises ``MeterlyApiError`` when the ledger said no,
-        ``MeterlyNotSentError`` when the call provably never reached it, and
-        ``MeterlyUnknownOutcomeError`` when it may or may not have been applied.
+        The body is a ``dict`` of JSON values: texts, whole numbers, lists and ``dict``.
+        It has ``"replayed": True`` if the ledger says that an earlier call had the same
+        key. Raises
 
-        If the ledger says that an earlier call had the same key, the body has
-        ``"replayed": True``.
+        - ``MeterlyApiError`` if the ledger said no,
+        - ``MeterlyNotSentError`` if the call provably never reached it,
+        - ``MeterlyUnknownOutcomeError`` if it may or may not have been applied.
         """
         raise NotImplementedError
 
     def name_of(self, call: Call) -> str:
-        """Return what *call* is named in error messages: its method and path."""
+        """Return the name of *call* for error messages: its method and path."""
         return f"{call.method} {call.path}"
 
-    def aliases(self) -> tuple[str, ...]:
-        """Return the databases of this project that movements are written to."""
-        return ()
-
     def joins(self, using: str) -> bool:
-        """Return whether movements can be part of a transaction on *using*."""
-        return False
+        """Return whether a transaction on *using* contains the ledger's movements.
 
-    def carries_statements(self, using: str) -> bool:
-        """Return whether a call's ``Statement`` on *using* is one with its movement.
-
-        That is for ``reserve_credits``, ``commit_reservation`` and
-        ``release_reservation``. The caller's row is written if, and only if, credits
-        are moved; when the call returns, they are. The errors of the database, which
-        is the caller's own, are raised as they are. A transport that makes calls anew
-        on their way has to pass the statement on, or to say that it carries none.
+        False for every ledger but that of a ``JoinedTransport``.
         """
         return False
 
     def unit_of_work(self, using: str) -> AbstractContextManager[Any]:
         """Return a block in which calls and rows of *using* stand or fall together.
 
-        A null context where the ledger does not share that database.
+        This is an ``atomic`` block if the ledger joins it, and a null context if not.
         """
-        return nullcontext()
+        if not self.joins(using):
+            return nullcontext()
+        from django.db import transaction
+
+        return transaction.atomic(using=using)
 
     def close(self) -> None:
         """Give back what the transport holds open."""
+
+
+class JoinedTransport(Transport):
+    """Carries calls to a ledger in a database of this project.
+
+    If that is the journal's database, then the journal's rows and the ledger's
+    movements share their transactions. ``LedgerTransport`` is one. For example::
+
+        class MyTransport(JoinedTransport):
+            def alias(self):
+                return "default"
+
+            def send(self, call):
+                ...  # as in Transport, with Django's connection to "default"
+    """
+
+    thread_sensitive = True
+
+    def alias(self) -> str:
+        """Return the database that the ledger writes movements to."""
+        raise NotImplementedError
+
+    def joins(self, using: str) -> bool:
+        return self.alias() == using
+
+    def carries_statements(self, using: str) -> bool:
+        """Return whether a call's ``Statement`` on *using* is part of its movement.
+
+        That is for ``reserve_credits``, ``commit_reservation`` and
+        ``release_reservation``. The caller's row is written if, and only if, the call
+        moves credits; both have happened when the call returns. The database's errors
+        are raised unchanged. A transport that replaces calls by others on the way has
+        to pass the statement on, or to return false.
+        """
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """SQL of the caller that becomes one statement with a movement.
+
+    *sql* writes a row. It may read the relation ``movement``: that has one row if the
+    call moved credits, and none if it did not. Its column ``reservation_id`` is the id
+    of the hold. *lock* is a SELECT that locks a row which the movement depends on. If
+    it finds no row, nothing is done, and ``NothingLocked`` is raised.
+    """
+
+    sql: str
+    parameters: tuple[Any, ...] = ()
+    lock: str = ""
+    lock_parameters: tuple[Any, ...] = ()
+
+
+class NothingLocked(Exception):
+    """The lock of a ``Statement`` found no row, and so nothing was done."""

@@ -1,67 +1,52 @@
 """The ledger over HTTP: a call is sent until it has one of three outcomes.
 
-Nothing here follows a redirect, keeps a cookie or reads the environment: calls
-go through a ``requests`` adapter directly, below the session that does those
-things. The adapter does not retry; the loop around it is the only one.
+``send`` encodes the call once. Each attempt signs the request, sends it and decodes
+the answer; ``retries`` decides about the next attempt.
+
+This module follows no redirect, keeps no cookie and reads no environment variable: it
+uses an adapter of ``requests`` directly, and not a session, which does those things.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import random
 import re
-import socket
 import sys
-import threading
-import time
 import uuid
-from contextvars import ContextVar
-from http.client import HTTPException, HTTPResponse, parse_headers
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlencode
 
 import requests
-import urllib3
-from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
-from tenacity import RetryCallState, Retrying, retry_if_exception
-from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from .. import __version__
 from ..errors import (
-    OUTAGE,
     MeterlyApiError,
-    MeterlyAuthenticationError,
     MeterlyError,
-    MeterlyForbiddenError,
+    MeterlyNotFoundError,
     MeterlyNotSentError,
     MeterlyUnknownOutcomeError,
     api_error,
     is_known,
 )
-from ..wire import NEVER_MISSING, check_api_key, check_base_url
+from ..wire import NEVER_MISSING, check_api_key, check_base_url, clean_text, shown
+from . import retries
 from .base import Transport
+from .connections import FOREIGN, Adapter, Exchange, current
 from .signing import Secret, signer_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from django.core.checks import CheckMessage
     from requests import PreparedRequest
 
     from .base import Call
     from .signing import Signer
 
-__all__ = ["HttpTransport"]
-
-MAX_ANSWER_BYTES = 2**20
-POOL_SIZE = 64
-#: A retry waits up to this many seconds, the next up to twice as long, and so on.
-BACKOFF_FIRST, BACKOFF_MOST = 0.25, 2.0
-#: Retries that are allowed at once, and by each call: when everything fails, a
-#: ledger that is in trouble gets a tenth more requests, not three times as many.
-BUDGET_SIZE, BUDGET_SHARE = 10.0, 0.1
+__all__ = ["HttpTransport", "Request"]
 
 _HEADERS = {
     "Accept": "application/json",
@@ -70,31 +55,72 @@ _HEADERS = {
     "User-Agent": f"django-meterly/{__version__}",
 }
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PATH = re.compile(r"/[\x21\x22\x24-\x7e]*")
+_HEADER = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+#: The exceptions of a ``decode`` that meets a body of another shape.
+_UNDECODABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
-def _is_ca_bundle(path: Any) -> bool:
-    # bytes and numbers are paths, too, or open files.
-    return isinstance(path, str | os.PathLike) and os.path.exists(path)
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A call in the form in which it is sent; ``HttpTransport.encode`` returns it.
+
+    *path* begins with a slash, comes after the base URL, and may have a query. The
+    transport adds ``Content-Length`` and ``X-Request-Id`` to the *headers*. Raises
+    ``ValueError`` for a path or header that cannot be sent as it is. For example::
+
+        Request("GET", "/accounts/7?unit=tokens")
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if not _PATH.fullmatch(self.path):
+            raise ValueError(
+                "A request's path must begin with '/' and be visible ASCII characters "
+                f"without '#', not {shown(self.path)}."
+            )
+        for name, value in self.headers.items():
+            if not _HEADER.fullmatch(value):
+                raise ValueError(
+                    f"The header {shown(name)} must be printable ASCII characters, not "
+                    f"{shown(value)}."
+                )
 
 
 class HttpTransport(Transport):
     """Speaks the wire contract to Meterly Cloud or a self-hosted ledger.
 
-    *base_url* may carry a path. *connect_timeout*, *read_timeout* (the longest
-    silence) and *deadline* (the whole call, with all its attempts) are seconds; a
-    host name is looked up by the operating system, whose own limits apply. A call
-    is sent *max_attempts* times at most, with the same idempotency key and body.
-    *signer* is called with the key and returns what authorizes each attempt
-    (``signing``); by default the key's prefix decides. *proxies* (as ``requests``
-    takes them, http and https only) and *verify* (``True``, or the path of a CA
-    bundle) are the only way to change route and trust: the environment is not
-    read. TLS is always verified. Raises ``ValueError`` for a key, a URL or a
-    *verify* that cannot be meant.
+    *base_url* may have a path. *connect_timeout*, *read_timeout* (the longest silence)
+    and *deadline* (the whole call, with all its attempts) are seconds. The operating
+    system looks up the host name, within its own limits. A call is sent at most
+    *max_attempts* times, with the same idempotency key and body.
+
+    *signer* is called with the key, and returns a function that authorizes each attempt
+    (``signing``). By default, the key's prefix decides. *proxies* (as in ``requests``,
+    http and https only) and *verify* (``True``, or the path of a CA bundle) are the
+    only way to change route and trust. TLS is always verified. Raises ``ValueError``
+    for an invalid key, URL, proxy or *verify*.
+
+    For another wire format, override ``encode`` and ``decode``. Attempts, deadlines,
+    connections and the three outcomes stay as they are.
     """
 
     base_url = ""
     advice = ' Check the base URL (METERLY["BASE_URL"]).'
+    #: Makes the signer from the key, if no other one is given.
+    signer: Callable[[str], Signer] = staticmethod(signer_for)
 
     def __init__(
         self,
@@ -110,7 +136,7 @@ class HttpTransport(Transport):
         proxies: Mapping[str, str] | None = None,
         verify: Literal[True] | str | os.PathLike[str] = True,
     ) -> None:
-        # Or a debug page would show the key with the frame of an error.
+        # A debug page would show the plain key with the frame of an error.
         if isinstance(api_key, str):
             api_key = Secret(api_key)
         api_key = Secret(check_api_key(api_key))
@@ -121,7 +147,7 @@ class HttpTransport(Transport):
                 "ledger's certificate is always verified. For a ledger with a private "
                 'CA name its file, as in verify="/etc/ssl/ledger-ca.pem".'
             )
-        self._sign = (signer or signer_for)(api_key)
+        self._sign = (signer or self.signer)(api_key)
         self.base_url = base_url.rstrip("/")
         prepared = requests.PreparedRequest()
         prepared.prepare_url(base_url, None)
@@ -150,8 +176,30 @@ class HttpTransport(Transport):
             allow_insecure_http=settings.ALLOW_INSECURE_HTTP,
         )
 
+    @classmethod
+    def check(cls, settings: Any) -> list[CheckMessage]:
+        """Report what the first call would raise: a missing API key, for example."""
+        from django.core.checks import Error
+
+        try:
+            cls.from_settings(settings).close()
+        except (TypeError, ValueError) as exc:
+            return [
+                Error(
+                    f"METERLY cannot set up the transport: {exc}",
+                    hint=(
+                        "Set METERLY['API_KEY'] (METERLY_API_KEY with from_env), or "
+                        "set METERLY['TRANSPORT'] to "
+                        "'django_meterly.ledger.transport.LedgerTransport' to keep the "
+                        "credits in your own database."
+                    ),
+                    id="meterly.E006",
+                )
+            ]
+        return []
+
     def __repr__(self) -> str:
-        return f"HttpTransport({self.base_url!r})"
+        return f"{type(self).__name__}({self.base_url!r})"
 
     def __reduce__(self) -> Any:
         raise TypeError("HttpTransport holds an API key and cannot be pickled.")
@@ -160,431 +208,237 @@ class HttpTransport(Transport):
         self._adapter.close()
 
     def name_of(self, call: Call) -> str:
-        return f"{call.method} {self.base_url}{call.path}"
+        request = self.encode(call)
+        return f"{request.method} {self.base_url}{_without_query(request)}"
+
+    # The wire format
+
+    def encode(self, call: Call) -> Request:
+        """Return the request for *call*. Override this for another wire format.
+
+        The same call always has to give the same method, path and body: a call whose
+        outcome is unknown is sent again, perhaps by another process. Raises
+        ``ValueError`` if the call cannot be sent; that is a ``MeterlyNotSentError``.
+        """
+        path, payload = call.path, call.payload
+        if call.method != "POST":
+            query = f"?{urlencode(payload)}" if payload else ""
+            return Request(call.method, f"{path}{query}")
+        headers = {"Content-Type": "application/json"}
+        if call.idempotency_key:
+            headers["Idempotency-Key"] = call.idempotency_key
+        return Request(call.method, path, headers, _encode(payload).encode())
+
+    def decode(
+        self, call: Call, status: int, headers: Mapping[str, str], body: bytes
+    ) -> dict[str, Any]:
+        """Return the answer's body with its wire names, or raise its error.
+
+        Override this for another wire format. It gets every answer but redirects;
+        *headers* are case-insensitive. Raise what ``api_error`` returns if the ledger
+        certainly said no, and ``ValueError`` (or ``KeyError``, ``TypeError``, ...) if
+        the answer may be anybody else's: a proxy's page, for example.
+
+        The transport decides the rest. Only a 2xx can be a success. A 5xx is always an
+        unknown outcome, and so is a body that cannot be decoded, except with a 429.
+        """
+        data = _json(body.decode("utf-8-sig"))
+        if not isinstance(data, dict):
+            raise ValueError("the body is not a JSON object")
+        if status // 100 == 2:
+            if headers.get("Idempotency-Replayed") == "true":
+                data["replayed"] = True
+            return data
+        error = data.get("error")
+        details = dict(error) if isinstance(error, dict) else {}
+        code, message = details.pop("code", None), details.pop("message", "")
+        # Other APIs answer these, too, with codes that the contract does not know. A
+        # 404 of one of them says nothing about a customer.
+        known = is_known(code) if status in (401, 403, 404) else isinstance(code, str)
+        if not known and status != 429 and status < 500:
+            raise ValueError("the body names no error code of a ledger")
+        raise api_error(status, code, message, details=details)
+
+    # Sending
 
     def send(self, call: Call) -> dict[str, Any]:
         if self._pid != os.getpid():
             self._open_pool()
-        self._budget.deposit()
-        operation = _Operation(call, self.deadline, self.read_timeout)
+        sending = self._prepare(call)
+        return retries.send(
+            lambda: self._attempt(sending),
+            sending.exchange,
+            call.attempts or self.max_attempts,
+            self._budget,
+        )
+
+    def _prepare(self, call: Call) -> _Sending:
+        seconds = self.deadline
+        if call.timeout is not None:
+            seconds = min(call.timeout, seconds)
+        exchange = Exchange(seconds, self.read_timeout)
         try:
-            return self._attempt(operation)
+            request = self.encode(call)
         except MeterlyError:
-            pass
-        try:
-            return self._try_again(operation, call.attempts or self.max_attempts)
-        except MeterlyError:
-            pass
-        # Out here, so that the errors of the attempts are no context of this one.
-        raise operation.outcome()
-
-    def _try_again(self, operation: _Operation, attempts: int) -> dict[str, Any]:
-        """Send the call until it was sent *attempts* times, the first one included.
-
-        Raises the last attempt's ``MeterlyError``, the first one's where there is
-        nothing to be tried again.
-        """
-        budget = self._budget
-        failed = iter(operation.errors[:])
-
-        def attempt() -> dict[str, Any]:
-            for error in failed:
-                raise error
-            return self._attempt(operation)
-
-        def give_up(state: RetryCallState) -> bool:
-            return (
-                state.attempt_number >= attempts
-                or state.upcoming_sleep >= operation.seconds_left
-                or not budget.withdraw()
-            )
-
-        again: dict[str, Any] = Retrying(
-            retry=retry_if_exception(_may_be_asked_again),
-            wait=_wait,
-            stop=give_up,
-            reraise=True,
-        )(attempt)
-        return again
-
-    def _attempt(self, operation: _Operation) -> dict[str, Any]:
-        """Send the call once. Raises ``MeterlyError``, and notes it."""
-        outer = sys.exception()
-        operation.sent = False
-        token = _operation.set(operation)
-        try:
-            return self._exchange(operation)
-        except MeterlyError as exc:
-            operation.errors.append(exc)
             raise
-        except _FOREIGN as exc:
+        except ValueError as exc:
+            raise MeterlyNotSentError(f"{call.operation} was not sent: {exc}") from exc
+        request_id = uuid.uuid4().hex
+        # By hand: preparing it as requests does takes as long as half of sending it.
+        prepared = requests.PreparedRequest()
+        prepared.method = request.method
+        prepared.url = self._prepared_url + request.path
+        prepared.headers = CaseInsensitiveDict(_HEADERS)
+        prepared.headers["X-Request-Id"] = request_id
+        prepared.headers.update(request.headers)
+        if request.body is not None:
+            prepared.body = request.body
+            prepared.headers["Content-Length"] = str(len(request.body))
+        return _Sending(call, request, request_id, prepared, exchange)
+
+    def _attempt(self, sending: _Sending) -> dict[str, Any]:
+        """Send the call once, or raise ``MeterlyError``."""
+        outer = sys.exception()
+        sending.exchange.sent = False
+        token = current.set(sending.exchange)
+        try:
+            return self._exchange(sending)
+        except MeterlyError:
+            raise
+        except FOREIGN as exc:
             cause = list(_chain(exc, outer))[-1]
-            error = operation.failure(f"{type(cause).__name__}: {cause}")
+            error = sending.failure(f"{type(cause).__name__}: {cause}")
         except BaseException as exc:
-            # An interrupt, say. Sockets and headers are in the frames below, which
-            # error reports show with their variables.
+            # An interrupt, for example. The frames below hold sockets and headers, and
+            # error reports show a frame's variables.
             for each in _chain(exc, outer):
                 each.__traceback__ = None
             raise
         finally:
-            _operation.reset(token)
-        # Out here, so that no context drags along the prepared request and
-        # urllib3's frames: both hold the authorization.
-        operation.errors.append(error)
+            current.reset(token)
+        # Outside the except clause: the context would keep the prepared request and
+        # urllib3's frames, which both hold the authorization.
         raise error
 
-    def _exchange(self, operation: _Operation) -> dict[str, Any]:
-        request = operation.request
-        if request is None:
-            request = operation.request = self._prepare(operation)
-        # Anew for each attempt, so that a signature's time is the attempt's.
-        request = self._sign(request)
+    def _exchange(self, sending: _Sending) -> dict[str, Any]:
+        # Each attempt is signed again, so that the signature has the attempt's time.
+        request = self._sign(sending.prepared)
+        left = sending.exchange.left()
         response: Any = self._adapter.send(
             request,
             stream=True,
-            timeout=(min(self.connect_timeout, operation.left()), self.read_timeout),
+            timeout=(min(self.connect_timeout, left), self.read_timeout),
             verify=self.verify,
             proxies=self._proxies,
         )
         try:
-            data = _json_object(response)
+            body = response.read(decode_content=False)
         finally:
-            # Back in the pool when it was read to its end, gone otherwise.
+            # This returns the connection to the pool if the answer was read to its end.
             response.close()
-        if response.status // 100 == 2 and data is not None:
-            if response.headers.get("Idempotency-Replayed") == "true":
-                data["replayed"] = True
-            return data
-        raise self._refusal(operation, response, data)
+        return self._read(sending, response.status, response.headers, body)
 
-    def _prepare(self, operation: _Operation) -> PreparedRequest:
-        call = operation.call
-        # By hand: preparing it as requests does takes as long as half of sending it.
-        request = requests.PreparedRequest()
-        request.method = call.method
-        request.url = self._prepared_url + call.path
-        request.headers = CaseInsensitiveDict(_HEADERS)
-        request.headers["X-Request-Id"] = operation.request_id
-        if call.method == "POST":
-            request.body = _encode(call.payload).encode()
-            request.headers["Content-Length"] = str(len(request.body))
-            request.headers["Content-Type"] = "application/json"
-            request.headers["Idempotency-Key"] = call.idempotency_key or ""
-        elif payload := call.payload:
-            request.url = f"{request.url}?{urlencode(payload)}"
-        return request
+    def _read(
+        self, sending: _Sending, status: int, headers: Mapping[str, str], body: bytes
+    ) -> dict[str, Any]:
+        """Return the decoded answer, or raise its error, in every wire format."""
+        error: MeterlyApiError | None = None
+        why = ""
+        if status // 100 in (2, 4, 5):
+            try:
+                answer = self.decode(sending.call, status, headers, body)
+            except MeterlyApiError as exc:
+                error = exc
+            except _UNDECODABLE as exc:
+                why = f" ({type(exc).__name__}: {clean_text(str(exc), 200)})"
+            else:
+                if status // 100 == 2:
+                    return answer
+        raise self._refusal(sending, status, headers, error, why)
 
     def _refusal(
         self,
-        operation: _Operation,
-        response: urllib3.BaseHTTPResponse,
-        data: dict[str, Any] | None,
+        sending: _Sending,
+        status: int,
+        headers: Mapping[str, str],
+        error: MeterlyApiError | None,
+        why: str,
     ) -> MeterlyError:
-        """Return the error of an answer that is not a success of the ledger's."""
-        call, request_id = operation.call, operation.request_id
-        status = response.status
-        error = (data or {}).get("error")
-        details = dict(error) if isinstance(error, dict) else {}
-        code, message = details.pop("code", None), details.pop("message", "")
-        # A proxy, too, has pages for these.
-        by_status = status == 429 or 500 <= status < 600
-        # Other APIs have these, with codes of their own: a 404 of one of them says
-        # nothing about a customer.
-        by_code = status in (401, 403, 404)
-        ours = is_known(code) if by_code else isinstance(code, str)
-        if status == 404 and call.operation in NEVER_MISSING:
-            ours = False
-        if not by_status and not (400 <= status < 600 and ours):
+        """Return the error of an answer that is not a success.
+
+        *error* is what ``decode`` made of the answer, and *why* is the reason if it
+        could not decode it.
+        """
+        if isinstance(error, MeterlyNotFoundError) and (
+            sending.call.operation in NEVER_MISSING
+        ):
+            error = None
+        if status // 100 == 5 and not isinstance(error, MeterlyUnknownOutcomeError):
+            error = None
+        if error is None and (status == 429 or status // 100 == 5):
+            # A proxy answers these, too, with any page.
+            error = api_error(status, None)
+        if error is None:
             return MeterlyUnknownOutcomeError(
-                f"{self.name_of(call)} (request {request_id}) was answered with status "
-                f"{status} and a body that is not a ledger's.{self.advice}"
+                f"{sending.request.method} {self.base_url}{sending.path} "
+                f"(request {sending.request_id}) was answered with status {status} and "
+                f"a body that is not a ledger's{why}.{self.advice}"
             )
-        if _REQUEST_ID.fullmatch(named := response.headers.get("X-Request-Id", "")):
-            request_id = named
-        retry_after = response.headers.get("Retry-After", "")
+        error.method, error.path = sending.request.method, sending.path
+        named = headers.get("X-Request-Id", "")
+        if _REQUEST_ID.fullmatch(named):
+            error.request_id = named
+        error.request_id = error.request_id or sending.request_id
+        retry_after = headers.get("Retry-After", "")
         if re.fullmatch(r"[0-9]{1,5}", retry_after):
-            details["retryAfter"] = int(retry_after)
-        return api_error(
-            status,
-            code,
-            message,
-            request_id=request_id,
-            method=call.method,
-            path=call.path,
-            details=details,
-        )
+            error.details["retryAfter"] = int(retry_after)
+        return error
 
     def _open_pool(self) -> None:
-        # Of one process: a forked one must not speak on its parent's sockets.
-        self._adapter = _Adapter(pool_connections=1, pool_maxsize=POOL_SIZE)
-        self._budget = _RetryBudget()
+        # For this process: a forked one must not speak on its parent's sockets.
+        self._adapter = Adapter()
+        self._budget = retries.RetryBudget()
         self._pid = os.getpid()
 
 
-class _Operation:
-    """One call: what time it has left, and what its attempts came to."""
+@dataclass(slots=True)
+class _Sending:
+    """A call that is being sent."""
 
-    __slots__ = (
-        "call",
-        "ends_at",
-        "errors",
-        "read_timeout",
-        "received",
-        "request",
-        "request_id",
-        "sent",
-    )
-
-    def __init__(self, call: Call, deadline: float, read_timeout: float) -> None:
-        seconds = deadline if call.timeout is None else min(call.timeout, deadline)
-        self.ends_at = time.monotonic() + seconds
-        self.call = call
-        self.read_timeout = read_timeout
-        self.request_id = uuid.uuid4().hex
-        self.request: PreparedRequest | None = None
-        self.errors: list[MeterlyError] = []
-        # Of the attempt that is under way.
-        self.sent = False
-        self.received = 0
+    call: Call
+    request: Request
+    request_id: str
+    prepared: PreparedRequest
+    exchange: Exchange
 
     @property
-    def seconds_left(self) -> float:
-        return self.ends_at - time.monotonic()
-
-    def left(self) -> float:
-        left = self.seconds_left
-        if left <= 0:
-            raise TimeoutError("the deadline of the call has passed")
-        return left
+    def path(self) -> str:
+        return _without_query(self.request)
 
     def failure(self, cause: str) -> MeterlyError:
         """Return the error of an attempt that ended without an answer."""
-        where = f"{self.call.method} {self.call.path} (request {self.request_id})"
-        if self.sent:
+        where = f"{self.request.method} {self.path} (request {self.request_id})"
+        if self.exchange.sent:
             return MeterlyUnknownOutcomeError(f"No usable answer to {where}: {cause}")
         return MeterlyNotSentError(f"{where} was not sent: {cause}")
 
-    def outcome(self) -> MeterlyError:
-        """Return the error of the whole call, which need not be the last one's.
 
-        An answer decides. Without one, an attempt that may have arrived leaves
-        the call unknown, whatever the later ones met, and it was not sent only
-        if none of them was.
-        """
-        last = self.errors[-1]
-        if not isinstance(last, OUTAGE):
-            return last
-        for error in reversed(self.errors):
-            if isinstance(error, MeterlyUnknownOutcomeError):
-                if error is last:
-                    return last
-                unknown = MeterlyUnknownOutcomeError(f"{error} Later: {last}")
-                unknown.__cause__ = last
-                return unknown
-        for error in reversed(self.errors):
-            if not isinstance(error, MeterlyNotSentError):
-                return error
-        return last
+def _without_query(request: Request) -> str:
+    return request.path.partition("?")[0]
 
 
-class _RetryBudget:
-    """How many retries a transport may still make: a bucket that calls fill."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tokens = BUDGET_SIZE
-
-    def deposit(self) -> None:
-        with self._lock:
-            self._tokens = min(self._tokens + BUDGET_SHARE, BUDGET_SIZE)
-
-    def withdraw(self) -> bool:
-        with self._lock:
-            if self._tokens < 1:
-                return False
-            self._tokens -= 1
-            return True
-
-
-def _may_be_asked_again(exc: BaseException) -> bool:
-    return isinstance(exc, OUTAGE) and not isinstance(
-        exc, MeterlyAuthenticationError | MeterlyForbiddenError
-    )
-
-
-def _wait(state: RetryCallState) -> float:
-    """Return the seconds before the next attempt: full jitter, doubled each time."""
-    most = min(BACKOFF_FIRST * 2 ** (state.attempt_number - 1), BACKOFF_MOST)
-    jitter = random.uniform(0, most)  # noqa: S311
-    error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, MeterlyApiError):
-        jitter += error.details.get("retryAfter", 0)
-    return jitter
-
-
-# urllib3 makes and pools the connections, so the operation cannot be handed down.
-_operation: ContextVar[_Operation] = ContextVar("meterly_operation")
-
-
-class _Reader(io.RawIOBase):
-    """A socket's bytes, for as long and as many as the call allows.
-
-    A socket's own time-out begins anew with every byte, so a server that sends
-    one now and then would be listened to for ever.
-    """
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
-        super().__init__()
-        self._raw = raw
-        self._sock = sock
-        self._operation = _operation.get()
-        self._operation.received = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        operation = self._operation
-        self._sock.settimeout(min(operation.read_timeout, operation.left()))
-        count = self._raw.readinto(buffer)
-        operation.received += count or 0
-        if operation.received > MAX_ANSWER_BYTES:
-            raise OSError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Response(HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        buffered: Any = self.fp
-        self.fp = io.BufferedReader(_Reader(buffered.detach(), sock))
-
-    def _read_status(self) -> Any:
-        # http.client itself skips no other interim answer than 100.
-        parent: Any = super()
-        while True:
-            version, status, reason = parent._read_status()
-            if not 102 <= status < 200:
-                return version, status, reason
-            parse_headers(self.fp)
-
-
-class _Watched(HTTPConnection):
-    response_class = _Response
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_closed:
-            self.connect()
-        operation = _operation.get()
-        self.timeout = operation.left()
-        # From here on nothing can prove that the ledger did not get the call.
-        operation.sent = True
-        super().request(*args, **kwargs)
-
-    def _new_conn(self) -> socket.socket:
-        # urllib3 would give every address of a host the whole time-out, and TLS
-        # as much again.
-        operation = _operation.get()
-        patience: Any = self.timeout
-        failure = OSError("the host has no address")
-        addresses: Any = socket.getaddrinfo(
-            self._dns_host, self.port, type=socket.SOCK_STREAM
-        )
-        for *_, address in addresses:
-            try:
-                sock = socket.create_connection(
-                    address[:2], min(patience, operation.left())
-                )
-            except OSError as exc:
-                failure = exc
-            else:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(max(min(patience, operation.seconds_left), 0.001))
-                return sock
-        raise failure
-
-
-class _WatchedTls(_Watched, HTTPSConnection):
-    pass
-
-
-class _HttpPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _Watched
-
-
-class _HttpsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _WatchedTls
-
-
-class _Adapter(HTTPAdapter):
-    """An adapter without retries whose connections keep the deadline."""
-
-    _pool: Any = None
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        _watch(self.poolmanager)
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        return _watch(super().proxy_manager_for(*args, **kwargs))
-
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        # Every call goes to one host, with one proxy and one trust.
-        if self._pool is None:
-            self._pool = super().get_connection_with_tls_context(*args, **kwargs)
-        return self._pool
-
-    def build_response(self, req: Any, resp: Any) -> Any:
-        """Return urllib3's own response: no cookies, nothing to be unpacked."""
-        return resp
-
-    def close(self) -> None:
-        self._pool = None
-        # Left alone, urllib3 closes its sockets when they are collected.
-        for manager in (self.poolmanager, *self.proxy_manager.values()):
-            for key in manager.pools.keys():  # noqa: SIM118 (not iterable)
-                manager.pools[key].close()
-        super().close()
-
-
-def _watch(manager: Any) -> Any:
-    manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
-    return manager
-
-
-#: What requests, urllib3, json and the standard library raise on the way to a
-#: ledger; their warnings too, which a program may have turned into errors.
-_FOREIGN = (
-    requests.RequestException,
-    requests.exceptions.RequestsWarning,
-    urllib3.exceptions.HTTPError,
-    urllib3.exceptions.HTTPWarning,
-    HTTPException,
-    OSError,
-    ValueError,
-)
+def _is_ca_bundle(path: Any) -> bool:
+    # bytes and numbers are paths, too, or open files.
+    return isinstance(path, str | os.PathLike) and os.path.exists(path)
 
 
 def _chain(
     exc: BaseException | None, outer: BaseException | None
 ) -> Iterator[BaseException]:
-    """Go down from *exc* to what caused it, but not to what the caller handles."""
+    """Go down from *exc* to its cause, but not to what the caller handles."""
     while exc is not None and exc is not outer:
         yield exc
         exc = exc.__cause__ or exc.__context__
-
-
-def _json_object(response: urllib3.BaseHTTPResponse) -> dict[str, Any] | None:
-    body = response.read(decode_content=False)
-    try:
-        data = _decode(body.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-    return data if isinstance(data, dict) else None
 
 
 def _refuse_constant(name: str) -> None:
@@ -592,4 +446,4 @@ def _refuse_constant(name: str) -> None:
 
 
 # Python's own decoder takes NaN and Infinity for numbers.
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_json = json.JSONDecoder(parse_constant=_refuse_constant).decode

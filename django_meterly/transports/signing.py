@@ -1,9 +1,9 @@
-"""How a request proves whose it is: with a bearer key, or with a signature.
+"""How a request proves its sender: with a bearer key, or with a signature.
 
-A *signer* is made with the API key, and called with every prepared request,
-last of all, when its method, URL, headers and body are final; it returns the
-request, as an auth object of ``requests`` does. ``METERLY["SIGNER"]`` (or
-``MeterlyClient(signer=...)``) names another one.
+A *signer* is made with the API key, and called with each prepared request when its
+method, URL, headers and body are final. It returns the request, as an auth object of
+``requests`` does. ``METERLY["SIGNER"]`` or ``MeterlyClient(signer=...)`` names another
+signer.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 class Secret(str):
     """A string whose ``repr`` does not show it.
 
-    For API keys in settings and local variables, which debug pages, error
-    reports and ``manage.py diffsettings`` print by their ``repr``. It cannot be
-    pickled.
+    Use it for API keys in settings and local variables: debug pages, error reports and
+    ``manage.py diffsettings`` print a ``repr``. It cannot be pickled. For example::
+
+        >>> Secret("mk_live_...")
+        '********'
     """
 
     __slots__ = ()
@@ -68,28 +70,27 @@ class BearerSigner:
 
 
 class HmacSigner:
-    """Signs with an HMAC key, ``mk_hmac_<keyId>_<secret>``; the secret stays here.
+    """Signs with an HMAC key, ``mk_hmac_<keyId>_<secret>``, and never sends the secret.
 
-    Signed are the time, the method, the path with its query, the host, the
-    idempotency key and the body, as they will be sent. Raises ``ValueError``
-    for a key of another form.
+    It signs the time, method, path with query, host, idempotency key and body as they
+    are sent. Raises ``ValueError`` for a key of another form.
     """
 
     __slots__ = ("_key_id", "_mac")
 
     def __init__(self, api_key: str) -> None:
         match = _HMAC_KEY.fullmatch(api_key)
-        # Or a debug page would show the key with the frame of the error.
+        # A debug page would show the key with the frame of the error.
         del api_key
         if match is None:
             raise ValueError("An HMAC key has the form mk_hmac_<keyId>_<secret>.")
         self._key_id = match[1]
-        # Keyed once and copied for each request: the secret itself is not kept.
+        # Copied for each request, so that the secret itself is not kept.
         self._mac = hmac.new(match[2].encode(), digestmod=hashlib.sha256)
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         host = _host(request.url or "")
-        # What is signed is what is sent, whatever http.client would make of it.
+        # http.client might write another Host header than the signed one.
         request.headers["Host"] = host
         timestamp = str(int(time.time()))
         mac = self._mac.copy()

@@ -532,7 +532,7 @@ def test_checking_an_answer_takes_microseconds(asked: Any) -> None:
 
 def test_the_docs_transport_of_ones_own_works(asked: Any) -> None:
     page = (ROOT / "docs" / "client.md").read_text("utf-8")
-    code = page.partition("## A transport of your own")[2].split("```")[1]
+    code = page.partition("## Your own transport")[2].split("```")[1]
     (args, kwargs), body = asked[0]["reserve_credits"], asked[1]["reserve_credits"]
     error = {"code": "insufficient_credits", "message": "no", "available": 1}
     answers: list[Any] = [

@@ -23,8 +23,7 @@ from django_meterly.errors import (
 )
 from django_meterly.ledger import service
 from django_meterly.ledger.transport import LedgerTransport
-from django_meterly.transports import HttpTransport
-from django_meterly.transports import http as transport_module
+from django_meterly.transports import HttpTransport, connections, retries
 from tests.transports.server import BALANCE, KEY, RESERVE
 
 if TYPE_CHECKING:
@@ -94,13 +93,12 @@ def test_f02_nothing_foreign_leaves_the_http_transport(monkeypatch, cls, sent):
     raised = []
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        operation = transport_module._operation.get()
-        operation.sent = sent
+        connections.current.get().sent = sent
         raised.append(make(cls))
         raise raised[-1]
 
     monkeypatch.setattr(transport._adapter, "send", fail)
-    monkeypatch.setattr(transport_module, "BACKOFF_FIRST", 0)
+    monkeypatch.setattr(retries, "BACKOFF_FIRST", 0)
     expected = MeterlyUnknownOutcomeError if sent else MeterlyNotSentError
     with pytest.raises(MeterlyError, match=cls.__name__) as caught:
         transport.send(RESERVE)

@@ -24,9 +24,8 @@ from django_meterly.errors import (
     MeterlyServerError,
     MeterlyUnknownOutcomeError,
 )
-from django_meterly.transports import Call, HttpTransport
-from django_meterly.transports import http as http_module
-from django_meterly.transports.http import BUDGET_SIZE, _RetryBudget
+from django_meterly.transports import Call, HttpTransport, retries
+from django_meterly.transports.retries import BUDGET_SIZE, RetryBudget
 from tests.transports.server import (
     BALANCE,
     KEY,
@@ -58,7 +57,7 @@ FORBIDDEN = error("403 Forbidden", "forbidden")
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_module, "BACKOFF_FIRST", 0.01)
+    monkeypatch.setattr(retries, "BACKOFF_FIRST", 0.01)
 
 
 def in_turn(*steps: Any) -> Callable[[socket.socket], object]:
@@ -234,7 +233,7 @@ def test_f07_retry_after_beyond_the_deadline_ends_the_call_at_once(serve, value)
 
 @pytest.mark.parametrize("behave", [hang, DOWN, BUSY], ids=["silence", "503", "429"])
 def test_f06_all_attempts_share_one_deadline(serve, monkeypatch, behave):
-    monkeypatch.setattr(http_module, "BACKOFF_FIRST", 0.3)
+    monkeypatch.setattr(retries, "BACKOFF_FIRST", 0.3)
     server = serve(behave, max_attempts=1000, read_timeout=0.3, deadline=1)
     server.transport._budget._tokens = 1000
     with within(2), pytest.raises(MeterlyError):
@@ -343,17 +342,17 @@ def meet(free_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def send(*steps: Any) -> dict[str, Any]:
         ledger = Ledger(steps, free_port)
 
-        def prepared(operation: Any) -> dict[str, Any]:
+        def prepared(sending: Any) -> dict[str, Any]:
             ledger.prepare()
             try:
-                return exchange(operation)
+                return exchange(sending)
             finally:
                 if ledger.listener:
                     ledger.thread.join()
 
         monkeypatch.setattr(transport, "_exchange", prepared)
         transport.max_attempts = len(steps)
-        transport._budget = _RetryBudget()
+        transport._budget = RetryBudget()
         try:
             return transport.send(RESERVE)
         finally:
@@ -487,7 +486,7 @@ def test_calls_that_succeed_fill_the_budget_again(serve):
 
 
 def test_budget_is_never_overdrawn_by_threads():
-    budget = _RetryBudget()
+    budget = RetryBudget()
     granted: list[bool] = []
 
     def spend() -> None:

@@ -108,7 +108,7 @@ def test_f46_interrupted_call_shows_nothing(serve, monkeypatch, key, where):
     if where == "send":
         # The frames of http.client that hold the request's bytes.
         monkeypatch.setattr(
-            "django_meterly.transports.http._Watched.connect",
+            "django_meterly.transports.connections.Connection.connect",
             lambda connection: setattr(connection, "sock", _Unwilling()),
         )
     else:

@@ -23,6 +23,7 @@ from django_meterly import (
     grants,
     guard,
 )
+from django_meterly.errors import api_error
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Customer, Grant
 from django_meterly.tasks import meterly_task
@@ -36,7 +37,13 @@ from django_meterly.testing import (
     override_meterly,
     sweep,
 )
-from django_meterly.transports import Call, HttpTransport, Transport
+from django_meterly.transports import (
+    Call,
+    HttpTransport,
+    JoinedTransport,
+    Request,
+    Transport,
+)
 from django_meterly.transports.signing import BearerSigner, HmacSigner
 from django_meterly.types import (
     Balance,
@@ -50,6 +57,8 @@ from django_meterly.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from django.contrib.auth.models import User
     from requests import PreparedRequest
 
@@ -103,6 +112,25 @@ class Own(Transport):
 
     def send(self, call: Call) -> dict[str, Any]:
         return dict(call.arguments)
+
+
+class Acme(HttpTransport):
+    signer = Signer
+
+    def encode(self, call: Call) -> Request:
+        return Request(call.method, f"/api{call.path}", {"X-Once": "k"}, b"{}")
+
+    def decode(
+        self, call: Call, status: int, headers: Mapping[str, str], body: bytes
+    ) -> dict[str, Any]:
+        if status >= 400:
+            raise api_error(status, "not_found", details={"unit": "tokens"})
+        return {"body": body.decode()}
+
+
+class Joined(JoinedTransport):
+    def alias(self) -> str:
+        return "default"
 
 
 def calling(meterly: MeterlyClient) -> None:
