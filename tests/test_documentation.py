@@ -171,7 +171,11 @@ class Page:
             dont_inherit=True,
         )
         if code.co_flags & inspect.CO_COROUTINE:
-            async_to_sync(eval)(code, self.namespace)
+
+            async def run() -> None:
+                await eval(code, self.namespace)
+
+            async_to_sync(run)()
         else:
             exec(code, self.namespace)
 
@@ -289,6 +293,26 @@ def test_a_block_is_run_or_says_why_not(page: Path) -> None:
     # A fence without a language would be no block to the lexer.
     fences = re.findall(r"^ *```(\w*)", page.read_text("utf-8"), re.M)
     assert "" not in fences[::2], page
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of *page*, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
+    }
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted(ROOT.glob("[CS]*.md"))], ids=lambda page: page.stem
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.name}: {path}"
+        assert not anchor or anchor in _anchors(target), f"{page.name}: #{anchor}"
 
 
 def test_a_reason_is_that_of_the_block_below_it_only(tmp_path: Path) -> None:
