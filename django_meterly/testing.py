@@ -291,8 +291,8 @@ class override_credits(_Block[Customer]):  # noqa: N801
         return customer
 
     def disable(self) -> None:
+        from .ledger.database import write_alias
         from .ledger.models import LedgerCustomer
-        from .ledger.operations import write_alias
 
         using = write_alias()
         if connections[using].needs_rollback:
@@ -511,8 +511,8 @@ def assert_books_balance() -> None:
 
 
 def _differences() -> Iterator[str]:
+    from .ledger.database import write_alias
     from .ledger.models import Entry, Hold
-    from .ledger.operations import write_alias
 
     output = io.StringIO()
     try:

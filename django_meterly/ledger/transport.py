@@ -10,7 +10,7 @@ from django.db import Error, transaction
 
 from ..errors import MeterlyApiError, MeterlyUnknownOutcomeError
 from ..transports.base import Call, Transport
-from . import operations, postgresql, service
+from . import database, postgresql, service
 from .conf import ledger_settings
 
 if TYPE_CHECKING:
@@ -69,11 +69,11 @@ class LedgerTransport(Transport):
 
     def aliases(self) -> tuple[str, ...]:
         """Return the ledger's database."""
-        return (operations.write_alias(),)
+        return (database.write_alias(),)
 
     def joins(self, using: str) -> bool:
         """Return whether the ledger's tables are in the database *using*."""
-        return operations.write_alias() == using
+        return database.write_alias() == using
 
     def carries_statements(self, using: str) -> bool:
         """Return whether the ledger is in *using*, and that is PostgreSQL."""
