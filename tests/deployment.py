@@ -52,7 +52,7 @@ def sell() -> None:
     from django.test import Client
 
     from django_meterly import errors, get_client, guard
-    from django_meterly.ledger import checks, operations
+    from django_meterly.ledger import checks, expiry
     from django_meterly.testing import assert_books_balance, sweep
     from tests import books
 
@@ -74,7 +74,7 @@ def sell() -> None:
     client.force_login(user)
     assert client.post("/paid/").status_code == 200
     get_client().use_credits(str(customer.customer_id), 1, "image_credits", "use")
-    operations.expire_due()
+    expiry.expire_due()
     assert books.states() == [
         "committed",
         "released",

@@ -34,7 +34,7 @@ from django_meterly.errors import (
 )
 from django_meterly.guards import Guard
 from django_meterly.journal import deciding, opening, settling
-from django_meterly.ledger import operations
+from django_meterly.ledger import expiry
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.lifecycle import Lifecycle
@@ -653,7 +653,7 @@ class World:
             self._settle()
             self._check_books()
         Hold.objects.update(expires_at=PAST)
-        operations.expire_due()
+        expiry.expire_due()
         self._check_books()
         if Account.objects.get().reserved:
             raise Broken("Credits are held for ever.")

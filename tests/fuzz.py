@@ -56,7 +56,9 @@ checks.positive_data_acceptance.expected-statuses = [
 
 
 SEED_ROWS = """
-from django_meterly.ledger.operations import ensure_workspace, grant, reserve
+from django_meterly.ledger.customers import ensure_workspace
+from django_meterly.ledger.grants import grant
+from django_meterly.ledger.spending import reserve
 workspace = ensure_workspace("default").pk
 customer = grant(
     workspace, external_id="user_1", amount=10**12, credit_unit="tokens",

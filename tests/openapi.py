@@ -374,7 +374,7 @@ class OperationSchema(AutoSchema):
         return operation
 
     def _fields(self, name: str) -> dict[str, Any]:
-        return {} if name == "health" else service._OPERATIONS[name][1]
+        return {} if name == "health" else service._OPERATIONS[name].fields
 
 
 def _parameter(name: str, place: str, check: Any, required: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from django_meterly import (
 )
 from django_meterly.db import from_now
 from django_meterly.journal import sweeping
-from django_meterly.ledger import operations, postgresql
+from django_meterly.ledger import expiry, postgresql
 from django_meterly.ledger.models import Account, Hold
 from django_meterly.models import Customer, Grant, Reservation
 from django_meterly.testing import assert_books_balance, lapse_leases
@@ -544,7 +544,7 @@ def test_f71_a_locked_account_leaves_the_others(
         done = journal.settle_due(get_client())
         assert (done.settled, done.outage) == (3, False)
     else:
-        assert operations.expire_due() == 3
+        assert expiry.expire_due() == 3
 
 
 def release_due(*payers: Customer) -> None:
@@ -703,6 +703,6 @@ def test_f71_the_limit_is_of_our_own_transactions_and_lengthens_none(
         assert journal.settle_due(get_client()).settled == 1
         journal.retry_stuck(Reservation.objects.all())
         grants.settle_due(get_client())
-        operations.expire_due()
+        expiry.expire_due()
         assert limit() == own
     connection.close()

@@ -26,7 +26,7 @@ from django_meterly import checks, meterly_guard
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.models import Customer, Reservation
 from django_meterly.tasks import beat_schedule
-from django_meterly.testing import LEDGER_TRANSPORT
+from django_meterly.testing.failures import LEDGER_TRANSPORT
 from django_meterly.transports import Transport
 from tests import guarded_urls, jobs
 from tests.books import balance, fund
@@ -174,7 +174,7 @@ def test_a_transport_checks_the_settings(
     extra: dict[str, Any], expected: list[str]
 ) -> None:
     with override_settings(METERLY={"TRANSPORT": Gateway, **extra}):
-        assert [message.id for message in checks.check_settings()] == expected
+        assert [message.id for message in checks.settings.check_settings()] == expected
 
 
 LASTING = guarded_urls.Writes.as_view()

@@ -11,7 +11,7 @@ from django.core.management import call_command
 from django.db import connection
 
 from django_meterly import get_client, guard
-from django_meterly.ledger import operations
+from django_meterly.ledger import expiry
 from django_meterly.testing import assert_books_balance, sweep
 from tests.books import balance, fund_by_grant, states
 
@@ -57,7 +57,7 @@ def everything(user: User, client: Client) -> None:
     sweep()
     assert client.post("/paid/", {"trace": f"trace-{len(states())}"}).status_code == 200
     get_client().list_entries(str(customer.customer_id))
-    operations.expire_due()
+    expiry.expire_due()
     call_command("meterly_ledger_seal", verbosity=0)
     assert_books_balance()
 

@@ -37,7 +37,7 @@ from django_meterly.errors import (
     MeterlyIdempotencyInProgressError,
     MeterlyInvalidRequestError,
 )
-from django_meterly.ledger import operations, postgresql
+from django_meterly.ledger import expiry, postgresql
 from django_meterly.ledger.models import Hold
 from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Customer, Reservation
@@ -797,4 +797,4 @@ def _lose_hold(how: str) -> None:
         get_client().release_reservation(hold.public_id)
     else:
         Hold.objects.filter(pk=hold.pk).update(expires_at="2020-01-01T00:00:00Z")
-        operations.expire_due()
+        expiry.expire_due()

@@ -278,7 +278,11 @@ def test_ledger_is_a_project_without_the_integration(project: Project) -> None:
 WRONG = {
     "a list": ([], "meterly.E001", "METERLY must be a dict, not list."),
     "None": (None, "meterly.E001", "METERLY must be a dict, not NoneType."),
-    "a name": ({"API_KEYS": "x"}, "meterly.E002", "no setting METERLY['API_KEYS']."),
+    "a name": (
+        {"API_KEYS": "x"},
+        "meterly.E002",
+        "Unknown setting METERLY['API_KEYS'].",
+    ),
     **{
         f"CUSTOMER_MODEL {value!r}": (
             {"API_KEY": "mk_test_x", "CUSTOMER_MODEL": value},

@@ -8,7 +8,7 @@ import pytest
 
 from django_meterly import MeterlyDuplicateError, get_client, grants, guard, journal
 from django_meterly.errors import MeterlyDebtError
-from django_meterly.ledger import operations
+from django_meterly.ledger import expiry
 from django_meterly.testing import assert_books_balance
 from tests.books import balance, fund, states
 
@@ -57,7 +57,7 @@ def test_f69_a_replica_that_lags_decides_nothing(
         raise RuntimeError
     assert client.post("/paid/").status_code == 200
     journal.sweep(get_client())
-    operations.expire_due()
+    expiry.expire_due()
     assert_books_balance()
     settings.DATABASE_ROUTERS = []
     assert states() == ["committed", "committed", "released", "committed"]

@@ -19,7 +19,7 @@ from django.utils import timezone
 from django_meterly import get_client, grants, guard, journal, signals
 from django_meterly.db import from_now
 from django_meterly.journal import sweeping
-from django_meterly.ledger import operations, seals
+from django_meterly.ledger import expiry, idempotency, seals
 from django_meterly.ledger.models import Account, Entry, Hold, Record
 from django_meterly.models import Customer, Grant, LowBalance, Reservation
 from django_meterly.testing import assert_books_balance, lapse_leases
@@ -327,7 +327,7 @@ def test_f71_no_receiver_stops_a_round(
     with raising([None], named) as sent, raising(OURS, of_models):
         journal.sweep(get_client())
         assert grants.settle_due(get_client()) == 2
-        operations.expire_due()
+        expiry.expire_due()
         assert seals.seal_entries().entries == Entry.objects.count()
     assert signals.credits_committed in sent
     assert signals.credits_granted in sent
@@ -464,11 +464,11 @@ def test_f71_a_hold_that_cannot_expire_leaves_the_others(
     holds = [*expired_holds(4, "one"), *expired_holds(2, "other")]
     refuse = trigger("UPDATE")
     with refuse(holds[0]), refuse(holds[-1]):
-        assert operations.expire_due(size) == 4
+        assert expiry.expire_due(size) == 4
     for bad in (holds[0], holds[-1]):
         left = f"The holds [{bad.pk}] of account {bad.account_id} do not expire"
         assert left in caplog.text
-    assert operations.expire_due(size) == 2
+    assert expiry.expire_due(size) == 2
     assert_books_balance()
 
 
@@ -477,7 +477,7 @@ def test_f71_an_account_that_cannot_change_leaves_the_others(
 ) -> None:
     bad, _ = expired_holds(2, "bad"), expired_holds(3, "good")
     refusing("bad")
-    assert operations.expire_due() == 3
+    assert expiry.expire_due() == 3
     assert f"of account {bad[0].account_id} do not expire" in caplog.text
     assert Account.objects.get(unit="good").reserved == 0
 
@@ -493,7 +493,7 @@ def test_f71_a_record_that_cannot_be_deleted_leaves_the_others(
     Record.objects.update(created_at=timezone.now() - OLD * 100)
     row = Record.objects.order_by("pk")[1]
     with tie(row):
-        assert operations.prune_records() == 2
+        assert idempotency.prune_records() == 2
         assert list(Record.objects.all()) == [row]
         assert f"Record {row.pk} is left as it is" in caplog.text
-    assert operations.prune_records() == 1
+    assert idempotency.prune_records() == 1

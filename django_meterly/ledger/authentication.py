@@ -30,8 +30,8 @@ from ..db import DatabaseNow, from_now
 from ..wire import string_to_sign
 from .api.parsers import read_body
 from .api.throttling import FailureThrottle
+from .database import write_alias
 from .models import ApiKey, ApiKeyEvent
-from .operations import write_alias
 
 if TYPE_CHECKING:
     import datetime as dt

@@ -40,8 +40,8 @@ def check_triggers(
     databases: Sequence[str] | None = None, **kwargs: Any
 ) -> list[CheckMessage]:
     """Warn about entries that the database lets everybody change."""
+    from .database import write_alias
     from .models import Entry
-    from .operations import write_alias
     from .triggers import missing
 
     using = write_alias()

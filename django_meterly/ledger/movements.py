@@ -1,38 +1,50 @@
-"""What a movement is asked, and what it answers, whichever way it is made.
+"""The two ways to move credits: what they are asked, and what they answer.
 
-``portable`` and ``postgresql`` both have the functions ``spend`` and ``close``, which
-take a ``Spending`` or a ``Closing`` and answer with a ``Spent`` or a ``Closed``. The
-answer's *code* is one of these words, and ``operations`` turns it into an error:
+``portable`` moves credits with Django's ORM, on every database. ``postgresql`` calls a
+PL/pgSQL function that does the same. The function exists because of speed: the ORM
+takes eight statements for a movement, each a round trip to the database, and holds the
+lock on the account during most of them. The function takes one round trip and is
+several times as fast (``docs/performance.md``). The tests make each call in both ways
+and compare the answers.
+
+A ``Way`` takes a ``Spending`` or a ``Closing`` and answers with a ``Spent`` or a
+``Closed``. The answer's *code* is one of these words, and ``refusals`` turns it into an
+error:
 
 ============  ===================================================================
-moved         This call has moved the credits.
-replayed      An earlier call with the same key has.
-already       An earlier call with another key has closed the hold in the same way.
+moved         This call moved the credits.
+replayed      An earlier call with the same key did.
+already       An earlier call with another key closed the hold in the same way.
 mismatch      An earlier call with the same key asked for something else.
 not_found     The workspace has no such customer, or no such hold.
 insufficient  Fewer credits than the amount are available.
-due           Holds whose time is over are in the way. Expire them, and call again.
+due           Expired holds are in the way. Expire them, and call again.
 too_much      The charge is more than the hold.
 closed        The hold was closed in another way, or has expired.
 invalid       The amount is below 1, or the charge below 0.
 ============  ===================================================================
 
-The numbers of an account are those after the movement if there was one, else those of
-this moment. A ``mismatch``, a ``not_found`` and an ``invalid`` have none.
+For example, a customer with 100 credits reserves 40. The answer is ``moved`` with the
+balance 100 and 40 reserved. Another reserve of 70 is ``insufficient``, with the same
+numbers: without a movement they are those of this moment. A ``mismatch``, a
+``not_found`` and an ``invalid`` come without numbers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import datetime as dt
+
+    from ..transports.base import Statement
 
 
 class Spending(NamedTuple):
     """Credits to use, or to reserve if there is a *hold_id*.
 
-    *workspace* is a primary key or a name. Without a *unit* it is the customer's own.
+    *workspace* is a primary key or a name. Without a *unit* the customer's default
+    unit is meant.
     """
 
     workspace: int | str
@@ -49,7 +61,7 @@ class Spending(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """Credits that were used or reserved, or why not.
+    """Credits that were used or reserved, or the reason why not.
 
     Only *moved* and *replayed* have an entry, and a hold if credits were reserved.
     """
@@ -67,7 +79,7 @@ class Spent(NamedTuple):
 
 
 class Closing(NamedTuple):
-    """A hold to commit or release: *charged* of it, or all of it."""
+    """A hold to commit or release. *charged* is ``None`` to commit all of it."""
 
     workspace: int | str
     idempotency_key: str
@@ -79,7 +91,7 @@ class Closing(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """A hold that was committed or released, or why not."""
+    """A hold that was committed or released, or the reason why not."""
 
     code: str
     customer_id: str = ""
@@ -90,3 +102,21 @@ class Closed(NamedTuple):
     reference: str = ""
     status: str = ""
     expires_at: dt.datetime | None = None
+
+
+class Way(Protocol):
+    """What the modules ``portable`` and ``postgresql`` have in common.
+
+    *using* is the alias of the ledger's database. A *statement* of the caller's is
+    carried out together with the movement, by ``postgresql`` only.
+    """
+
+    def spend(
+        self, using: str, spending: Spending, statement: Statement | None = None
+    ) -> Spent:
+        """Use or reserve credits."""
+
+    def close(
+        self, using: str, closing: Closing, statement: Statement | None = None
+    ) -> Closed:
+        """Commit or release a hold."""

@@ -36,8 +36,8 @@ from django.db import DatabaseError, IntegrityError, connections, transaction
 from django.db.models import Q
 
 from ..db import DatabaseNow, in_utc
+from .database import write_alias
 from .models import Entry, Seal
-from .operations import write_alias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,7 +1,30 @@
-"""The wire contract's calls, carried out: checked, performed and rendered.
+"""The calls of the wire contract: check the arguments, carry out, render the answer.
 
-The in-process transport and the REST API both go through ``perform``, so that
-they cannot differ.
+``transport`` (in process) and ``api.views`` (REST) both go through ``perform``, so that
+a call answers alike over both. For example::
+
+    perform("default", "use_credits", {"customerId": "cus_1", ...}, "key-1")
+
+checks the arguments, calls ``spending.use(...)`` and returns the JSON of its result.
+
+To add an operation, go through these files in this order. Take ``extend_reservation``
+as an example of one that moves no credits, ``use_credits`` of one that does:
+
+1. ``ROUTES`` in ``django_meterly/wire.py``: its method and path.
+2. ``django_meterly/client.py``: a method of ``MeterlyClient`` and its async twin. The
+   result is a class in ``types.py``, and ``answers.py`` reads it from the JSON.
+3. The function in ``customers``, ``grants`` or ``spending``. It returns a class of
+   ``results``. Make its ``Request`` or fingerprint of every argument.
+   If it moves credits in a new way, it also needs a kind and its shape in ``models``
+   (``Entry.Kind``, ``SHAPES``, with a migration) and a line in ``verification``
+   (``_ASKED``). A new code needs a line in ``movements`` and one in ``refusals``.
+4. Here: an entry in ``_OPERATIONS`` with its fields and the function that renders it.
+   ``urls`` and ``api.views`` follow ``ROUTES`` by themselves.
+5. ``authentication.SCOPES``: which keys may call it.
+6. ``tests/openapi.py``: its summary, its schema and its refusals. Then run
+   ``python -m tests.openapi``, which writes ``api/openapi.json``.
+7. ``tests/contract/test_contract.py``: a test of the client. It runs in process and
+   over a socket. Then the pages in ``docs/`` and a line in ``CHANGELOG.md``.
 """
 
 from __future__ import annotations
@@ -21,7 +44,7 @@ from ..wire import (
     check_ttl,
     check_unit,
 )
-from . import operations
+from . import customers, grants, spending
 from .conf import ledger_settings
 
 if TYPE_CHECKING:
@@ -30,28 +53,19 @@ if TYPE_CHECKING:
 
     from ..transports.base import Statement
     from .models import Workspace
-    from .operations import AccountBalance, CustomerRecord, EntryRecord, HoldRecord
+    from .results import AccountBalance, CustomerRecord, EntryRecord, HoldRecord
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A success: the *body* of the wire contract, and the *status* it goes with.
+    """A success: the JSON *body* of the wire contract, and the HTTP *status*.
 
-    *replayed* tells that an earlier call had done it already.
+    *replayed* tells that an earlier call with the key had done it already.
     """
 
     body: dict[str, Any]
     status: int = 200
     replayed: bool = False
-
-
-#: Where a workspace's name will do, and saves a round trip on PostgreSQL.
-_BY_NAME = {
-    "use_credits",
-    "reserve_credits",
-    "commit_reservation",
-    "release_reservation",
-}
 
 
 def perform(
@@ -63,19 +77,42 @@ def perform(
 ) -> Answer:
     """Carry out *operation*, a key of ``ROUTES``, for *workspace*.
 
-    A workspace given by its name is made when first needed.
+    A workspace given by its name is created when it is first needed.
     *arguments* have their names on the wire, those of the path included. A *statement*
-    is for the movements that ``LedgerTransport`` carries one with. Raises
-    ``MeterlyApiError``; ``MeterlyInvalidRequestError`` has what is wrong in its
-    ``fields``, by name.
+    is carried out with the movement: only ``LedgerTransport`` has one. Raises
+    ``MeterlyApiError``; a ``MeterlyInvalidRequestError`` names each wrong field in its
+    ``fields``.
     """
-    handle, specification = _OPERATIONS[operation]
+    spec = _OPERATIONS[operation]
+    changes = ROUTES[operation][0] == "POST"
+    checked = _checked(spec.fields, arguments, idempotency_key, needs_key=changes)
+    if statement is not None:
+        checked["statement"] = statement
+    owner: int | str
+    if not isinstance(workspace, str):
+        owner = workspace.pk
+    elif spec.by_name:
+        owner = workspace
+    else:
+        owner = customers.ensure_workspace(workspace).pk
+    result = spec.function(owner, **checked)
+    return Answer(spec.render(result), spec.status, changes and result.replayed)
+
+
+def _checked(
+    fields: Mapping[str, _Field],
+    arguments: Mapping[str, Any],
+    idempotency_key: str | None,
+    *,
+    needs_key: bool,
+) -> dict[str, Any]:
+    """Return the arguments for the operation's function, under its names for them."""
     checked: dict[str, Any] = {}
     errors: dict[str, list[str]] = {}
     for name in arguments:
-        if name not in specification:
+        if name not in fields:
             errors[name] = ["There is no such field."]
-    for name, field in specification.items():
+    for name, field in fields.items():
         if name in arguments:
             try:
                 checked[field.name] = field.check(arguments[name], name)
@@ -83,7 +120,7 @@ def perform(
                 errors[name] = [str(exc)]
         elif field.required:
             errors[name] = ["This field is required."]
-    if ROUTES[operation][0] == "POST":
+    if needs_key:
         try:
             key = check_key(idempotency_key, "Idempotency-Key")
         except ValueError as exc:
@@ -95,17 +132,23 @@ def perform(
             " ".join(f"{name}: {texts[0]}" for name, texts in errors.items()),
             details={"fields": errors},
         )
-    if statement is not None:
-        checked["statement"] = statement
-    if not isinstance(workspace, str):
-        return handle(workspace.pk, **checked)
-    if operation in _BY_NAME:
-        return handle(workspace, **checked)
-    return handle(operations.ensure_workspace(workspace).pk, **checked)
+    return checked
+
+
+class _Operation(NamedTuple):
+    """How a call is checked, carried out and rendered."""
+
+    fields: dict[str, _Field]
+    function: Callable[..., Any]
+    render: Callable[[Any], dict[str, Any]]
+    status: int = 200
+    #: Whether *function* takes a workspace by its name: that saves PostgreSQL a round
+    #: trip.
+    by_name: bool = False
 
 
 class _Field(NamedTuple):
-    """How an argument is checked, and what ``operations`` call it."""
+    """How an argument is checked, and its *name* in the operation's function."""
 
     name: str
     check: Callable[[Any, str], Any]
@@ -125,103 +168,7 @@ def _ttl(value: Any, name: str) -> int:
     return seconds
 
 
-# What is answered
-
-
-def _create_customer(workspace_id: int, **arguments: Any) -> Answer:
-    record = operations.create_customer(workspace_id, **arguments)
-    return Answer(_customer(record), 201, not record.created)
-
-
-def _find_customer(workspace_id: int, **arguments: Any) -> Answer:
-    record = operations.find_customer(workspace_id, **arguments)
-    return Answer({"customers": [] if record is None else [_customer(record)]})
-
-
-def _grant_credits(workspace_id: int, **arguments: Any) -> Answer:
-    movement = operations.grant(workspace_id, **arguments)
-    body = {
-        "grant": {
-            "grantId": movement.entry_id,
-            "customerId": movement.account.customer_id,
-            "creditAmount": movement.amount,
-            "creditUnit": movement.account.unit,
-            "reference": movement.reference,
-            "description": movement.description,
-            "createdAt": _time(movement.created_at),
-        },
-        "balance": _balance(movement.account),
-    }
-    return Answer(body, 201, movement.replayed)
-
-
-def _get_balance(workspace_id: int, **arguments: Any) -> Answer:
-    return Answer(_balance(operations.default_balance(workspace_id, **arguments)))
-
-
-def _get_balances(workspace_id: int, customer_id: str) -> Answer:
-    accounts = operations.balances(workspace_id, customer_id)
-    return Answer(
-        {"customerId": customer_id, "balances": [_credits(item) for item in accounts]}
-    )
-
-
-def _add_credits(workspace_id: int, **arguments: Any) -> Answer:
-    return _moved(operations.add(workspace_id, **arguments))
-
-
-def _use_credits(workspace: int | str, **arguments: Any) -> Answer:
-    return _moved(operations.use(workspace, **arguments))
-
-
-def _reserve_credits(workspace: int | str, **arguments: Any) -> Answer:
-    return _held(operations.reserve(workspace, **arguments), 201)
-
-
-def _get_reservation(workspace_id: int, **arguments: Any) -> Answer:
-    return _held(operations.get_reservation(workspace_id, **arguments))
-
-
-def _commit_reservation(workspace: int | str, **arguments: Any) -> Answer:
-    return _held(operations.commit(workspace, **arguments))
-
-
-def _release_reservation(workspace: int | str, **arguments: Any) -> Answer:
-    return _held(operations.release(workspace, **arguments))
-
-
-def _extend_reservation(workspace_id: int, **arguments: Any) -> Answer:
-    return _held(operations.extend(workspace_id, **arguments))
-
-
-def _list_entries(workspace_id: int, **arguments: Any) -> Answer:
-    page = operations.entries(workspace_id, **arguments)
-    more = len(page) == operations.PAGE_SIZE
-    return Answer(
-        {
-            "entries": [_entry(item) for item in page],
-            "nextCursor": page[-1].entry_id if more else None,
-        }
-    )
-
-
-def _moved(movement: EntryRecord) -> Answer:
-    body = {"entry": _entry(movement), "balance": _balance(movement.account)}
-    return Answer(body, 201, movement.replayed)
-
-
-def _held(reservation: HoldRecord, status: int = 200) -> Answer:
-    body = {
-        "reservationId": reservation.reservation_id,
-        "customerId": reservation.account.customer_id,
-        "unit": reservation.account.unit,
-        "amount": reservation.amount,
-        "status": reservation.status,
-        "reference": reservation.reference,
-        "expiresAt": _time(reservation.expires_at),
-        "balance": _balance(reservation.account),
-    }
-    return Answer(body, status, reservation.replayed)
+# Results as JSON
 
 
 def _customer(record: CustomerRecord) -> dict[str, Any]:
@@ -231,6 +178,10 @@ def _customer(record: CustomerRecord) -> dict[str, Any]:
         "creditUnit": record.credit_unit,
         "createdAt": _time(record.created_at),
     }
+
+
+def _found(record: CustomerRecord | None) -> dict[str, Any]:
+    return {"customers": [] if record is None else [_customer(record)]}
 
 
 def _credits(account: AccountBalance) -> dict[str, Any]:
@@ -244,6 +195,33 @@ def _credits(account: AccountBalance) -> dict[str, Any]:
 
 def _balance(account: AccountBalance) -> dict[str, Any]:
     return {"customerId": account.customer_id, **_credits(account)}
+
+
+def _balances(found: tuple[str, list[AccountBalance]]) -> dict[str, Any]:
+    customer_id, accounts = found
+    return {
+        "customerId": customer_id,
+        "balances": [_credits(account) for account in accounts],
+    }
+
+
+def _granted(movement: EntryRecord) -> dict[str, Any]:
+    return {
+        "grant": {
+            "grantId": movement.entry_id,
+            "customerId": movement.account.customer_id,
+            "creditAmount": movement.amount,
+            "creditUnit": movement.account.unit,
+            "reference": movement.reference,
+            "description": movement.description,
+            "createdAt": _time(movement.created_at),
+        },
+        "balance": _balance(movement.account),
+    }
+
+
+def _moved(movement: EntryRecord) -> dict[str, Any]:
+    return {"entry": _entry(movement), "balance": _balance(movement.account)}
 
 
 def _entry(movement: EntryRecord) -> dict[str, Any]:
@@ -261,8 +239,36 @@ def _entry(movement: EntryRecord) -> dict[str, Any]:
     }
 
 
+def _entries(page: list[EntryRecord]) -> dict[str, Any]:
+    more = len(page) == customers.PAGE_SIZE
+    return {
+        "entries": [_entry(item) for item in page],
+        "nextCursor": page[-1].entry_id if more else None,
+    }
+
+
+def _reservation(hold: HoldRecord) -> dict[str, Any]:
+    return {
+        "reservationId": hold.reservation_id,
+        "customerId": hold.account.customer_id,
+        "unit": hold.account.unit,
+        "amount": hold.amount,
+        "status": hold.status,
+        "reference": hold.reference,
+        "expiresAt": _time(hold.expires_at),
+        "balance": _balance(hold.account),
+    }
+
+
 def _time(value: dt.datetime) -> str:
     return in_utc(value).isoformat().replace("+00:00", "Z")
+
+
+def _all_balances(
+    workspace_id: int, customer_id: str
+) -> tuple[str, list[AccountBalance]]:
+    # The JSON names the customer even when the list is empty.
+    return customer_id, customers.balances(workspace_id, customer_id)
 
 
 _CUSTOMER_ID = _Field("customer_id", check_identifier)
@@ -278,20 +284,22 @@ _CHANGE = {
     "description": _DESCRIPTION,
 }
 
-_OPERATIONS: dict[str, tuple[Callable[..., Answer], dict[str, _Field]]] = {
-    "create_customer": (
-        _create_customer,
+_OPERATIONS = {
+    "create_customer": _Operation(
         {
             "customerExternalId": _Field("external_id", check_text),
             "creditUnit": _Field("credit_unit", check_unit),
         },
+        customers.create_customer,
+        _customer,
+        status=201,
     ),
-    "find_customer": (
-        _find_customer,
+    "find_customer": _Operation(
         {"externalId": _Field("external_id", check_text)},
+        customers.find_customer,
+        _found,
     ),
-    "grant_credits": (
-        _grant_credits,
+    "grant_credits": _Operation(
         {
             "externalCustomerId": _Field("external_id", check_text),
             "creditAmount": _Field("amount", check_amount),
@@ -299,13 +307,17 @@ _OPERATIONS: dict[str, tuple[Callable[..., Answer], dict[str, _Field]]] = {
             "reference": _REFERENCE,
             "description": _DESCRIPTION,
         },
+        grants.grant,
+        _granted,
+        status=201,
     ),
-    "get_balance": (_get_balance, {"customerId": _CUSTOMER_ID}),
-    "get_balances": (_get_balances, {"customerId": _CUSTOMER_ID}),
-    "add_credits": (_add_credits, _CHANGE),
-    "use_credits": (_use_credits, _CHANGE),
-    "reserve_credits": (
-        _reserve_credits,
+    "get_balance": _Operation(
+        {"customerId": _CUSTOMER_ID}, customers.default_balance, _balance
+    ),
+    "get_balances": _Operation({"customerId": _CUSTOMER_ID}, _all_balances, _balances),
+    "add_credits": _Operation(_CHANGE, grants.add, _moved, status=201),
+    "use_credits": _Operation(_CHANGE, spending.use, _moved, status=201, by_name=True),
+    "reserve_credits": _Operation(
         {
             "customerId": _CUSTOMER_ID,
             "amount": _Field("amount", check_amount),
@@ -313,32 +325,44 @@ _OPERATIONS: dict[str, tuple[Callable[..., Answer], dict[str, _Field]]] = {
             "reference": _REFERENCE,
             "ttlSeconds": _Field("ttl_seconds", _ttl, required=False),
         },
+        spending.reserve,
+        _reservation,
+        status=201,
+        by_name=True,
     ),
-    "get_reservation": (_get_reservation, {"reservationId": _RESERVATION_ID}),
-    "commit_reservation": (
-        _commit_reservation,
+    "get_reservation": _Operation(
+        {"reservationId": _RESERVATION_ID}, spending.get_reservation, _reservation
+    ),
+    "commit_reservation": _Operation(
         {
             "reservationId": _RESERVATION_ID,
             "amount": _Field("amount", _zero_or_more, required=False),
         },
+        spending.commit,
+        _reservation,
+        by_name=True,
     ),
-    "release_reservation": (
-        _release_reservation,
+    "release_reservation": _Operation(
         {"reservationId": _RESERVATION_ID},
+        spending.release,
+        _reservation,
+        by_name=True,
     ),
-    "extend_reservation": (
-        _extend_reservation,
+    "extend_reservation": _Operation(
         {
             "reservationId": _RESERVATION_ID,
             "ttlSeconds": _Field("ttl_seconds", _ttl),
         },
+        spending.extend,
+        _reservation,
     ),
-    "list_entries": (
-        _list_entries,
+    "list_entries": _Operation(
         {
             "customerId": _CUSTOMER_ID,
             "unit": _UNIT,
             "cursor": _Field("before", check_identifier, required=False),
         },
+        customers.entries,
+        _entries,
     ),
 }

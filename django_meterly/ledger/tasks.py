@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from . import operations, seals
+from . import expiry, idempotency, seals
 
 
 # Each expires by itself when 20 runs could wait: django-celery-beat drops the "expires"
@@ -16,8 +16,8 @@ def expire_holds() -> int:
 
     Idempotency records past their retention go, too.
     """
-    operations.prune_records()
-    return operations.expire_due()
+    idempotency.prune_records()
+    return expiry.expire_due()
 
 
 @shared_task(name="django_meterly.ledger.tasks.seal_entries", expires=20 * 300.0)

@@ -9,7 +9,7 @@ from django.db import Error
 
 from ..errors import MeterlyApiError, MeterlyUnknownOutcomeError
 from ..transports.base import Call, JoinedTransport
-from . import operations, postgresql, service
+from . import database, postgresql, service
 from .conf import ledger_settings
 
 
@@ -62,7 +62,7 @@ class LedgerTransport(JoinedTransport):
 
     def alias(self) -> str:
         """Return the ledger's database."""
-        return operations.write_alias()
+        return database.write_alias()
 
     def carries_statements(self, using: str) -> bool:
         """Return whether the ledger is in *using*, and *using* is PostgreSQL."""

@@ -25,9 +25,9 @@ from django.db.models import (
 )
 from django.db.models.functions import Coalesce, Concat, Lag
 
+from .database import write_alias
 from .idempotency import fingerprint_of
 from .models import SHAPES, Account, Entry, Hold, Seal, Shape
-from .operations import write_alias
 from .seals import Digest, Range, head, ranges, rows, without
 
 if TYPE_CHECKING:

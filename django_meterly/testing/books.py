@@ -42,8 +42,8 @@ def assert_books_balance() -> None:
 
 
 def _differences() -> Iterator[str]:
+    from ..ledger.database import write_alias
     from ..ledger.models import Entry, Hold
-    from ..ledger.operations import write_alias
 
     output = io.StringIO()
     try:

@@ -90,8 +90,8 @@ class override_credits(Block[Customer]):  # noqa: N801
         return customer
 
     def disable(self) -> None:
+        from ..ledger.database import write_alias
         from ..ledger.models import LedgerCustomer
-        from ..ledger.operations import write_alias
 
         using = write_alias()
         if connections[using].needs_rollback:

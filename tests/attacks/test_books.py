@@ -17,7 +17,14 @@ import pytest
 from django.db import IntegrityError, connection, models, transaction
 
 from django_meterly.db import from_now
-from django_meterly.ledger import operations, seals, verification
+from django_meterly.ledger import (
+    customers,
+    expiry,
+    grants,
+    seals,
+    spending,
+    verification,
+)
 from django_meterly.ledger.authentication import create_api_key
 from django_meterly.ledger.models import Hold, LedgerCustomer
 from tests.ledger.holds import reserve
@@ -64,12 +71,12 @@ UNSEALED = {
 
 def write_books() -> None:
     """Write entries of every kind, holds of every status, rows in every table."""
-    acme = operations.ensure_workspace("acme")
-    other = operations.ensure_workspace("other")
+    acme = customers.ensure_workspace("acme")
+    other = customers.ensure_workspace("other")
     create_api_key(acme, "shop")
 
     def grant(workspace: Any, name: str, unit: str = "credits") -> str:
-        return operations.grant(
+        return grants.grant(
             workspace.pk,
             external_id=name,
             amount=100,
@@ -90,23 +97,23 @@ def write_books() -> None:
             "reference": f"page-{number}",
             "description": "Pages",
         }
-        operations.add(acme.pk, one, **options, idempotency_key=f"add-{number}")
-        operations.use(acme.pk, one, **options, idempotency_key=f"use-{number}")
+        grants.add(acme.pk, one, **options, idempotency_key=f"add-{number}")
+        spending.use(acme.pk, one, **options, idempotency_key=f"use-{number}")
     for number, amount in enumerate((None, 0, 4, 10)):
         held = reserve(acme, one, 10, f"commit-{number}")
-        operations.commit(
+        spending.commit(
             acme.pk,
             held.reservation_id,
             amount=amount,
             idempotency_key=f"committed-{number}",
         )
     held = reserve(acme, one, 10, "release")
-    operations.release(acme.pk, held.reservation_id, idempotency_key="released")
+    spending.release(acme.pk, held.reservation_id, idempotency_key="released")
     reserve(acme, one, 10, "expire")
     Hold.objects.live().update(expires_at=from_now(-1))
-    operations.expire_due()
+    expiry.expire_due()
     held = reserve(acme, one, 10, "live")
-    operations.extend(
+    spending.extend(
         acme.pk, held.reservation_id, ttl_seconds=60, idempotency_key="extend"
     )
 
@@ -230,7 +237,7 @@ def test_f53_verify_finds_what_was_altered_deleted_copied_or_moved(sealed, rows)
     head: list[str] = []
     if sealed:
         seals.seal_entries()
-        reserve(operations.ensure_workspace("acme"), customer("user_2"), 1, "more")
+        reserve(customers.ensure_workspace("acme"), customer("user_2"), 1, "more")
         head = [seals.seal_entries().head.hash]
     assert list(verification.differences(head)) == []
 

@@ -11,7 +11,7 @@ import pytest
 
 from django_meterly.client import MeterlyClient
 from django_meterly.ledger.authentication import create_api_key
-from django_meterly.ledger.operations import ensure_workspace
+from django_meterly.ledger.customers import ensure_workspace
 from django_meterly.ledger.transport import LedgerTransport
 from tests import database
 

@@ -6,7 +6,7 @@ import pytest
 from django.conf import settings
 from django.core.cache import cache
 
-from django_meterly.ledger import operations, postgresql
+from django_meterly.ledger import customers, grants, postgresql, spending
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,13 +40,13 @@ def no_failures_are_remembered() -> None:
 @pytest.fixture
 def workspace(request: pytest.FixtureRequest) -> Workspace:
     """A workspace, in a test that has a database already."""
-    return operations.ensure_workspace("acme")
+    return customers.ensure_workspace("acme")
 
 
 @pytest.fixture
 def customer(workspace: Workspace) -> str:
     """The id of a customer with 100 credits of the unit "credits"."""
-    return operations.grant(
+    return grants.grant(
         workspace.pk,
         external_id="user_1",
         amount=100,
@@ -65,7 +65,7 @@ def move(workspace: Workspace, customer: str) -> Callable[..., int]:
 
     def move(customer_id: str = customer) -> int:
         key = f"move-{next(numbers)}"
-        entry = operations.use(
+        entry = spending.use(
             workspace.pk, customer_id, amount=1, reference=key, idempotency_key=key
         )
         pk: int = Entry.objects.get(public_id=entry.entry_id).pk
@@ -77,7 +77,7 @@ def move(workspace: Workspace, customer: str) -> Callable[..., int]:
 @pytest.fixture
 def other(workspace: Workspace) -> str:
     """A customer whose account nobody else waits for."""
-    return operations.grant(
+    return grants.grant(
         workspace.pk,
         external_id="user_2",
         amount=100,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from django_meterly.ledger import operations
+from django_meterly.ledger import customers, spending
 
 if TYPE_CHECKING:
     from django_meterly.ledger.models import Workspace
@@ -17,7 +17,7 @@ def reserve(
     key: str = "reserve",
     **options: Any,
 ) -> Any:
-    return operations.reserve(
+    return spending.reserve(
         workspace.pk,
         customer,
         amount=amount,
@@ -29,5 +29,5 @@ def reserve(
 
 def numbers(workspace: Workspace, customer: str) -> tuple[int, int]:
     """Return the balance and what of it is held."""
-    account = operations.default_balance(workspace.pk, customer)
+    account = customers.default_balance(workspace.pk, customer)
     return account.balance, account.reserved

@@ -26,16 +26,16 @@ def main() -> None:
     from django.core.management import call_command
     from django.db import connections
 
-    from django_meterly.ledger import operations
+    from django_meterly.ledger import customers, grants, spending
 
-    workspace = operations.ensure_workspace("killed").pk
+    workspace = customers.ensure_workspace("killed").pk
 
     def move(number: int) -> Any:
         """Add 10 credits, use 5 of them in all; return the account."""
         key = f"{number}-{{}}".format
 
         def hold(name: str, amount: int) -> str:
-            return operations.reserve(
+            return spending.reserve(
                 workspace,
                 customer,
                 amount=amount,
@@ -43,7 +43,7 @@ def main() -> None:
                 idempotency_key=key(name),
             ).reservation_id
 
-        customer = operations.grant(
+        customer = grants.grant(
             workspace,
             external_id="user_1",
             amount=10,
@@ -52,19 +52,17 @@ def main() -> None:
             idempotency_key=key("grant"),
         ).account.customer_id
         held = hold("reserve", 5)
-        operations.extend(
-            workspace, held, ttl_seconds=600, idempotency_key=key("extend")
-        )
-        operations.commit(workspace, held, amount=3, idempotency_key=key("commit"))
-        operations.release(workspace, hold("again", 4), idempotency_key=key("release"))
-        operations.use(
+        spending.extend(workspace, held, ttl_seconds=600, idempotency_key=key("extend"))
+        spending.commit(workspace, held, amount=3, idempotency_key=key("commit"))
+        spending.release(workspace, hold("again", 4), idempotency_key=key("release"))
+        spending.use(
             workspace,
             customer,
             amount=2,
             reference="page",
             idempotency_key=key("use"),
         )
-        return operations.default_balance(workspace, customer)
+        return customers.default_balance(workspace, customer)
 
     for number in itertools.count():
         connections.close_all()

@@ -70,10 +70,10 @@ def main(external_id: str, threads: str, attempts: str, options: str) -> None:
     from django.db import connection
 
     from django_meterly.errors import MeterlyInsufficientCreditsError
-    from django_meterly.ledger import operations
+    from django_meterly.ledger import customers, spending
 
-    workspace = operations.ensure_workspace("acme").pk
-    customer = operations.find_customer(workspace, external_id=external_id)
+    workspace = customers.ensure_workspace("acme").pk
+    customer = customers.find_customer(workspace, external_id=external_id)
     assert customer is not None
 
     def spend(thread: int) -> int:
@@ -81,7 +81,7 @@ def main(external_id: str, threads: str, attempts: str, options: str) -> None:
         try:
             for number in range(int(attempts)):
                 try:
-                    operations.reserve(
+                    spending.reserve(
                         workspace,
                         customer.customer_id,
                         amount=1,

@@ -9,7 +9,7 @@ from django.contrib.auth.models import Permission, User
 from django.urls import reverse
 
 from django_meterly.db import from_now
-from django_meterly.ledger import operations, seals
+from django_meterly.ledger import seals, spending
 from django_meterly.ledger.models import (
     Account,
     ApiKey,
@@ -40,7 +40,7 @@ def api_key(workspace):
 @pytest.fixture
 def rows(workspace, customer, api_key):
     api_key.events.create(kind=ApiKeyEvent.Kind.CREATED, actor="alice")
-    operations.reserve(
+    spending.reserve(
         workspace.pk, customer, amount=5, reference="job", idempotency_key="job"
     )
     seals.seal_entries()

@@ -12,7 +12,7 @@ from django.test import Client, override_settings
 from django.urls import resolve, reverse
 
 from django_meterly.db import from_now
-from django_meterly.ledger import operations
+from django_meterly.ledger import customers
 from django_meterly.ledger.api import views
 from django_meterly.ledger.api.throttling import KeyThrottle
 from django_meterly.ledger.authentication import SCOPES, create_api_key
@@ -429,7 +429,7 @@ def test_f56_a_key_ends_when_it_expires(workspace, kind):
 @pytest.mark.parametrize("kind", ["bearer", "hmac"])
 @pytest.mark.parametrize("is_test", [True, False])
 def test_f56_a_key_works_in_a_workspace_of_its_own_kind_only(kind, is_test):
-    workspace = operations.ensure_workspace("sandbox", is_test=is_test)
+    workspace = customers.ensure_workspace("sandbox", is_test=is_test)
     row, key = create_api_key(workspace, "x", hmac=kind == "hmac")
     assert row.is_test is is_test
     if kind == "bearer":
@@ -642,7 +642,7 @@ def test_session_lets_nobody_in(api, admin_client):
 
 
 def test_f45_objects_of_another_workspace_are_404(api, customer):
-    stranger = Api(operations.ensure_workspace("other"))
+    stranger = Api(customers.ensure_workspace("other"))
     held = api.post(
         "/v1/reservations", {"customerId": customer, "amount": 5, "reference": "job"}
     ).json()["reservationId"]

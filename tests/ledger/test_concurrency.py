@@ -12,7 +12,7 @@ from django.db import connection
 
 from django_meterly import errors
 from django_meterly.db import from_now
-from django_meterly.ledger import operations
+from django_meterly.ledger import customers, expiry, grants, spending
 from django_meterly.ledger.models import Entry, Hold, LedgerCustomer, Workspace
 from tests.ledger.spender import run, start_spender
 
@@ -56,7 +56,7 @@ def together(*calls):
 
 
 def top_up(workspace, amount):
-    operations.add(
+    grants.add(
         workspace.pk,
         LedgerCustomer.objects.get().public_id,
         amount=amount,
@@ -73,7 +73,7 @@ def test_f40_of_3200_attempts_of_16_processes_exactly_1000_succeed(workspace, cu
 
     assert sum(succeeded for succeeded, refused in counts) == 1000
     assert sum(refused for succeeded, refused in counts) == 2200
-    account = operations.default_balance(workspace.pk, customer)
+    account = customers.default_balance(workspace.pk, customer)
     assert (account.balance, account.reserved) == (1000, 1000)
     call_command("meterly_ledger_verify")
 
@@ -91,7 +91,7 @@ def test_f40_the_strictest_isolation_is_retried_not_reported(workspace, customer
 
 def test_f41_six_deliveries_of_one_grant_at_once_are_one_grant(workspace):
     def deliver(number):
-        return lambda: operations.grant(
+        return lambda: grants.grant(
             workspace.pk,
             external_id="user_1",
             amount=100,
@@ -111,7 +111,7 @@ def test_f41_six_deliveries_of_one_grant_at_once_are_one_grant(workspace):
 
 def test_f41_of_six_holds_at_once_only_those_covered_succeed(workspace, customer):
     def hold(number):
-        return lambda: operations.reserve(
+        return lambda: spending.reserve(
             workspace.pk,
             customer,
             amount=40,
@@ -127,14 +127,14 @@ def test_f41_of_six_holds_at_once_only_those_covered_succeed(workspace, customer
         if isinstance(result, errors.MeterlyInsufficientCreditsError)
     ]
     assert len(denied) == 4
-    account = operations.default_balance(workspace.pk, customer)
+    account = customers.default_balance(workspace.pk, customer)
     assert (account.balance, account.reserved) == (100, 80)
 
 
 def test_f75_all_who_come_when_a_hold_ends_are_served(workspace, customer):
     threads, calls = 8, 5
     for number in range(4):
-        held = operations.reserve(
+        held = spending.reserve(
             workspace.pk,
             customer,
             amount=100,
@@ -146,14 +146,14 @@ def test_f75_all_who_come_when_a_hold_ends_are_served(workspace, customer):
         def spend(thread, number=number):
             def reserve_and_release():
                 for call in range(calls):
-                    one = operations.reserve(
+                    one = spending.reserve(
                         workspace.pk,
                         customer,
                         amount=1,
                         reference="job",
                         idempotency_key=f"one-{number}-{thread}-{call}",
                     )
-                    operations.release(
+                    spending.release(
                         workspace.pk,
                         one.reservation_id,
                         idempotency_key=f"end-{number}-{thread}-{call}",
@@ -176,7 +176,7 @@ def test_f75_a_refusal_never_contradicts_its_details(workspace, customer):
         def reserve_and_release():
             for call in range(25):
                 try:
-                    held = operations.reserve(
+                    held = spending.reserve(
                         workspace.pk,
                         customer,
                         amount=60,
@@ -186,7 +186,7 @@ def test_f75_a_refusal_never_contradicts_its_details(workspace, customer):
                 except errors.MeterlyInsufficientCreditsError as exc:
                     refusals.append(exc)
                 else:
-                    operations.release(
+                    spending.release(
                         workspace.pk,
                         held.reservation_id,
                         idempotency_key=f"release-{thread}-{call}",
@@ -201,7 +201,7 @@ def test_f75_a_refusal_never_contradicts_its_details(workspace, customer):
 @pytest.mark.parametrize("amount", [40, 100])
 def test_f42_one_key_six_times_at_once_is_one_movement(workspace, customer, amount):
     def hold():
-        return operations.reserve(
+        return spending.reserve(
             workspace.pk,
             customer,
             amount=amount,
@@ -218,12 +218,12 @@ def test_f42_one_key_six_times_at_once_is_one_movement(workspace, customer, amou
 
 
 def test_f42_one_commit_six_times_at_once_is_one_movement(workspace, customer):
-    held = operations.reserve(
+    held = spending.reserve(
         workspace.pk, customer, amount=40, reference="job", idempotency_key="job"
     )
 
     def commit():
-        return operations.commit(
+        return spending.commit(
             workspace.pk, held.reservation_id, idempotency_key="commit"
         )
 
@@ -231,17 +231,17 @@ def test_f42_one_commit_six_times_at_once_is_one_movement(workspace, customer):
 
     assert {result.status for result in results} == {"committed"}
     assert Entry.objects.filter(kind="credits_committed").count() == 1
-    assert operations.default_balance(workspace.pk, customer).balance == 60
+    assert customers.default_balance(workspace.pk, customer).balance == 60
 
 
-@pytest.mark.parametrize("close", [operations.commit, operations.release])
+@pytest.mark.parametrize("close", [spending.commit, spending.release])
 def test_f43_a_hold_closed_during_a_sweep_ends_in_exactly_one_state(
     workspace, customer, close
 ):
     ends = set()
     delay = 0.05
     for number in range(30):
-        held = operations.reserve(
+        held = spending.reserve(
             workspace.pk,
             customer,
             amount=1,
@@ -266,7 +266,7 @@ def test_f43_a_hold_closed_during_a_sweep_ends_in_exactly_one_state(
 
         def sweep(closed=closed):
             while not closed.is_set():
-                operations.expire_due()
+                expiry.expire_due()
 
         result, *_ = together(close_at_the_last_moment, sweep, sweep)
 
@@ -304,7 +304,7 @@ def test_f44_a_process_killed_while_it_moves_credits_leaves_no_half_movement(
             spender.communicate()
 
     # Nothing is left locked, every hold has its entry, and the sums are right.
-    operations.use(
+    spending.use(
         workspace.pk, customer, amount=1, reference="page", idempotency_key="page"
     )
     assert Hold.objects.count() == Entry.objects.filter(kind="credits_reserved").count()
@@ -323,6 +323,6 @@ def test_f44_a_kill_between_any_two_statements_leaves_no_half_movement():
 
 
 def test_a_workspace_first_needed_by_six_threads_is_made_once():
-    results = together(*[lambda: operations.ensure_workspace("new")] * 6)
+    results = together(*[lambda: customers.ensure_workspace("new")] * 6)
     assert len({result.pk for result in results}) == 1
     assert Workspace.objects.filter(name="new").count() == 1

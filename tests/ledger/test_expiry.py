@@ -9,7 +9,7 @@ from django.db.models import F
 
 from django_meterly import errors
 from django_meterly.db import from_now
-from django_meterly.ledger import operations
+from django_meterly.ledger import customers, expiry, grants, spending
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.tasks import expire_holds
 from tests.ledger.holds import numbers, reserve
@@ -35,7 +35,7 @@ def test_a_hold_lasts_as_long_as_asked_by_the_databases_clock(workspace, custome
 
 
 def test_f43_300_expired_holds_are_free_after_one_sweep(workspace, customer, capsys):
-    operations.add(
+    grants.add(
         workspace.pk, customer, amount=500, reference="more", idempotency_key="more"
     )
     for number in range(300):
@@ -66,7 +66,7 @@ def test_f43_10000_expired_holds_go_in_one_run_with_bounded_memory(
         )
     live = []
     sizes = []
-    expire = operations._expire
+    expire = expiry._expire
 
     def watched(account_id, holds):
         live.append(weakref.WeakSet(holds))
@@ -75,7 +75,7 @@ def test_f43_10000_expired_holds_go_in_one_run_with_bounded_memory(
         return expire(account_id, holds)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operations, "_expire", watched)
+        patch.setattr(expiry, "_expire", watched)
         call_command("meterly_ledger_expire", batch_size=500)
 
     assert capsys.readouterr().out == "10000 reservations expired.\n"
@@ -98,7 +98,7 @@ def test_the_sweep_refuses_a_batch_of_nothing():
 
 def test_an_account_that_refuses_does_not_stop_the_sweep(workspace, customer, caplog):
     reserve(workspace, customer)
-    other = operations.grant(
+    other = grants.grant(
         workspace.pk,
         external_id="user_2",
         amount=10,
@@ -111,7 +111,7 @@ def test_an_account_that_refuses_does_not_stop_the_sweep(workspace, customer, ca
     Account.objects.filter(customer__public_id=customer).update(reserved=1)
     let_expire()
 
-    assert operations.expire_due(batch_size=1) == 1
+    assert expiry.expire_due(batch_size=1) == 1
     assert numbers(workspace, other) == (10, 0)
     assert "do not expire" in caplog.text
 
@@ -130,7 +130,7 @@ def test_live_holds_are_not_given_back_when_credits_are_needed(workspace, custom
         reserve(workspace, customer, 70, "second")
 
 
-@pytest.mark.parametrize("close", [operations.commit, operations.release])
+@pytest.mark.parametrize("close", [spending.commit, spending.release])
 def test_closing_a_hold_past_its_time_expires_it(workspace, customer, close):
     held = reserve(workspace, customer)
     let_expire()
@@ -150,7 +150,7 @@ def test_a_hold_past_its_time_is_shown_as_expired_before_any_sweep(workspace, cu
     held = reserve(workspace, customer)
     let_expire()
 
-    shown = operations.get_reservation(workspace.pk, held.reservation_id)
+    shown = spending.get_reservation(workspace.pk, held.reservation_id)
     replayed = reserve(workspace, customer)
 
     assert shown.status == replayed.status == "expired"
@@ -160,7 +160,7 @@ def test_credits_of_an_expired_hold_are_available_before_any_sweep(workspace, cu
     over = reserve(workspace, customer, 30, "over").reservation_id
     let_expire()
     live = reserve(workspace, customer, 25, "live").reservation_id
-    elsewhere = operations.add(
+    elsewhere = grants.add(
         workspace.pk,
         customer,
         amount=8,
@@ -173,20 +173,20 @@ def test_credits_of_an_expired_hold_are_available_before_any_sweep(workspace, cu
     rows = list(Account.objects.order_by("pk").values())
     entries = Entry.objects.count()
 
-    jobs, pages = operations.balances(workspace.pk, customer)
+    jobs, pages = customers.balances(workspace.pk, customer)
 
     assert (jobs.balance, jobs.reserved, jobs.available) == (100, 25, 75)
     assert (pages.balance, pages.reserved, pages.available) == (8, 0, 8)
-    assert operations.default_balance(workspace.pk, customer) == jobs
+    assert customers.default_balance(workspace.pk, customer) == jobs
     for hold in (over, live):
-        assert operations.get_reservation(workspace.pk, hold).account == jobs
+        assert spending.get_reservation(workspace.pk, hold).account == jobs
     assert elsewhere.account == pages
     # To read is not to write.
     assert list(Account.objects.order_by("pk").values()) == rows
     assert Entry.objects.count() == entries
     call_command("meterly_ledger_verify")
-    assert operations.expire_due() == 2
-    assert operations.balances(workspace.pk, customer) == [jobs, pages]
+    assert expiry.expire_due() == 2
+    assert customers.balances(workspace.pk, customer) == [jobs, pages]
 
 
 def test_a_hold_that_is_extended_is_reserved_again(workspace, customer):
@@ -194,7 +194,7 @@ def test_a_hold_that_is_extended_is_reserved_again(workspace, customer):
     reserve(workspace, customer, 5, "other")
     Hold.objects.exclude(public_id=over).update(expires_at=from_now(-1))
 
-    extended = operations.extend(
+    extended = spending.extend(
         workspace.pk, over, ttl_seconds=60, idempotency_key="extend"
     )
 
@@ -203,11 +203,11 @@ def test_a_hold_that_is_extended_is_reserved_again(workspace, customer):
 
 def test_a_commit_that_moves_nothing_tells_what_is_available_now(workspace, customer):
     held = reserve(workspace, customer, 30).reservation_id
-    operations.commit(workspace.pk, held, idempotency_key="commit")
+    spending.commit(workspace.pk, held, idempotency_key="commit")
     reserve(workspace, customer, 40, "over")
     let_expire()
 
-    again = operations.commit(workspace.pk, held, idempotency_key="other")
+    again = spending.commit(workspace.pk, held, idempotency_key="other")
 
     assert (again.account.balance, again.account.reserved) == (70, 0)
 
@@ -234,7 +234,7 @@ def test_books_that_do_not_balance_are_read_all_the_same(workspace, customer):
     assert numbers(workspace, customer) == (100, 0)
 
 
-@pytest.mark.parametrize("read", [operations.balances, operations.default_balance])
+@pytest.mark.parametrize("read", [customers.balances, customers.default_balance])
 def test_a_balance_is_two_statements(
     workspace, customer, read, django_assert_num_queries
 ):
@@ -244,12 +244,10 @@ def test_a_balance_is_two_statements(
 
 def test_a_commit_in_time_can_be_replayed_after_the_time(workspace, customer):
     held = reserve(workspace, customer)
-    operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    spending.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
     let_expire()
 
-    again = operations.commit(
-        workspace.pk, held.reservation_id, idempotency_key="commit"
-    )
+    again = spending.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
 
     assert again.status == "committed"
-    assert operations.expire_due() == 0
+    assert expiry.expire_due() == 0

@@ -7,7 +7,7 @@ from django.core.management import call_command
 
 from django_meterly import errors
 from django_meterly.db import from_now
-from django_meterly.ledger import operations
+from django_meterly.ledger import customers, expiry, spending
 from django_meterly.ledger.models import Entry, Hold, Record
 from django_meterly.ledger.tasks import expire_holds
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.django_db, pytest.mark.database]
 
 @pytest.fixture
 def held(workspace, customer):
-    return operations.reserve(
+    return spending.reserve(
         workspace.pk,
         customer,
         amount=40,
@@ -27,7 +27,7 @@ def held(workspace, customer):
 
 
 def extend(workspace, held, seconds=600, key="extend"):
-    return operations.extend(
+    return spending.extend(
         workspace.pk, held.reservation_id, ttl_seconds=seconds, idempotency_key=key
     )
 
@@ -66,8 +66,8 @@ def test_f42_the_key_with_another_time_is_a_mismatch(workspace, held):
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
-        (operations.commit, errors.MeterlyReservationCommittedError),
-        (operations.release, errors.MeterlyReservationReleasedError),
+        (spending.commit, errors.MeterlyReservationCommittedError),
+        (spending.release, errors.MeterlyReservationReleasedError),
     ],
 )
 def test_a_closed_hold_is_not_extended_and_the_key_not_kept(
@@ -81,7 +81,7 @@ def test_a_closed_hold_is_not_extended_and_the_key_not_kept(
 
 def test_a_replay_of_a_hold_closed_since_shows_that(workspace, held):
     extend(workspace, held)
-    operations.commit(workspace.pk, held.reservation_id, idempotency_key="end")
+    spending.commit(workspace.pk, held.reservation_id, idempotency_key="end")
     assert extend(workspace, held).status == "committed"
 
 
@@ -90,7 +90,7 @@ def test_a_hold_past_its_time_is_not_extended_but_expired(workspace, customer, h
     with pytest.raises(errors.MeterlyReservationExpiredError):
         extend(workspace, held)
     assert Hold.objects.get().status == "expired"
-    assert operations.default_balance(workspace.pk, customer).reserved == 0
+    assert customers.default_balance(workspace.pk, customer).reserved == 0
 
 
 @pytest.mark.parametrize("key", ["extend", "another"])
@@ -98,7 +98,7 @@ def test_f76_a_hold_extended_by_another_call_at_its_very_end_is_extended(
     workspace, held, monkeypatch, key
 ):
     Hold.objects.update(expires_at=from_now(-1))
-    expire = operations._expire_due
+    expire = expiry.expire_matching
     others = []
 
     def outrun(**lookup):
@@ -108,7 +108,7 @@ def test_f76_a_hold_extended_by_another_call_at_its_very_end_is_extended(
             others.append(extend(workspace, held, 900, key="another"))
         return expire(**lookup)
 
-    monkeypatch.setattr(operations, "_expire_due", outrun)
+    monkeypatch.setattr(expiry, "expire_matching", outrun)
 
     extended = extend(workspace, held, 900, key)
 
@@ -121,7 +121,7 @@ def test_f76_a_hold_that_nobody_expires_is_not_tried_for_ever(
     workspace, held, monkeypatch
 ):
     # As it may look in a transaction with an old snapshot.
-    monkeypatch.setattr(operations, "_expire_due", lambda **lookup: 0)
+    monkeypatch.setattr(expiry, "expire_matching", lambda **lookup: 0)
     Hold.objects.update(expires_at=from_now(-1))
     with pytest.raises(errors.MeterlyReservationExpiredError):
         extend(workspace, held)
@@ -129,7 +129,7 @@ def test_f76_a_hold_that_nobody_expires_is_not_tried_for_ever(
 
 def test_a_hold_of_another_workspace_is_not_found(held):
     with pytest.raises(errors.MeterlyNotFoundError):
-        extend(operations.ensure_workspace("other"), held)
+        extend(customers.ensure_workspace("other"), held)
 
 
 def test_a_hold_extended_after_the_sweep_has_read_it_is_left(workspace, held):
@@ -137,7 +137,7 @@ def test_a_hold_extended_after_the_sweep_has_read_it_is_left(workspace, held):
     read = list(Hold.objects.due())
     Hold.objects.update(expires_at=from_now(60))
 
-    assert operations._expire(read[0].account_id, read) == 0
+    assert expiry._expire(read[0].account_id, read) == 0
     assert Hold.objects.get().status == "reserved"
 
 

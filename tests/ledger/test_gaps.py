@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 from django.db import connection, transaction
 
-from django_meterly.ledger import operations, seals, verification
+from django_meterly.ledger import customers, grants, seals, verification
 from django_meterly.ledger.models import Entry, Seal
 from tests.ledger.tampering import forge, found, sql, unguarded
 
@@ -116,8 +116,8 @@ def test_on_mysql_gaps_stay_open_for_an_hour(move, other, monkeypatch):
 
 
 def test_f53_a_gap_outlives_many_seals_and_late_ones(move, other, monkeypatch):
-    third = operations.grant(
-        operations.ensure_workspace("acme").pk,
+    third = grants.grant(
+        customers.ensure_workspace("acme").pk,
         external_id="user_3",
         amount=100,
         credit_unit="credits",

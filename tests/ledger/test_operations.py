@@ -7,7 +7,7 @@ from django.db import IntegrityError, transaction
 
 from django_meterly import errors
 from django_meterly.db import from_now
-from django_meterly.ledger import operations
+from django_meterly.ledger import customers, expiry, grants, spending
 from django_meterly.ledger.idempotency import Request
 from django_meterly.ledger.models import (
     Account,
@@ -33,7 +33,7 @@ pytestmark = [
 
 def test_the_same_call_twice_is_one_customer(workspace):
     first, again = (
-        operations.create_customer(
+        customers.create_customer(
             workspace.pk,
             external_id="user_1",
             credit_unit="credits",
@@ -42,15 +42,15 @@ def test_the_same_call_twice_is_one_customer(workspace):
         for _ in range(2)
     )
 
-    assert first.created
-    assert not again.created
+    assert not first.replayed
+    assert again.replayed
     assert again.customer_id == first.customer_id
 
 
 @pytest.mark.parametrize("unit", ["credits", "pages"])
 def test_a_customer_exists_whatever_its_unit(workspace, customer, unit):
     with pytest.raises(errors.MeterlyCustomerExistsError) as caught:
-        operations.create_customer(
+        customers.create_customer(
             workspace.pk,
             external_id="user_1",
             credit_unit=unit,
@@ -60,14 +60,14 @@ def test_a_customer_exists_whatever_its_unit(workspace, customer, unit):
 
 
 def test_f40_ids_that_differ_in_case_are_two_customers(workspace, customer):
-    other = operations.create_customer(
+    other = customers.create_customer(
         workspace.pk,
         external_id="USER_1",
         credit_unit="credits",
         idempotency_key="create-4",
     )
     assert other.customer_id != customer
-    found = operations.find_customer(workspace.pk, external_id="USER_1")
+    found = customers.find_customer(workspace.pk, external_id="USER_1")
     assert found is not None
     assert found.customer_id == other.customer_id
 
@@ -81,19 +81,19 @@ def test_f40_keys_that_differ_in_case_are_two_movements(workspace, customer):
 
 
 def test_a_new_customer_has_an_empty_account_of_its_unit(workspace):
-    record = operations.create_customer(
+    record = customers.create_customer(
         workspace.pk,
         external_id="user_1",
         credit_unit="credits",
         idempotency_key="create-5",
     )
-    (account,) = operations.balances(workspace.pk, record.customer_id)
+    (account,) = customers.balances(workspace.pk, record.customer_id)
     assert (account.unit, account.balance, account.reserved) == ("credits", 0, 0)
 
 
 def test_f42_the_key_of_a_created_customer_is_remembered(workspace):
     def create(external_id):
-        return operations.create_customer(
+        return customers.create_customer(
             workspace.pk,
             external_id=external_id,
             credit_unit="credits",
@@ -105,12 +105,12 @@ def test_f42_the_key_of_a_created_customer_is_remembered(workspace):
     assert create("user_1").customer_id == first.customer_id
     with pytest.raises(errors.MeterlyIdempotencyMismatchError):
         create("user_2")
-    assert operations.find_customer(workspace.pk, external_id="user_2") is None
+    assert customers.find_customer(workspace.pk, external_id="user_2") is None
 
 
 def test_a_refused_creation_leaves_no_record_of_its_key(workspace, customer):
     def create(external_id):
-        return operations.create_customer(
+        return customers.create_customer(
             workspace.pk,
             external_id=external_id,
             credit_unit="pages",
@@ -119,7 +119,7 @@ def test_a_refused_creation_leaves_no_record_of_its_key(workspace, customer):
 
     with pytest.raises(errors.MeterlyCustomerExistsError):
         create("user_1")
-    assert create("user_2").created
+    assert not create("user_2").replayed
 
 
 @pytest.mark.parametrize("movement_first", [True, False])
@@ -127,10 +127,10 @@ def test_f42_a_key_is_for_one_call_whether_or_not_it_moves_credits(
     workspace, customer, movement_first
 ):
     calls = [
-        lambda: operations.use(
+        lambda: spending.use(
             workspace.pk, customer, amount=1, reference="page", idempotency_key="key"
         ),
-        lambda: operations.create_customer(
+        lambda: customers.create_customer(
             workspace.pk,
             external_id="user_2",
             credit_unit="credits",
@@ -149,7 +149,7 @@ def test_f42_a_key_is_for_one_call_whether_or_not_it_moves_credits(
 def test_a_grant_with_the_same_reference_and_values_is_the_first_one(
     workspace, customer
 ):
-    again = operations.grant(
+    again = grants.grant(
         workspace.pk,
         external_id="user_1",
         amount=100,
@@ -168,7 +168,7 @@ def test_a_grant_with_the_same_reference_and_other_values_conflicts(
     workspace, customer, other
 ):
     with pytest.raises(errors.MeterlyReferenceConflictError):
-        operations.grant(
+        grants.grant(
             workspace.pk,
             external_id="user_1",
             credit_unit="credits",
@@ -181,7 +181,7 @@ def test_a_grant_with_the_same_reference_and_other_values_conflicts(
 
 def test_an_add_with_the_reference_of_a_grant_conflicts(workspace, customer):
     with pytest.raises(errors.MeterlyReferenceConflictError):
-        operations.add(
+        grants.add(
             workspace.pk,
             customer,
             amount=100,
@@ -191,7 +191,7 @@ def test_an_add_with_the_reference_of_a_grant_conflicts(workspace, customer):
 
 
 def test_a_reference_is_free_in_another_unit(workspace, customer):
-    movement = operations.add(
+    movement = grants.add(
         workspace.pk,
         customer,
         amount=7,
@@ -200,7 +200,7 @@ def test_a_reference_is_free_in_another_unit(workspace, customer):
         idempotency_key="add",
     )
     assert movement.account.balance == 7
-    assert [a.unit for a in operations.balances(workspace.pk, customer)] == [
+    assert [a.unit for a in customers.balances(workspace.pk, customer)] == [
         "credits",
         "pages",
     ]
@@ -209,7 +209,7 @@ def test_a_reference_is_free_in_another_unit(workspace, customer):
 def test_a_balance_past_the_largest_integer_is_refused(workspace, customer):
     room = MAX_AMOUNT - 100
     with pytest.raises(errors.MeterlyInvalidRequestError) as caught:
-        operations.add(
+        grants.add(
             workspace.pk,
             customer,
             amount=room + 1,
@@ -219,7 +219,7 @@ def test_a_balance_past_the_largest_integer_is_refused(workspace, customer):
     assert "amount" in caught.value.fields
 
     # The refusal left no record, so the same key and reference are free.
-    movement = operations.add(
+    movement = grants.add(
         workspace.pk,
         customer,
         amount=room,
@@ -237,7 +237,7 @@ def test_a_balance_past_the_largest_integer_is_refused(workspace, customer):
 
 
 def test_use_takes_credits(workspace, customer):
-    movement = operations.use(
+    movement = spending.use(
         workspace.pk, customer, amount=30, reference="page", idempotency_key="use"
     )
     assert (movement.kind, movement.balance_delta) == ("credits_used", -30)
@@ -247,7 +247,7 @@ def test_use_takes_credits(workspace, customer):
 def test_use_does_not_take_what_is_held(workspace, customer):
     reserve(workspace, customer, 80)
     with pytest.raises(errors.MeterlyInsufficientCreditsError) as caught:
-        operations.use(
+        spending.use(
             workspace.pk, customer, amount=30, reference="page", idempotency_key="use"
         )
 
@@ -280,7 +280,7 @@ def test_a_unit_without_an_account_has_no_credits(workspace, customer):
 def test_a_refused_key_succeeds_after_a_top_up(workspace, customer):
     with pytest.raises(errors.MeterlyInsufficientCreditsError):
         reserve(workspace, customer, 150)
-    operations.add(
+    grants.add(
         workspace.pk, customer, amount=50, reference="top-up", idempotency_key="top-up"
     )
     assert reserve(workspace, customer, 150).account.available == 0
@@ -291,9 +291,7 @@ def test_a_refused_key_succeeds_after_a_top_up(workspace, customer):
 
 def test_commit_charges_the_hold(workspace, customer):
     held = reserve(workspace, customer)
-    done = operations.commit(
-        workspace.pk, held.reservation_id, idempotency_key="commit"
-    )
+    done = spending.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
     assert done.status == "committed"
     assert numbers(workspace, customer) == (60, 0)
     assert Hold.objects.get().closed_at is not None
@@ -302,7 +300,7 @@ def test_commit_charges_the_hold(workspace, customer):
 @pytest.mark.parametrize("charged", [0, 15, 40])
 def test_commit_of_less_gives_the_rest_back_in_one_entry(workspace, customer, charged):
     held = reserve(workspace, customer)
-    operations.commit(
+    spending.commit(
         workspace.pk, held.reservation_id, amount=charged, idempotency_key="commit"
     )
 
@@ -315,7 +313,7 @@ def test_commit_of_less_gives_the_rest_back_in_one_entry(workspace, customer, ch
 def test_commit_of_more_than_the_hold_is_refused(workspace, customer):
     held = reserve(workspace, customer)
     with pytest.raises(errors.MeterlyInvalidRequestError) as caught:
-        operations.commit(
+        spending.commit(
             workspace.pk, held.reservation_id, amount=41, idempotency_key="commit"
         )
     assert "amount" in caught.value.fields
@@ -324,14 +322,14 @@ def test_commit_of_more_than_the_hold_is_refused(workspace, customer):
 
 def test_release_gives_the_hold_back(workspace, customer):
     held = reserve(workspace, customer)
-    done = operations.release(
+    done = spending.release(
         workspace.pk, held.reservation_id, idempotency_key="release"
     )
     assert done.status == "released"
     assert numbers(workspace, customer) == (100, 0)
 
 
-@pytest.mark.parametrize("close", [operations.commit, operations.release])
+@pytest.mark.parametrize("close", [spending.commit, spending.release])
 def test_closing_twice_moves_once_even_with_another_key(workspace, customer, close):
     held = reserve(workspace, customer)
     first = close(workspace.pk, held.reservation_id, idempotency_key="one")
@@ -346,26 +344,26 @@ def test_closing_twice_moves_once_even_with_another_key(workspace, customer, clo
 
 def test_the_same_commit_key_with_another_amount_is_a_mismatch(workspace, customer):
     held = reserve(workspace, customer)
-    operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    spending.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
     with pytest.raises(errors.MeterlyIdempotencyMismatchError):
-        operations.commit(
+        spending.commit(
             workspace.pk, held.reservation_id, amount=1, idempotency_key="commit"
         )
 
 
 def test_a_released_hold_cannot_be_committed(workspace, customer):
     held = reserve(workspace, customer)
-    operations.release(workspace.pk, held.reservation_id, idempotency_key="release")
+    spending.release(workspace.pk, held.reservation_id, idempotency_key="release")
     with pytest.raises(errors.MeterlyReservationReleasedError):
-        operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+        spending.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
     assert numbers(workspace, customer) == (100, 0)
 
 
 def test_a_committed_hold_cannot_be_released(workspace, customer):
     held = reserve(workspace, customer)
-    operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    spending.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
     with pytest.raises(errors.MeterlyReservationCommittedError):
-        operations.release(workspace.pk, held.reservation_id, idempotency_key="release")
+        spending.release(workspace.pk, held.reservation_id, idempotency_key="release")
     assert numbers(workspace, customer) == (60, 0)
 
 
@@ -374,7 +372,7 @@ def test_a_committed_hold_cannot_be_released(workspace, customer):
 
 def test_f42_a_replay_answers_with_the_balance_after_that_movement(workspace, customer):
     first = reserve(workspace, customer)
-    operations.use(
+    spending.use(
         workspace.pk, customer, amount=5, reference="page", idempotency_key="use"
     )
 
@@ -388,7 +386,7 @@ def test_f42_a_replay_answers_with_the_balance_after_that_movement(workspace, cu
 
 def test_a_replayed_reserve_shows_the_present_status(workspace, customer):
     held = reserve(workspace, customer)
-    operations.release(workspace.pk, held.reservation_id, idempotency_key="release")
+    spending.release(workspace.pk, held.reservation_id, idempotency_key="release")
 
     again = reserve(workspace, customer)
 
@@ -409,7 +407,7 @@ def test_f42_the_same_key_with_another_body_is_a_mismatch(workspace, customer, o
 def test_the_same_key_for_another_operation_is_a_mismatch(workspace, customer):
     reserve(workspace, customer)
     with pytest.raises(errors.MeterlyIdempotencyMismatchError):
-        operations.use(
+        spending.use(
             workspace.pk,
             customer,
             amount=40,
@@ -420,7 +418,7 @@ def test_the_same_key_for_another_operation_is_a_mismatch(workspace, customer):
 
 def test_the_same_key_is_free_in_another_workspace(workspace, customer):
     other = Workspace.objects.create(name="other")
-    movement = operations.grant(
+    movement = grants.grant(
         other.pk,
         external_id="user_1",
         amount=5,
@@ -437,25 +435,25 @@ def test_f45_another_workspace_finds_nothing(workspace, customer):
     other = Workspace.objects.create(name="other").pk
 
     for call in (
-        lambda: operations.balances(other, customer),
-        lambda: operations.default_balance(other, customer),
-        lambda: operations.entries(other, customer),
-        lambda: operations.get_reservation(other, held.reservation_id),
-        lambda: operations.commit(other, held.reservation_id, idempotency_key="c"),
-        lambda: operations.release(other, held.reservation_id, idempotency_key="r"),
-        lambda: operations.use(
+        lambda: customers.balances(other, customer),
+        lambda: customers.default_balance(other, customer),
+        lambda: customers.entries(other, customer),
+        lambda: spending.get_reservation(other, held.reservation_id),
+        lambda: spending.commit(other, held.reservation_id, idempotency_key="c"),
+        lambda: spending.release(other, held.reservation_id, idempotency_key="r"),
+        lambda: spending.use(
             other, customer, amount=1, reference="x", idempotency_key="u"
         ),
-        lambda: operations.add(
+        lambda: grants.add(
             other, customer, amount=1, reference="x", idempotency_key="a"
         ),
-        lambda: operations.reserve(
+        lambda: spending.reserve(
             other, customer, amount=1, reference="x", idempotency_key="v"
         ),
     ):
         with pytest.raises(errors.MeterlyNotFoundError):
             call()
-    assert operations.find_customer(other, external_id="user_1") is None
+    assert customers.find_customer(other, external_id="user_1") is None
     assert numbers(workspace, customer) == (100, 40)
 
 
@@ -524,11 +522,11 @@ def test_a_lost_race_for_a_reference_answers_with_the_first_grant(
     workspace, customer, monkeypatch
 ):
     # The first look for the reference finds nothing, the unique constraint decides.
-    entries = operations._entries
-    looks = iter([Entry.objects.none])
-    monkeypatch.setattr(operations, "_entries", lambda: next(looks, entries)())
+    referred = grants._referred
+    looks = iter([lambda *args: None])
+    monkeypatch.setattr(grants, "_referred", lambda *args: next(looks, referred)(*args))
 
-    again = operations.grant(
+    again = grants.grant(
         workspace.pk,
         external_id="user_1",
         amount=100,
@@ -582,13 +580,13 @@ def test_f75_a_neighbour_who_expires_the_hold_first_is_no_refusal(
 ):
     reserve(workspace, customer, 100)
     Hold.objects.update(expires_at=from_now(-1))
-    expire_due = operations._expire_due
+    expire_due = expiry.expire_matching
 
     def outrun(**lookup):
-        assert operations.expire_due() == 1
+        assert expiry.expire_due() == 1
         return expire_due(**lookup)
 
-    monkeypatch.setattr(operations, "_expire_due", outrun)
+    monkeypatch.setattr(expiry, "expire_matching", outrun)
 
     assert reserve(workspace, customer, 70, "second").account.available == 30
 
@@ -597,7 +595,7 @@ def test_f75_a_neighbour_who_expires_the_hold_first_is_no_refusal(
 
 
 def _granted(workspace, customer, *, key, amount=100, reference="opening"):
-    return operations.grant(
+    return grants.grant(
         workspace.pk,
         external_id="user_1",
         amount=amount,
@@ -608,7 +606,7 @@ def _granted(workspace, customer, *, key, amount=100, reference="opening"):
 
 
 def _added(workspace, customer, *, key, amount=7, reference="added"):
-    return operations.add(
+    return grants.add(
         workspace.pk,
         customer,
         amount=amount,
@@ -629,8 +627,8 @@ def _closed(close, workspace, customer, *, key, **options):
     [
         _granted,
         _added,
-        partial(_closed, operations.commit),
-        partial(_closed, operations.release),
+        partial(_closed, spending.commit),
+        partial(_closed, spending.release),
     ],
     ids=["grant", "add", "commit", "release"],
 )
@@ -644,7 +642,7 @@ def test_f76_a_key_that_an_earlier_result_has_answered_is_remembered(
     with pytest.raises(errors.MeterlyIdempotencyMismatchError):
         call(workspace, customer, key="other", amount=3)
     with pytest.raises(errors.MeterlyIdempotencyMismatchError):
-        operations.use(
+        spending.use(
             workspace.pk, customer, amount=1, reference="r", idempotency_key="other"
         )
     held = 10 * Hold.objects.filter(public_id__isnull=False, status="reserved").count()
@@ -656,9 +654,9 @@ def test_f76_a_key_that_an_earlier_result_has_answered_is_remembered(
 def test_f76_a_key_answered_by_the_winner_of_a_race_is_remembered(
     workspace, customer, monkeypatch
 ):
-    entries = operations._entries
-    looks = iter([Entry.objects.none])
-    monkeypatch.setattr(operations, "_entries", lambda: next(looks, entries)())
+    referred = grants._referred
+    looks = iter([lambda *args: None])
+    monkeypatch.setattr(grants, "_referred", lambda *args: next(looks, referred)(*args))
     assert _granted(workspace, customer, key="other").replayed
     with pytest.raises(errors.MeterlyIdempotencyMismatchError):
         _granted(workspace, customer, key="other", reference="a second one")

@@ -14,7 +14,7 @@ from django.db import transaction
 
 from django_meterly import errors
 from django_meterly.db import from_now
-from django_meterly.ledger import operations, portable, postgresql
+from django_meterly.ledger import expiry, portable, postgresql
 from django_meterly.ledger.idempotency import Request
 from django_meterly.ledger.models import Entry, Hold
 from django_meterly.ledger.movements import Closing, Spending
@@ -72,7 +72,7 @@ class Situation:
 
     def expire(self):
         self.let_expire()
-        operations.expire_due()
+        expiry.expire_due()
 
     def record(self, key):
         Request("default", self.workspace, key, "another call").record()

@@ -18,7 +18,7 @@ from django.db import connection, transaction
 from django_meterly import errors
 from django_meterly.client import MeterlyClient
 from django_meterly.db import from_now
-from django_meterly.ledger import operations, postgresql, triggers
+from django_meterly.ledger import customers, grants, postgresql, spending, triggers
 from django_meterly.ledger.models import Account, Entry, Hold
 from django_meterly.ledger.transport import LedgerTransport
 from tests.ledger.holds import reserve
@@ -112,7 +112,7 @@ def test_a_movement_does_not_lock_the_workspaces_row(workspace, customer):
 
     before = locker()
     held = reserve(workspace, customer)
-    operations.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
+    spending.commit(workspace.pk, held.reservation_id, idempotency_key="commit")
     assert locker() == before
 
 
@@ -211,7 +211,7 @@ def test_f42_the_second_of_two_with_one_key_is_answered_as_the_first(
 
 @pytest.mark.parametrize("operation", ["use", "reserve"])
 def test_f42_one_key_for_two_accounts_moves_one_of_them(workspace, customer, operation):
-    other = operations.grant(
+    other = grants.grant(
         workspace.pk,
         external_id="user_2",
         amount=100,
@@ -221,14 +221,14 @@ def test_f42_one_key_for_two_accounts_moves_one_of_them(workspace, customer, ope
     ).account.customer_id
 
     def second():
-        return getattr(operations, operation)(
+        return getattr(spending, operation)(
             workspace.pk, other, amount=40, reference="job-1", idempotency_key="reserve"
         )
 
     refused = ahead(lambda: reserve(workspace, customer), second)
 
     assert isinstance(refused, errors.MeterlyIdempotencyMismatchError)
-    account = operations.default_balance(workspace.pk, other)
+    account = customers.default_balance(workspace.pk, other)
     assert (account.balance, account.reserved) == (100, 0)
     assert Hold.objects.count() == 1
     call_command("meterly_ledger_verify")
@@ -238,7 +238,7 @@ def test_f42_one_key_for_two_holds_closes_one_of_them(workspace, customer):
     one, other = (reserve(workspace, customer, 10, key) for key in ("one", "other"))
 
     def close(held):
-        return lambda: operations.commit(
+        return lambda: spending.commit(
             workspace.pk, held.reservation_id, idempotency_key="commit"
         )
 
@@ -246,7 +246,7 @@ def test_f42_one_key_for_two_holds_closes_one_of_them(workspace, customer):
     refused = ahead(close(one), close(other))
 
     assert isinstance(refused, errors.MeterlyIdempotencyMismatchError)
-    left = operations.get_reservation(workspace.pk, other.reservation_id)
+    left = spending.get_reservation(workspace.pk, other.reservation_id)
     assert (left.status, left.account.balance, left.account.reserved) == (
         "reserved",
         90,
@@ -259,15 +259,15 @@ def test_f42_one_key_for_two_holds_closes_one_of_them(workspace, customer):
 @pytest.mark.parametrize(
     ("first", "second", "error"),
     [
-        (operations.commit, operations.commit, None),
+        (spending.commit, spending.commit, None),
         (
-            operations.commit,
-            operations.release,
+            spending.commit,
+            spending.release,
             errors.MeterlyReservationCommittedError,
         ),
         (
-            operations.release,
-            operations.commit,
+            spending.release,
+            spending.commit,
             errors.MeterlyReservationReleasedError,
         ),
     ],
@@ -294,7 +294,7 @@ def test_f43_a_due_hold_is_expired_by_a_spender_inside_a_transaction(
     reserve(workspace, customer, 100)
     Hold.objects.update(expires_at=from_now(-1))
     with transaction.atomic():
-        movement = operations.use(
+        movement = spending.use(
             workspace.pk, customer, amount=70, reference="page", idempotency_key="use"
         )
     assert (movement.account.balance, movement.account.reserved) == (30, 0)

@@ -15,7 +15,7 @@ from django.db import connection, transaction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from django_meterly.ledger import operations, seals, tasks, verification
+from django_meterly.ledger import grants, seals, spending, tasks, verification
 from django_meterly.ledger.models import Account, Entry, Seal
 from tests.ledger.holds import reserve
 from tests.ledger.tampering import forge, found, sql, unguarded
@@ -328,7 +328,7 @@ def test_f53_seals_while_credits_are_moved_miss_nothing(
     monkeypatch.setattr(seals, "MYSQL_OPEN", dt.timedelta(0))
     monkeypatch.setattr(seals, "BATCH", 20)
     customers = [
-        operations.grant(
+        grants.grant(
             workspace.pk,
             external_id=f"many_{number}",
             amount=100,
@@ -344,7 +344,7 @@ def test_f53_seals_while_credits_are_moved_miss_nothing(
         for number in range(25):
             held = reserve(workspace, customer_id, 1, f"{customer_id}-{number}")
             if number % 3:
-                operations.commit(
+                spending.commit(
                     workspace.pk,
                     held.reservation_id,
                     idempotency_key=f"{customer_id}-{number}-end",
@@ -352,7 +352,7 @@ def test_f53_seals_while_credits_are_moved_miss_nothing(
             elif connection.vendor != "sqlite":
                 # Ids that nobody will ever use.
                 with transaction.atomic():
-                    operations.use(
+                    spending.use(
                         workspace.pk,
                         customer_id,
                         amount=1,

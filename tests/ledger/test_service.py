@@ -11,7 +11,7 @@ from django.db import DatabaseError, OperationalError, connection, transaction
 
 from django_meterly import errors
 from django_meterly.client import MeterlyClient
-from django_meterly.ledger import operations, service
+from django_meterly.ledger import customers, service
 from django_meterly.ledger.checks import check_settings
 from django_meterly.ledger.conf import ledger_settings
 from django_meterly.ledger.models import Entry, Workspace
@@ -186,7 +186,7 @@ def test_a_reservation_has_one_shape_through_its_life(workspace, customer):
 
 
 def test_entries_come_newest_first_in_pages(workspace, customer, monkeypatch):
-    monkeypatch.setattr(operations, "PAGE_SIZE", 2)
+    monkeypatch.setattr(customers, "PAGE_SIZE", 2)
     for number in range(4):
         perform(
             workspace,

@@ -22,10 +22,10 @@ def sqlite(tmp_path):
 import django
 django.setup()
 from django.core.management import call_command
-from django_meterly.ledger import operations
+from django_meterly.ledger import customers, grants
 call_command("migrate", verbosity=0)
-operations.grant(
-    operations.ensure_workspace("acme").pk, external_id="user_1", amount=1000,
+grants.grant(
+    customers.ensure_workspace("acme").pk, external_id="user_1", amount=1000,
     credit_unit="credits", reference="opening", idempotency_key="opening",
 )
 """

@@ -12,7 +12,7 @@ from django.core.management import CommandError, call_command
 from django.db import DatabaseError, IntegrityError, connection, models, transaction
 
 from django_meterly import errors
-from django_meterly.ledger import checks, operations, seals, triggers
+from django_meterly.ledger import checks, customers, seals, spending, triggers
 from django_meterly.ledger.models import SHAPES, Entry, Hold, Seal
 from tests.ledger.holds import reserve
 from tests.ledger.tampering import sql, unguarded
@@ -258,11 +258,11 @@ def test_f52_amounts_that_move_credits_backwards_are_refused(
 ):
     held = reserve(workspace, customer, 10, "held")
     for call in (
-        lambda: operations.use(
+        lambda: spending.use(
             workspace.pk, customer, amount=amount, reference="r", idempotency_key="u"
         ),
         lambda: reserve(workspace, customer, amount),
-        lambda: operations.commit(
+        lambda: spending.commit(
             workspace.pk,
             held.reservation_id,
             # Nothing may be charged, but not less.
@@ -273,7 +273,7 @@ def test_f52_amounts_that_move_credits_backwards_are_refused(
         with pytest.raises(errors.MeterlyInvalidRequestError) as caught:
             call()
         assert caught.value.details.keys() == {"fields"}
-    account = operations.default_balance(workspace.pk, customer)
+    account = customers.default_balance(workspace.pk, customer)
     assert (account.balance, account.reserved) == (100, 10)
     assert Entry.objects.count() == 2
 

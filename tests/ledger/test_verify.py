@@ -17,7 +17,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from django_meterly import errors
 from django_meterly.db import from_now
-from django_meterly.ledger import operations, seals, verification
+from django_meterly.ledger import (
+    customers,
+    expiry,
+    grants,
+    seals,
+    spending,
+    verification,
+)
 from django_meterly.ledger.idempotency import fingerprint_of
 from django_meterly.ledger.management.commands import meterly_ledger_verify
 from django_meterly.ledger.models import Account, Entry, Hold, LedgerCustomer
@@ -29,10 +36,8 @@ pytestmark = pytest.mark.database
 @pytest.fixture
 def books(workspace, customer):
     """A ledger with one hold of each kind."""
-    for number, close in enumerate(
-        (operations.commit, operations.release, None), start=1
-    ):
-        held = operations.reserve(
+    for number, close in enumerate((spending.commit, spending.release, None), start=1):
+        held = spending.reserve(
             workspace.pk,
             customer,
             amount=10 * number,
@@ -134,7 +139,7 @@ def test_accounts_are_compared_page_by_page(workspace, monkeypatch, capsys):
     monkeypatch.setattr(verification, "PAGE", 2)
     monkeypatch.setattr(meterly_ledger_verify, "SHOWN", 3)
     for number in range(5):
-        operations.grant(
+        grants.grant(
             workspace.pk,
             external_id=f"user_{number}",
             amount=1,
@@ -242,9 +247,9 @@ class Ledger(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         Ledger._runs += 1
-        self.workspace = operations.ensure_workspace(f"run-{Ledger._runs}").pk
+        self.workspace = customers.ensure_workspace(f"run-{Ledger._runs}").pk
         self.customers = {
-            name: operations.create_customer(
+            name: customers.create_customer(
                 self.workspace,
                 external_id=name,
                 credit_unit="credits",
@@ -254,7 +259,7 @@ class Ledger(RuleBasedStateMachine):
         }
         # Hypothesis leaves rules out of a run, also the one that adds credits: without
         # any, nothing moves.
-        operations.add(
+        grants.add(
             self.workspace,
             self.customers["a"],
             amount=60,
@@ -272,7 +277,7 @@ class Ledger(RuleBasedStateMachine):
     @rule(name=names, amount=amounts, reference=keys, key=keys)
     def add(self, name, amount, reference, key):
         self.attempt(
-            operations.add,
+            grants.add,
             self.customers[name],
             amount=amount,
             reference=reference,
@@ -282,7 +287,7 @@ class Ledger(RuleBasedStateMachine):
     @rule(name=names, amount=amounts, key=keys)
     def use(self, name, amount, key):
         self.attempt(
-            operations.use,
+            spending.use,
             self.customers[name],
             amount=amount,
             reference="page",
@@ -292,7 +297,7 @@ class Ledger(RuleBasedStateMachine):
     @rule(name=names, amount=amounts, key=keys)
     def reserve(self, name, amount, key):
         held = self.attempt(
-            operations.reserve,
+            spending.reserve,
             self.customers[name],
             amount=amount,
             reference="job",
@@ -305,7 +310,7 @@ class Ledger(RuleBasedStateMachine):
     def commit(self, data, amount, key):
         if self.holds:
             self.attempt(
-                operations.commit,
+                spending.commit,
                 data.draw(st.sampled_from(self.holds)),
                 amount=amount,
                 idempotency_key=key,
@@ -315,7 +320,7 @@ class Ledger(RuleBasedStateMachine):
     def release(self, data, key):
         if self.holds:
             self.attempt(
-                operations.release,
+                spending.release,
                 data.draw(st.sampled_from(self.holds)),
                 idempotency_key=key,
             )
@@ -324,7 +329,7 @@ class Ledger(RuleBasedStateMachine):
     def extend(self, data, seconds, key):
         if self.holds:
             self.attempt(
-                operations.extend,
+                spending.extend,
                 data.draw(st.sampled_from(self.holds)),
                 ttl_seconds=seconds,
                 idempotency_key=key,
@@ -339,7 +344,7 @@ class Ledger(RuleBasedStateMachine):
 
     @rule()
     def sweep(self):
-        operations.expire_due()
+        expiry.expire_due()
 
     @invariant()
     def entries_rebuild_the_balances(self):

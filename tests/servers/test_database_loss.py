@@ -12,7 +12,7 @@ from django.contrib.auth.models import Group
 from django.db import connection
 
 from django_meterly.ledger.authentication import create_api_key
-from django_meterly.ledger.operations import ensure_workspace
+from django_meterly.ledger.customers import ensure_workspace
 from django_meterly.models import Reservation
 from tests.books import balance, movements, states
 

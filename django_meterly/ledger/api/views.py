@@ -18,7 +18,7 @@ from rest_framework.views import APIView
 
 from ...errors import MeterlyApiError
 from ..authentication import Claim, KeyAuthentication, ScopePermission, target_of
-from ..operations import write_alias
+from ..database import write_alias
 from ..service import perform
 from .exceptions import exception_handler, wrong_field
 from .parsers import StrictJSONParser, hang_up_after, read_body

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from django_meterly.ledger import operations
+from django_meterly.ledger import customers, grants, spending
 from django_meterly.ledger.authentication import create_api_key
 from tests.ledger.test_signature import sign
 from tests.servers.serving import Site, serving
@@ -57,15 +57,15 @@ def site(request: Any, servers: Callable[[str], Site]) -> Site:
 
 @pytest.fixture
 def key(transactional_db: None) -> str:
-    workspace = operations.ensure_workspace("default")
+    workspace = customers.ensure_workspace("default")
     return create_api_key(workspace, "x", scopes=["spend", "grant"])[1]
 
 
 @pytest.fixture
 def hold(key: str) -> str:
     """The id of a reservation of 10 credits."""
-    workspace = operations.ensure_workspace("default")
-    customer = operations.grant(
+    workspace = customers.ensure_workspace("default")
+    customer = grants.grant(
         workspace.pk,
         external_id="user_1",
         amount=100,
@@ -73,7 +73,7 @@ def hold(key: str) -> str:
         reference="opening",
         idempotency_key="opening",
     ).account.customer_id
-    return operations.reserve(
+    return spending.reserve(
         workspace.pk, customer, amount=10, reference="job", idempotency_key="job"
     ).reservation_id
 
@@ -184,7 +184,7 @@ def test_f55_a_chunked_body_is_read(
 
 def signature_of(path: str, body: bytes) -> str:
     """Sign a POST to *path* with a new HMAC key that may grant."""
-    workspace = operations.ensure_workspace("default")
+    workspace = customers.ensure_workspace("default")
     hmac_key = create_api_key(workspace, "x", hmac=True, scopes=["grant"])[1]
     return sign(
         hmac_key, "POST", path, host="ledger.test", idempotency_key="k-1", body=body
@@ -241,8 +241,8 @@ def test_f55_a_body_that_is_cut_off_does_nothing(
     connection = connect(site, request, sent)
     connection.shutdown(socket.SHUT_WR)
     assert status(connection) in (0, 400)
-    workspace = operations.ensure_workspace("default")
-    assert operations.get_reservation(workspace.pk, hold).status == "reserved"
+    workspace = customers.ensure_workspace("default")
+    assert spending.get_reservation(workspace.pk, hold).status == "reserved"
 
 
 @pytest.mark.parametrize("body", [b"zz\r\n{}\r\n0\r\n\r\n", b"5\r\n{}\r\n0\r\n\r\n"])
@@ -253,8 +253,8 @@ def test_f55_malformed_chunks_do_nothing(
     connection = connect(site, post(path, f"Bearer {key}", CHUNKED), body)
     connection.shutdown(socket.SHUT_WR)
     assert status(connection) in (0, 400)
-    workspace = operations.ensure_workspace("default")
-    assert operations.get_reservation(workspace.pk, hold).status == "reserved"
+    workspace = customers.ensure_workspace("default")
+    assert spending.get_reservation(workspace.pk, hold).status == "reserved"
 
 
 @pytest.mark.parametrize("kind", ["bearer", "hmac"])

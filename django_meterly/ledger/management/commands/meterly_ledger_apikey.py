@@ -11,8 +11,9 @@ from django.db import transaction
 from ....wire import check_text
 from ...authentication import create_api_key
 from ...conf import ledger_settings
+from ...customers import ensure_workspace
+from ...database import write_alias
 from ...models import ApiKey
-from ...operations import ensure_workspace, write_alias
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser

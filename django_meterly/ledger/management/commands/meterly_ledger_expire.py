@@ -4,7 +4,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from ... import operations
+from ... import expiry, idempotency
 
 
 class Command(BaseCommand):
@@ -25,7 +25,7 @@ class Command(BaseCommand):
     def handle(self, *args: Any, batch_size: int, **options: Any) -> None:
         if batch_size < 1:
             raise CommandError("--batch-size must be at least 1.")
-        operations.prune_records()
-        expired = operations.expire_due(batch_size)
+        idempotency.prune_records()
+        expired = expiry.expire_due(batch_size)
         noun = "reservation" if expired == 1 else "reservations"
         self.stdout.write(f"{expired} {noun} expired.")

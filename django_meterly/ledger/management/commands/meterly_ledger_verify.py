@@ -10,8 +10,8 @@ from django.core.serializers.base import ProgressBar
 from django.db import connections
 
 from ... import verification
+from ...database import write_alias
 from ...models import Account, Entry
-from ...operations import write_alias
 from ...seals import head
 from ...triggers import missing
 
