@@ -1,8 +1,12 @@
-"""Whether the books balance, and whether they are as they were sealed.
+"""Check that the books balance, and that no entry has changed since it was sealed.
 
-Nothing is changed. Most rules are one statement each, which sees the database as of one
-moment, so that movements may go on meanwhile; it answers with the differences alone.
-The digests are made here, from a page of entries at a time.
+``manage.py meterly_ledger_verify`` calls ``differences`` and shows what it yields. For
+example, an account whose balance is 90 while its last entry says 100 is one
+``Difference``. Nothing is changed.
+
+Most rules are one statement each, which sees the database as of one moment, so that
+movements may go on meanwhile; it returns only the rows that break the rule. The hashes
+are computed here, from a page of entries at a time.
 """
 
 from __future__ import annotations
@@ -37,12 +41,12 @@ if TYPE_CHECKING:
 
 #: How many accounts are compared, and how many entries read, at a time.
 PAGE = 500
-#: What replaces personal data that had to be erased begins with this.
+#: A value that replaces erased personal data begins with this.
 ERASED = "[erased]"
 
 
 class Difference(NamedTuple):
-    """A row that is not as others say it must be, and the column that shows it."""
+    """A row that contradicts other rows, and the column in which it does."""
 
     row: str
     #: The customer and the unit, if they are known.
@@ -55,10 +59,11 @@ class Difference(NamedTuple):
 def differences(
     kept: Sequence[str] = (), progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[Difference]:
-    """Return what is wrong with the books.
+    """Yield each difference between the rows of the ledger.
 
-    The chain of seals must have each hash that was *kept*. *progress*
-    is called with the number of entries that were read.
+    *kept* are hashes that ``meterly_ledger_seal`` printed earlier: the chain of seals
+    must still have each of them. *progress* is called with the number of entries read
+    so far.
     """
     yield from _orphans()
     yield from _violations()
@@ -67,7 +72,9 @@ def differences(
     while pks := list(
         pages.filter(pk__gt=last).values_list("pk", flat=True)[:PAGE],
     ):
-        yield from _accounts(pks[0], pks[-1])
+        yield from _entries_follow(pks[0], pks[-1])
+        yield from _accounts_end(pks[0], pks[-1])
+        yield from _accounts_hold(pks[0], pks[-1])
         yield from _holds(pks[0], pks[-1])
         last = pks[-1]
     yield from _entries(progress)
@@ -82,7 +89,7 @@ def _shown(value: Any) -> str:
 
 
 def _orphans() -> Iterator[Difference]:
-    """Return the rows that refer to a row that is not there."""
+    """Yield the rows that refer to a missing row."""
     for model in apps.get_app_config("meterly_ledger").get_models():
         for field in model._meta.concrete_fields:
             if not isinstance(field, ForeignKey):
@@ -101,7 +108,7 @@ def _orphans() -> Iterator[Difference]:
 
 
 def _violations() -> Iterator[Difference]:
-    """Return the rows that got past a check constraint."""
+    """Yield the rows that break a check constraint."""
     for model in apps.get_app_config("meterly_ledger").get_models():
         for constraint in model._meta.constraints:
             if isinstance(constraint, CheckConstraint):
@@ -122,37 +129,20 @@ def _name(row: Any) -> str:
 # Accounts and holds, by the primary keys of accounts
 
 
-def _accounts(first: int, last: int) -> Iterator[Difference]:
-    using = write_alias()
-    # Any: the annotations below are no fields of the models.
-    accounts: Any = (
-        Account.objects.using(using)
-        .filter(pk__range=(first, last))
-        .select_related("customer")
-        .order_by("pk")
-    )
-    entries: Any = (
-        Entry.objects.using(using)
-        .filter(account__pk__range=(first, last))
-        .select_related("account__customer")
-    )
+def _entries_follow(first: int, last: int) -> Iterator[Difference]:
+    """Compare each entry's balance with that of the entry before it."""
 
-    # Each entry follows from the one before ...
     def follows(field: str, delta: str) -> Any:
         before = Window(Lag(field), partition_by=F("account"), order_by="pk")
         return Coalesce(before, 0) + F(delta)
 
-    def compared(row: Any, why: str, **expected: int) -> Iterator[Difference]:
-        account = row if isinstance(row, Account) else row.account
-        for column, value in expected.items():
-            if getattr(row, column) != value:
-                found = str(getattr(row, column))
-                yield Difference(
-                    _name(row), str(account), column, f"{value} {why}", found
-                )
-
+    # Any: the models do not declare the annotations.
+    entries: Any = Entry.objects.using(write_alias()).filter(
+        account__pk__range=(first, last)
+    )
     for entry in (
-        entries.annotate(
+        entries.select_related("account__customer")
+        .annotate(
             balance=follows("balance_after", "balance_delta"),
             reserved=follows("reserved_after", "reserved_delta"),
         )
@@ -160,31 +150,38 @@ def _accounts(first: int, last: int) -> Iterator[Difference]:
         .order_by("pk")
         .iterator()
     ):
-        yield from compared(
+        yield from _numbers(
             entry,
+            entry.account,
             "after the entry before",
             balance_after=entry.balance,
             reserved_after=entry.reserved,
         )
 
-    # ... the account is what the last one left behind: the sum of them all ...
+
+def _accounts_end(first: int, last: int) -> Iterator[Difference]:
+    """Compare each account with its last entry, which has the sum of all entries."""
     latest = Entry.objects.filter(account=OuterRef("pk")).order_by("-pk")
     for account in (
-        accounts.annotate(
+        _accounts(first, last)
+        .annotate(
             rebuilt_balance=Coalesce(Subquery(latest.values("balance_after")[:1]), 0),
             rebuilt_reserved=Coalesce(Subquery(latest.values("reserved_after")[:1]), 0),
         )
         .exclude(balance=F("rebuilt_balance"), reserved=F("rebuilt_reserved"))
         .iterator()
     ):
-        yield from compared(
+        yield from _numbers(
+            account,
             account,
             "after the last entry",
             balance=account.rebuilt_balance,
             reserved=account.rebuilt_reserved,
         )
 
-    # ... and what is reserved is what the live holds hold.
+
+def _accounts_hold(first: int, last: int) -> Iterator[Difference]:
+    """Compare each account's reserved credits with the sum of its live holds."""
     held = (
         Hold.objects.live()
         .filter(account=OuterRef("pk"))
@@ -194,20 +191,36 @@ def _accounts(first: int, last: int) -> Iterator[Difference]:
         .values("total")
     )
     for account in (
-        accounts.annotate(held=Coalesce(Subquery(held), 0))
+        _accounts(first, last)
+        .annotate(held=Coalesce(Subquery(held), 0))
         .exclude(reserved=F("held"))
         .iterator()
     ):
-        yield from compared(account, "in live holds", reserved=account.held)
+        yield from _numbers(account, account, "in live holds", reserved=account.held)
+
+
+def _accounts(first: int, last: int) -> Any:
+    accounts = Account.objects.using(write_alias()).filter(pk__range=(first, last))
+    return accounts.select_related("customer").order_by("pk")
+
+
+def _numbers(
+    row: Any, account: Account, why: str, **expected: int
+) -> Iterator[Difference]:
+    """Return the columns of *row* that do not have the *expected* numbers."""
+    for column, value in expected.items():
+        if getattr(row, column) != value:
+            found = str(getattr(row, column))
+            yield Difference(_name(row), str(account), column, f"{value} {why}", found)
 
 
 def _holds(first: int, last: int) -> Iterator[Difference]:
-    """Compare the holds with the entries that have opened and closed them."""
+    """Compare the holds with the entries that opened and closed them."""
     live = Q(status=Hold.Status.RESERVED)
     on_time = Q(status=Hold.Status.EXPIRED, closed_at__gte=F("expires_at")) | (
         ~Q(status=Hold.Status.EXPIRED) & Q(closed_at__lt=F("expires_at"))
     )
-    # What the status says has happened, once each.
+    # One entry opened each hold; if it is not live, one entry closed it.
     holds: Any = Hold.objects.using(write_alias()).filter(
         account__pk__range=(first, last)
     )
@@ -272,8 +285,9 @@ _GRANTED = {
     **_LABEL,
 }
 _HELD = {"reservation_id": "hold__public_id"}
-#: What the call asked for that wrote an entry of this kind, and where it stands now;
-#: see ``operations``. A reserve also asked for a time, which is not kept.
+#: For each kind of entry: the operation that writes it, and for each argument in its
+#: fingerprint the column that has its value. A reserve is left out: its fingerprint
+#: includes the time to live, which the ledger does not keep.
 _ASKED: dict[str, tuple[str, dict[str, str]]] = {
     Entry.Kind.GRANTED: ("grant_credits", _GRANTED),
     Entry.Kind.ADDED: ("add_credits", _MOVED),
@@ -303,7 +317,7 @@ def _entries(progress: Callable[[int], None]) -> Iterator[Difference]:
 
 
 def _compared(row: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Return the columns that are not as they should be: name, expected, found."""
+    """Yield each wrong column: its name, the expected value, the value found."""
 
     def compared(column: str, expected: Any) -> Iterator[tuple[str, Any, Any]]:
         if row[column] != expected:
@@ -314,7 +328,7 @@ def _compared(row: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield from compared("unique_reference", row["reference"] if shape.once else None)
     if shape.hold != (row["hold_id"] is not None):
         yield "hold", "a hold" if shape.hold else None, row["hold_id"]
-    # One that is missing has been named as such.
+    # _orphans() reports a hold that is missing.
     if row["hold__public_id"] is not None:
         yield from compared("account_id", row["hold__account_id"])
         yield from compared("reference", row["hold__reference"])
@@ -323,7 +337,7 @@ def _compared(row: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         held = row["hold__amount"]
         yield from compared("reserved_delta", held if opens else -held)
     if row["kind"] == Entry.Kind.EXPIRED:
-        # By the ledger itself: nobody called.
+        # The ledger itself wrote it, without a call.
         yield from compared("idempotency_key", None)
         yield from compared("fingerprint", "")
     elif row["idempotency_key"] is None:
@@ -338,12 +352,13 @@ def _compared(row: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _was_asked(row: dict[str, Any]) -> bool:
-    """Return whether the fingerprint is that of a call that wrote this entry."""
+    """Return whether the fingerprint fits the arguments that the row shows."""
     operation, columns = _ASKED[row["kind"]]
     arguments = {name: row[column] for name, column in columns.items()}
     if any(str(value).startswith(ERASED) for value in arguments.values()):
         return True
-    # A call may leave these out, and gets the customer's unit, and the whole hold.
+    # A call may omit the unit (the customer's default one) and the amount of a commit
+    # (the whole hold).
     optional = []
     if arguments.get("unit") == row[f"{_CUSTOMER}credit_unit"]:
         optional = ["unit"]
@@ -359,7 +374,7 @@ def _was_asked(row: dict[str, Any]) -> bool:
 
 
 def _seals(kept: Sequence[str]) -> Iterator[Difference]:
-    """Compute the chain of hashes again."""
+    """Compute the chain of hashes again, and compare it with the seals."""
     using = write_alias()
     last = head(using)
     for start in range(0, len(kept), PAGE):
@@ -367,14 +382,14 @@ def _seals(kept: Sequence[str]) -> Iterator[Difference]:
         known = Seal.objects.using(using).filter(hash__in=some)
         for lost in sorted(set(some) - set(known.values_list("hash", flat=True))):
             yield Difference("seal", "", "hash", lost, "a chain without it")
-    # Ids begin with 1: no seal would cover these.
+    # Ids begin with 1, so no seal covers these.
     for row in Entry.objects.using(using).filter(pk__lt=1).iterator():
         yield Difference(_name(row), "", "id", "1 or more", str(row.pk))
     if last is None:
         return
     seals: Any = Seal.objects.using(using).filter(number__lte=last.number)
     before = Seal(number=0, last=0, hash="")
-    # Whatever number a forged one has.
+    # A forged seal may have any number.
     at = -(2**63)
     while page := list(seals.filter(number__gt=at).order_by("number")[:PAGE]):
         for seal in page:
@@ -430,7 +445,7 @@ def _sealed(before: Seal, seal: Seal, last: Seal) -> Iterator[Difference]:
 
 
 def _late_of(seal: Seal, last: Seal) -> list[Range]:
-    """Return what was sealed late of the gaps of a seal that is settled."""
+    """Return the ids in the gaps of a settled seal that later seals covered."""
     seals: Any = Seal.objects.using(write_alias()).order_by("number")
     settled = seals.filter(settled__gte=seal.number).first() or last
     after = seals.filter(number__gt=seal.number, number__lte=settled.number)
@@ -438,7 +453,7 @@ def _late_of(seal: Seal, last: Seal) -> list[Range]:
 
 
 def sound(value: Any) -> list[Range]:
-    """Return the ranges of a seal, and none for a value that cannot be ranges."""
+    """Return *value* if it is a list of ranges, else an empty list."""
     return value if _are_ranges(value) else []
 
 
