@@ -1,4 +1,7 @@
-"""A window on the ledger. Nothing here moves credits."""
+"""The ledger's tables in the admin, to read.
+
+An operator can add a workspace and revoke an API key. Nothing here moves credits.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ else:
 
 
 class ReadOnlyAdmin(ModelAdmin):
-    """Shows rows to those who may view them, and changes none."""
+    """Shows rows to users with the view permission; nobody can change them here."""
 
     show_full_result_count = False
 
@@ -50,7 +53,7 @@ class WorkspaceAdmin(ReadOnlyAdmin):
     search_fields = ["name"]
 
     def has_add_permission(self, request: HttpRequest) -> bool:
-        # Past ReadOnlyAdmin: a workspace may be added.
+        # Skip ReadOnlyAdmin: users with Django's permission may add a workspace.
         return super(ReadOnlyAdmin, self).has_add_permission(request)
 
 
@@ -98,7 +101,7 @@ class ApiKeyAdmin(ReadOnlyAdmin):
 
     @admin.display(description=_("scopes"))
     def scopes(self, key: ApiKey) -> str:
-        # As the command takes them, in every language.
+        # Not translated: the words that meterly_ledger_apikey takes.
         return ", ".join(key.scopes)
 
     @admin.display(description=_("active"), boolean=True)
@@ -110,12 +113,12 @@ class ApiKeyAdmin(ReadOnlyAdmin):
         return key.shown
 
     def has_revoke_permission(self, request: HttpRequest) -> bool:
-        # Asked past ReadOnlyAdmin: to revoke a key is to change it.
+        # Skip ReadOnlyAdmin: revoking needs Django's permission to change a key.
         return super(ReadOnlyAdmin, self).has_change_permission(request)
 
     @admin.action(description=_("Revoke the selected keys"), permissions=["revoke"])
     def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
-        """Make the keys useless, at once and for ever."""
+        """End the keys, at once and for ever."""
         revoked = 0
         for key in queryset:
             if key.revoke(actor=request.user.get_username()):

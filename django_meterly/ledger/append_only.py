@@ -1,6 +1,9 @@
-"""Rows that are never changed, and never deleted: what Python refuses of it.
+"""Models whose rows Python refuses to change or delete.
 
-``triggers`` has the database refuse it.
+Entries, seals and key events are append-only: a balance can be rebuilt from the entries
+at any time, and a customer's question about a charge can be answered years later, only
+if nobody has edited them. A wrong entry is corrected by another entry. Python's refusal
+tells a developer early; ``triggers`` makes the database refuse, too.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ from ..errors import MeterlyUsageError
 if TYPE_CHECKING:
     from django.db.models.base import ModelState
 
-#: What triggers and Python say alike.
+#: The error text of the triggers and of Python.
 APPEND_ONLY = "The ledger's entries, seals and key events are append-only."
 
 
 class AppendOnlyQuerySet(models.QuerySet[Any]):
     def bulk_create(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Insert rows. Raises ``MeterlyUsageError`` if it should change others."""
+        """Insert rows. Raises ``MeterlyUsageError`` for ``update_conflicts``."""
         if kwargs.get("update_conflicts"):
             raise MeterlyUsageError(APPEND_ONLY)
         return super().bulk_create(*args, **kwargs)
@@ -36,7 +39,7 @@ class AppendOnlyQuerySet(models.QuerySet[Any]):
     def _raw_delete(self, using: str | None) -> NoReturn:
         raise MeterlyUsageError(APPEND_ONLY)
 
-    # Django's own marks: not for templates, and not for a related manager.
+    # Django's own marks: templates must not call these, nor a related manager delete.
     update.alters_data = True  # type: ignore[attr-defined]
     delete.alters_data = True  # type: ignore[attr-defined]
     delete.queryset_only = True  # type: ignore[attr-defined]

@@ -1,3 +1,5 @@
+"""The app ``django_meterly.ledger``, with the label ``meterly_ledger``."""
+
 from __future__ import annotations
 
 from django.apps import AppConfig

@@ -1,4 +1,7 @@
-"""The ledger's limit on request bodies, for ASGI servers."""
+"""The ledger's limit on request bodies, for ASGI servers.
+
+A WSGI server needs nothing: ``api.parsers.read_body`` limits what it reads.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from .conf import MAX_BODY_BYTES
 
 
 class BodyLimit:
-    """Refuse bodies of more than 64 KiB, by 400, while they are received.
+    """Answer 400 to a body of more than 64 KiB, while it is received.
 
-    Under ASGI Django keeps a whole body, in memory or in a file, before any view is
-    asked. The bytes that come are counted, whatever ``Content-Length`` says. *path*
-    is where the ledger is, and all other paths are left alone. In ``asgi.py``::
+    Under ASGI Django stores the whole body, in memory or in a file, before it calls a
+    view. This class counts the bytes that arrive, whatever ``Content-Length`` says.
+    Other paths than *path*, the ledger's, are left alone. In ``asgi.py``::
 
         application = BodyLimit(get_asgi_application(), path="/ledger/")
     """
@@ -34,7 +37,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > MAX_BODY_BYTES:
-                # Django forgets a request whose client has left, and answers nothing.
+                # Django drops a request whose client has left, and sends no answer.
                 return {"type": "http.disconnect"}
             return message
 

@@ -1,8 +1,13 @@
-"""Who calls the ledger's API: bearer keys and HMAC keys.
+"""API keys: create them, and let a request in that has one.
 
-Neither is stored. Of a bearer key a hash is kept. An HMAC key's secret is derived
-from Django's ``SECRET_KEY`` and the key's id whenever it is needed, and from
-``SECRET_KEY_FALLBACKS`` for as long as a former one stands there.
+``manage.py meterly_ledger_apikey`` calls ``create_api_key``. ``api.views`` names the
+other classes: ``KeyAuthentication`` finds the key of a request, ``ScopePermission``
+asks whether it may make this call.
+
+The ledger stores no key. It keeps the hash of a bearer key. It derives the secret of an
+HMAC key from Django's ``SECRET_KEY`` and the key's id whenever it needs it. After the
+``SECRET_KEY`` was replaced, HMAC keys work as long as ``SECRET_KEY_FALLBACKS`` lists
+the old one.
 """
 
 from __future__ import annotations
@@ -57,7 +62,7 @@ _SIGNED = re.compile(
 )
 
 
-#: What a key needs for each call of the contract.
+#: The scope that a key needs for each operation.
 SCOPES = {
     "create_customer": ApiKey.Scope.SPEND,
     "find_customer": ApiKey.Scope.READ,
@@ -86,11 +91,11 @@ def create_api_key(
 ) -> tuple[ApiKey, str]:
     """Return a new key of *workspace*: its row, and the key itself.
 
-    The key cannot be had again: the row has a hash of it, or nothing at all if it
-    is an *hmac* key. *scopes* are words of ``ApiKey.Scope``; every key may read.
-    Without *expires_in* the key never expires. In a test workspace it is a test key,
-    which begins with ``mk_test_`` or ``mk_hmac_test``. The record of the creation
-    names *actor*. Raises ``ValueError`` for a name or scope that cannot be.
+    Show the key now: the row does not have it, and it cannot be shown again. *scopes*
+    are words of ``ApiKey.Scope``; every key may read. Without *expires_in* the key
+    never expires. In a test workspace it is a test key, which begins with ``mk_test_``
+    or ``mk_hmac_test``. The event of the creation names *actor*. Raises ``ValueError``
+    for an invalid name or scope.
 
     For example, a key that can spend credits for 90 days, and create none::
 
@@ -112,37 +117,45 @@ def create_api_key(
     )
     if expires_in is not None:
         row.expires_at = from_now(expires_in.total_seconds())
-    if hmac:
-        row.prefix = HMAC_PREFIX
-        row.key_id = f"{'test' if row.is_test else ''}{secrets.token_hex(8)}"
-        secret = _hmac_secret(row.key_id, settings.SECRET_KEY)
-        key = f"{HMAC_PREFIX}{row.key_id}_{secret}"
-    else:
-        kind = "test" if row.is_test else "live"
-        key = f"mk_{kind}_{secrets.token_urlsafe(32)}"
-        row.prefix, row.last4, row.key_hash = key[:12], key[-4:], _hash(key)
+    key = _name_hmac_key(row) if hmac else _name_bearer_key(row)
     try:
         with transaction.atomic(using=write_alias()):
             row.save()
             row.events.create(kind=ApiKeyEvent.Kind.CREATED, actor=actor)
     except DatabaseError:
-        # The key may be good nevertheless, and error reports show local variables.
-        key = secret = ""
+        # The key may be valid nevertheless, and error reports show local variables.
+        key = ""
         raise
     return row, key
 
 
-class Claim:
-    """What a request says about its key: of a bearer key the hash, and a signature.
+def _name_hmac_key(row: ApiKey) -> str:
+    """Return a new HMAC key, and put its id into the *row*."""
+    row.prefix = HMAC_PREFIX
+    row.key_id = f"{'test' if row.is_test else ''}{secrets.token_hex(8)}"
+    secret = _hmac_secret(row.key_id, settings.SECRET_KEY)
+    return f"{HMAC_PREFIX}{row.key_id}_{secret}"
 
-    Its ``repr`` shows nothing. Nor does the request any longer: error reports show
-    headers and local variables, and not every reporter knows which are secret.
+
+def _name_bearer_key(row: ApiKey) -> str:
+    """Return a new bearer key, and put its hash into the *row*."""
+    key = f"mk_{'test' if row.is_test else 'live'}_{secrets.token_urlsafe(32)}"
+    row.prefix, row.last4, row.key_hash = key[:12], key[-4:], _hash(key)
+    return key
+
+
+class Claim:
+    """The key that a request claims to have: a hash, or a key id with a signature.
+
+    The header is removed from the request, and ``repr`` of a claim shows nothing: error
+    reports show headers and local variables, and some reporters do not know which of
+    them are secret.
     """
 
     def __init__(self, request: HttpRequest) -> None:
         header = _take_header(request)
         scheme, _, key = header.partition(" ")
-        #: How to find the key's row; empty if there is no such key.
+        #: A lookup of the key's row; empty if the request has no valid header.
         self.found: dict[str, str] = {}
         self.signature: tuple[str, str] | None = None
         if scheme.lower() == "bearer":
@@ -155,26 +168,26 @@ class Claim:
 
 
 class KeyAuthentication(BaseAuthentication):
-    """Lets in whoever has a key; ``request.auth`` is its ``ApiKey``.
+    """Lets a request with a valid key in; ``request.auth`` is its ``ApiKey``.
 
     The view has put a ``Claim`` on Django's request, as ``meterly_claim``.
     """
 
     def authenticate(self, request: Request) -> tuple[None, ApiKey]:
         claim: Claim = request._request.meterly_claim  # type: ignore[attr-defined]
-        # The row first: key ids are not secret, and who has none sends no body.
+        # The row first: the body is read only for a key id that exists.
         row = _look_up(claim)
         if row is not None and _is_signed(request._request, row, claim):
             if row.is_active:
                 _note_use(row)
                 return None, row
             _note_refusal(row, request)
-        # Only failures are counted and refused: an address may be a proxy's, and a
-        # key id is known to others. Whoever has a key is let in.
+        # Only failures are counted and throttled. The address may belong to a proxy
+        # that valid clients use, too, so a valid key is always let in.
         throttle = FailureThrottle()
         if not throttle.allow_request(request, None):
             raise Throttled(throttle.wait())
-        # Every failure reads the same, so that nothing is learnt from it.
+        # Every failure reads the same, so that an attacker learns nothing from it.
         raise AuthenticationFailed("A valid API key is required.")
 
     def authenticate_header(self, request: Request) -> str:
@@ -187,7 +200,7 @@ class ScopePermission(BasePermission):
     def has_permission(self, request: Request, view: Any) -> bool:
         key: Any = request.auth
         operation = view.operations.get(request.method)
-        # Without one it is 405, with any key.
+        # Without an operation the answer is 405, whatever key was sent.
         if operation is None or SCOPES[operation] in key.scopes:
             return True
         self.message = f'This call needs a key with the scope "{SCOPES[operation]}".'
@@ -198,7 +211,7 @@ def _take_header(request: HttpRequest) -> str:
     """Remove the ``Authorization`` header from *request*, and return it."""
     # Under WSGI, META is the server's environment itself.
     header = request.META.pop("HTTP_AUTHORIZATION", "")
-    # Made anew of META when it is next asked for.
+    # Django builds ``headers`` from META again when it is next read.
     request.__dict__.pop("headers", None)
     scope = getattr(request, "scope", None)
     if scope is not None:
@@ -238,17 +251,17 @@ def _note_use(row: Any) -> None:
     try:
         keys.update(last_used_at=DatabaseNow())
     except OperationalError:
-        # Not worth refusing a call for.
+        # The call goes on without the note.
         logger.warning("The use of API key %s was not noted.", row.pk)
 
 
 def _note_refusal(row: ApiKey, request: Request) -> None:
-    """Put the use of a dead key on record, once in ``REFUSED_SECONDS``."""
+    """Record the use of a dead key as an event, once in ``REFUSED_SECONDS``."""
     alias = write_alias()
     unnoted = _unnoted("refused_at", REFUSED_SECONDS)
     keys = ApiKey.objects.using(alias).filter(unnoted, pk=row.pk)
     with transaction.atomic(using=alias):
-        # The row's lock lets one of many at once through.
+        # Of many requests at once only one updates the row.
         if keys.update(refused_at=DatabaseNow()):
             row.events.create(
                 kind=ApiKeyEvent.Kind.REFUSED,
@@ -258,7 +271,7 @@ def _note_refusal(row: ApiKey, request: Request) -> None:
 
 
 def _is_signed(request: HttpRequest, row: ApiKey, claim: Claim) -> bool:
-    """Return whether the signature fits, or a bearer key needs none."""
+    """Return whether the signature is valid; a bearer key needs none."""
     if claim.signature is None:
         return True
     timestamp, signature = claim.signature
@@ -277,7 +290,7 @@ def _is_signed(request: HttpRequest, row: ApiKey, claim: Claim) -> bool:
     except (DisallowedHost, ValueError):
         return False
     given = bytes.fromhex(signature)
-    # All of them, however early one fits: time tells nothing.
+    # Every key is compared, so that the time does not tell which one matched.
     matches = [
         compare_digest(
             hmac_digest(
@@ -291,9 +304,10 @@ def _is_signed(request: HttpRequest, row: ApiKey, claim: Claim) -> bool:
 
 
 def target_of(request: HttpRequest) -> str:
-    """Return the path with its query as they were sent, if the server tells.
+    """Return the path with its query as they were sent, or ``""`` if unknown.
 
-    ``PATH_INFO`` is unquoted, and quoting it again may end differently.
+    ``PATH_INFO`` is unquoted, and quoting it again may give another text than the
+    client has signed.
     """
     scope = getattr(request, "scope", None)
     if scope is not None and scope.get("raw_path"):

@@ -1,3 +1,5 @@
+"""The ledger's system checks, which ``apps`` imports to register them."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @register
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
-    """Report what is wrong with ``settings.METERLY_LEDGER``."""
+    """Report the errors in ``settings.METERLY_LEDGER``."""
     messages: dict[str, None] = {}
     for name in DEFAULTS:
         try:
@@ -31,7 +33,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
 def check_tables(
     databases: Sequence[str] | None = None, **kwargs: Any
 ) -> list[CheckMessage]:
-    """Warn when ``migrate`` has not made the tables."""
+    """Warn when ``migrate`` has not created the tables."""
     return missing_tables("meterly_ledger", databases or ())
 
 
@@ -39,7 +41,7 @@ def check_tables(
 def check_triggers(
     databases: Sequence[str] | None = None, **kwargs: Any
 ) -> list[CheckMessage]:
-    """Warn about entries that the database lets everybody change."""
+    """Warn when the triggers that protect the entries are missing."""
     from .database import write_alias
     from .models import Entry
     from .triggers import missing
@@ -53,7 +55,7 @@ def check_triggers(
             return []
         names = [trigger.name for trigger in missing(connection)]
     except AnyDatabaseError:
-        # A database out of reach: not for this check.
+        # The database cannot be reached; another check reports that.
         return []
     if not names:
         return []

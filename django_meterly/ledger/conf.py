@@ -1,7 +1,8 @@
 """The only reader of ``settings.METERLY_LEDGER``.
 
-Every access reads the Django settings anew. Names that do not exist fail, with a
-suggestion. Durations are whole numbers of seconds, or a ``timedelta``.
+Every access reads the Django settings anew, so that ``override_settings`` works. An
+unknown name fails, with a suggestion. Durations are whole numbers of seconds, or a
+``timedelta``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from ..transports.base import MAX_TTL_SECONDS, check_text, check_ttl, shown
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: The longest request body. No call of the contract comes near it.
+#: The longest request body. Every call of the contract is much shorter.
 MAX_BODY_BYTES = 64 * 1024
-#: The longest retention: a hundred years, which every clock can add.
+#: The longest retention, a hundred years: every database can subtract it from now.
 MAX_RETENTION = 36500 * 86400
-#: What is counted, and how much of it is allowed: ``None`` is as much as you like.
+#: The rates of calls by kind; ``None`` is unlimited. ``failed`` counts wrong keys.
 THROTTLE_RATES = {"read": None, "write": None, "failed": "60/min"}
 
 
@@ -65,8 +66,8 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
 class LedgerSettings:
     """``settings.METERLY_LEDGER`` with its defaults, as attributes.
 
-    Raises ``ImproperlyConfigured`` for a ``METERLY_LEDGER`` that is not a dict,
-    for a name in it that does not exist, and for a value that cannot be.
+    For example, ``ledger_settings.MAX_TTL`` is 86400. Raises ``ImproperlyConfigured``
+    if ``METERLY_LEDGER`` is not a dict, has an unknown name or an invalid value.
     """
 
     def __getattr__(self, name: str) -> Any:

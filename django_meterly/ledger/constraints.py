@@ -1,4 +1,7 @@
-"""A check constraint that costs PostgreSQL little."""
+"""The check constraint on the shape of an entry, made cheap for PostgreSQL.
+
+``models.Entry`` declares it. ``postgresql`` creates the function before the tables.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from django.db.models import CheckConstraint
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
-#: With the name and types of its arguments, as the other functions have them.
+#: As with the other functions, the number changes when the arguments change.
 FUNCTION = "meterly_shaped_1"
 ARGUMENTS = {
     "kind": "varchar",
@@ -22,7 +25,7 @@ ARGUMENTS = {
 class ShapeConstraint(CheckConstraint):
     """Check ``ARGUMENTS``, columns of the model; on PostgreSQL by a function.
 
-    PostgreSQL reads the text of a check anew with each statement. That made reserve and
+    PostgreSQL parses the text of a check with each statement, which made reserve and
     commit an eighth slower. It compiles a function once in each session.
     """
 

@@ -1,4 +1,7 @@
-"""The tables of the embedded ledger. Only ``operations`` moves credits in them."""
+"""The tables of the embedded ledger, and the constraints that keep them consistent.
+
+Only ``portable``, ``postgresql``, ``grants`` and ``expiry`` change balances.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from ..db import DatabaseNow, ExactCharField, MomentField
 from .append_only import AppendOnly, AppendOnlyQuerySet
 from .constraints import ShapeConstraint
 
-# Everything of the ledger imports this module. Without its app, Django would take the
-# models for those of the app around it.
+# Every module of the ledger imports this one. If the ledger's app is not installed,
+# Django would assign the models to the app around it.
 if not apps.is_installed("django_meterly.ledger"):
     raise ImproperlyConfigured(
         "The embedded ledger is not installed. Add 'django_meterly.ledger' to "
@@ -71,8 +74,8 @@ class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
     def current(self) -> ApiKeyQuerySet:
         """Return the keys with their workspace and ``is_active``.
 
-        A key is active until it is revoked or expires, by the database's clock, in a
-        workspace of its own kind: test or live.
+        A key is active until it is revoked or expires, by the database's clock. A test
+        key is active in a test workspace only, a live key in a live one.
         """
         unexpired = models.Q(expires_at=None) | models.Q(expires_at__gt=DatabaseNow())
         active = models.When(
@@ -94,8 +97,8 @@ class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
 class ApiKey(models.Model):
     """A key of a workspace, without its secret.
 
-    Of a bearer key the SHA-256 is stored. Of an HMAC key there is the *key_id*
-    only: the secret is derived from it. Every key may read.
+    For a bearer key the row has the SHA-256. For an HMAC key it has the *key_id* only:
+    the secret is derived from it. Every key may read.
     """
 
     class Scope(models.TextChoices):
@@ -152,7 +155,7 @@ class ApiKey(models.Model):
 
     @property
     def scopes(self) -> list[ApiKey.Scope]:
-        """What the key may do."""
+        """The scopes of the key; every key may read."""
         scopes = [self.Scope.READ]
         if self.may_spend:
             scopes.append(self.Scope.SPEND)
@@ -162,15 +165,15 @@ class ApiKey(models.Model):
 
     @property
     def shown(self) -> str:
-        """What of the key may be shown to people."""
+        """The part of the key that people may see, for example ``mk_live_Ab3…x9Qz``."""
         if self.key_id is None:
             return f"{self.prefix}…{self.last4}"
         return f"{self.prefix}{self.key_id}_…"
 
     def revoke(self, *, actor: str) -> bool:
-        """End the key, at once and for ever; return whether that is new.
+        """End the key, at once and for ever. Return ``False`` if it had ended before.
 
-        The record of it names *actor*: a user name, or what else revoked the key.
+        The event names *actor*: a user name, or the command that revoked the key.
         """
         alias = router.db_for_write(ApiKey, instance=self)
         keys = ApiKey.objects.using(alias).filter(pk=self.pk, revoked_at=None)
@@ -186,7 +189,7 @@ class ApiKeyEventQuerySet(AppendOnlyQuerySet):
 
 
 class ApiKeyEvent(AppendOnly, models.Model):
-    """What happened to an API key. It is never changed, and never deleted."""
+    """An event in the life of an API key. It is never changed, and never deleted."""
 
     class Kind(models.TextChoices):
         CREATED = "created", _("created")
@@ -213,7 +216,7 @@ class ApiKeyEvent(AppendOnly, models.Model):
 
 
 class LedgerCustomer(models.Model):
-    """Who pays with credits, under the stable id that *you* gave them."""
+    """A customer, with the stable *external_id* that your project gave them."""
 
     workspace = models.ForeignKey(
         Workspace,
@@ -260,8 +263,8 @@ class AccountQuerySet(models.QuerySet["Account"]):
 class Account(models.Model):
     """One customer's credits in one unit.
 
-    *reserved* is what the entries say: a hold whose time is over counts until it is
-    swept. Readers are told ``present_reserved``.
+    *reserved* is the sum that the entries tell: an expired hold counts until its expiry
+    is recorded. Show ``present_reserved`` to readers, which leaves such holds out.
     """
 
     customer = models.ForeignKey(
@@ -306,7 +309,7 @@ class Account(models.Model):
 def _present_status(hold: str = "") -> models.Case:
     """Return the status of a hold by the database's clock.
 
-    A hold whose time is over has expired, whether or not a sweep has recorded it.
+    A hold expires at ``expires_at``, whether or not a sweep has recorded it.
     *hold* is the lookup that leads to the hold, for example ``"hold__"``.
     """
     due = {
@@ -322,13 +325,13 @@ def _present_status(hold: str = "") -> models.Case:
 def _present_reserved(account: str = "") -> models.Expression:
     """Return the reserved credits of an account by the database's clock.
 
-    A hold whose time is over reserves nothing, whether or not a sweep has recorded it.
+    An expired hold reserves nothing, whether or not a sweep has recorded it.
     *account* is the lookup that leads to the account, for example ``"account__"``.
     """
     due = Hold.objects.due().filter(account=models.OuterRef(f"{account}pk"))
     total = due.order_by().values("account").values(total=models.Sum("amount"))
     reserved = models.F(f"{account}reserved") - Coalesce(models.Subquery(total), 0)
-    # Below zero only in books that do not balance, which are to be seen all the same.
+    # Below zero only if the books do not balance; the page must still show them.
     return Greatest(reserved, 0, output_field=models.BigIntegerField())
 
 
@@ -340,7 +343,7 @@ class HoldQuerySet(models.QuerySet["Hold"]):
         return self.live().filter(expires_at__lte=DatabaseNow())
 
     def current(self) -> HoldQuerySet:
-        """Return the holds with account, customer, and what is true of both now.
+        """Return the holds with account, customer and the state of this moment.
 
         That is ``present_status``, and ``present_reserved`` of the account.
         """
@@ -408,7 +411,7 @@ class EntryQuerySet(AppendOnlyQuerySet):
 
 
 class Shape(NamedTuple):
-    """What an entry of one kind looks like. The deltas are signs of its amount."""
+    """The shape of entries of one kind. The deltas are signs of the amount."""
 
     balance: int
     reserved: int
@@ -416,7 +419,7 @@ class Shape(NamedTuple):
     hold: bool = False
     #: Whether its reference is unique in the account.
     once: bool = False
-    #: Whether it may charge less than the hold, which is given back as a whole.
+    #: Whether the balance may lose less than the hold, which ends as a whole.
     partial: bool = False
 
     def condition(self) -> models.Q:
@@ -433,8 +436,8 @@ def _signed(sign: int) -> Any:
     return {0: 0, 1: amount}.get(sign, amount * -1)
 
 
-#: The kinds of entries. A check constraint ties kind, amount and deltas together,
-#: ``verification`` all of it.
+#: The kinds of entries. A check constraint ties kind, amount and deltas together;
+#: ``verification`` checks the rest, too.
 SHAPES = {
     "credits_granted": Shape(+1, 0, once=True),
     "credits_added": Shape(+1, 0, once=True),
@@ -450,14 +453,14 @@ def _shaped() -> models.Q:
     """Return the condition that an entry has its kind's shape."""
     kinds: dict[Shape, list[str]] = {}
     for kind, shape in SHAPES.items():
-        # All that counts here.
+        # The condition does not depend on these two.
         kinds.setdefault(shape._replace(hold=False, once=False), []).append(kind)
     shaped = (
         (models.Q(kind__in=alike) if alike[1:] else models.Q(kind=alike[0]))
         & shape.condition()
         for shape, alike in kinds.items()
     )
-    # Each entry moves something, and nothing backwards.
+    # Each entry moves something, and its amount is never negative.
     moves = models.Q(amount__gte=0) & ~models.Q(balance_delta=0, reserved_delta=0)
     return moves & reduce(or_, shaped)
 
@@ -465,7 +468,8 @@ def _shaped() -> models.Q:
 class Entry(AppendOnly, models.Model):
     """One line of the ledger. It is never changed, and never deleted.
 
-    It also is the idempotency record of the call that wrote it.
+    It is also the idempotency record of the call that wrote it. ``append_only`` says
+    why entries stay.
     """
 
     class Kind(models.TextChoices):
@@ -486,9 +490,9 @@ class Entry(AppendOnly, models.Model):
         related_name="entries",
         # The unique constraint below begins with it.
         db_index=False,
-        # It is the account's customer's. Checked as well, the one row of the
-        # workspace would be locked, shared, by every movement at once: on
-        # PostgreSQL each would then need a multixact.
+        # The account's customer has the same workspace. With a foreign key, every
+        # movement would take a shared lock on the one row of the workspace, and
+        # PostgreSQL would need a multixact for each.
         db_constraint=False,
         verbose_name=_("workspace"),
     )
@@ -559,9 +563,9 @@ class SealQuerySet(AppendOnlyQuerySet):
 class Seal(AppendOnly, models.Model):
     """One link of a chain of hashes over the entries. See ``seals``.
 
-    It covers the entries from *first* to *last* without the *gaps*, and those that
-    came *late* into the gaps of earlier seals. Ids are the entries' primary keys;
-    gaps and late ones are lists of ``[first, last]``.
+    It covers the entries from *first* to *last* without the *gaps*, and the *late*
+    entries, which appeared in the gaps of earlier seals. Ids are the entries' primary
+    keys; gaps and late are lists of ``[first, last]``.
     """
 
     number = models.BigIntegerField(_("number"), primary_key=True)
@@ -588,9 +592,9 @@ class Seal(AppendOnly, models.Model):
 
 
 class Record(models.Model):
-    """The idempotency key of a call that moved no credits, for a while.
+    """The idempotency key of a call that moved no credits, kept for a while.
 
-    A movement needs none: its entry is the record.
+    The entry of a movement has the key itself.
     """
 
     workspace = models.ForeignKey(
@@ -609,7 +613,7 @@ class Record(models.Model):
         verbose_name = _("idempotency record")
         verbose_name_plural = _("idempotency records")
         indexes = [
-            # For the pruning.
+            # For ``idempotency.prune_records``.
             models.Index(fields=["created_at"], name="meterly_ledger_record_age"),
         ]
         constraints = [

@@ -1,19 +1,24 @@
-"""The seal: a chain of hashes over the entries, made off the hot path.
+"""Seal the entries: a chain of hashes, made off the hot path.
 
-Each seal's hash covers the entries it seals, the seal's own columns and the hash before
-it. Whoever keeps a hash elsewhere can have ``verification`` prove that no entry sealed
-up to then was altered, removed or added since.
+A seal is a row whose hash covers up to 1000 entries, the seal's other columns and the
+hash before it. Somebody who can change the database can rewrite entries, but then the
+hashes change, too. Keep the last hash outside the database, for example in a mail to
+your auditor: ``verification`` then proves that no entry sealed up to it was altered,
+removed or added since. ``manage.py meterly_ledger_seal`` and the Celery task call
+``seal_entries``.
 
 Ids are drawn in order, but transactions commit in any order. So a seal also records
 the *gaps*: the ids in its range without an entry. Later seals look there first, and
-seal what has appeared as *late*. They stop when no transaction is left that was open
-when the gap was seen: then the gap is *settled*, and an entry in it is a forgery.
+seal the entries that have appeared as *late*. When all transactions that were open at
+that time have ended, the gap is *settled*: an entry that appears in it later is a
+forgery. For example, a seal covers the ids 1 to 5 without 3; if 3 was still to be
+committed, the next seal covers it as late.
 
 ==========  =====================================================================
-PostgreSQL  A seal draws a transaction id, its *horizon*, after it has read. All who
-            could fill its gaps have drawn a smaller one: each movement writes to its
-            account before it writes its entry. They are gone when the oldest running
-            transaction is younger than the horizon.
+PostgreSQL  A seal draws a transaction id, its *horizon*, after it has read. Every
+            transaction that could fill its gaps has drawn a smaller one: a movement
+            writes to its account before it writes its entry. These transactions have
+            ended when the oldest running one is younger than the horizon.
 SQLite      There is one writer at a time, so ids commit in order, and a gap is settled
             at once.
 MySQL       A seal's gaps are settled after an hour, if no row in them is locked: an
@@ -21,8 +26,8 @@ MySQL       A seal's gaps are settled after an hour, if no row in them is locked
             statement that had drawn an id has long written its row.
 ==========  =====================================================================
 
-Nothing is locked, and several sealers at once do no harm: the number of a seal is
-unique, so one of them has its way.
+Nothing is locked. Several sealers may run at once: the number of a seal is unique, so
+only one of them can write it.
 """
 
 from __future__ import annotations
@@ -44,8 +49,8 @@ if TYPE_CHECKING:
 
     from django.db.backends.base.base import BaseDatabaseWrapper
 
-#: The most entries of one seal. A seal tells in which range something was altered, so
-#: a small one tells more.
+#: The most entries of one seal. A broken seal tells in which range an entry was
+#: altered, so a small range tells more.
 BATCH = 1000
 #: How many ranges one statement looks at.
 RANGES = 100
@@ -62,7 +67,7 @@ SEAL_COLUMNS = [
 
 
 class Sealed(NamedTuple):
-    """What one run of the sealer has done; *head* is the last seal there is."""
+    """The result of one run of the sealer; *head* is the last seal of the chain."""
 
     entries: int
     late: int
@@ -89,9 +94,9 @@ def head(using: str) -> Seal | None:
 
 
 def _seal(using: str) -> Seal | None:
-    """Add one seal to the chain, if there is something to seal.
+    """Add one seal to the chain, and return it.
 
-    ``None`` also if another sealer was faster.
+    Return ``None`` if all entries are sealed, or if another sealer was faster.
     """
     entries = Entry.objects.using(using)
     now = entries.values_list(DatabaseNow(), flat=True).first()
@@ -99,12 +104,12 @@ def _seal(using: str) -> Seal | None:
         return None
     previous = head(using) or Seal(number=0, last=0, settled=0, hash="")
     gaps = open_gaps(using, previous)
-    number = previous.number + 1
-    # Before the gaps are read: who is gone by now has left behind what we see next.
+    # Before the gaps are read: a transaction that has ended by now is visible to that
+    # read.
     settled = _settled(connections[using], previous, gaps, now)
     late = list(rows(using, (gap for _, open_ in gaps for gap in open_), limit=BATCH))
     if len(late) == BATCH:
-        # There may be more in the gaps.
+        # The gaps may have more entries.
         settled = previous.settled
     new = list(
         entries.filter(pk__gt=previous.last).order_by("pk").values(*COLUMNS)[:BATCH]
@@ -113,7 +118,7 @@ def _seal(using: str) -> Seal | None:
     if not (late or new or closed):
         return None
     seal = Seal(
-        number=number,
+        number=previous.number + 1,
         first=previous.last + 1,
         last=new[-1]["id"] if new else previous.last,
         count=len(late) + len(new),
@@ -129,15 +134,21 @@ def _seal(using: str) -> Seal | None:
     for row in (*late, *new):
         digest.add(row)
     seal.hash = digest.seal(seal)
+    return seal if _append(using, seal) else None
+
+
+def _append(using: str, seal: Seal) -> bool:
+    """Write the seal, unless another sealer has written one with its number."""
+    seals = Seal.objects.using(using)
     try:
         with transaction.atomic(using=using, durable=True):
-            # Not save(), whose signals may be answered by a receiver that raises.
-            Seal.objects.using(using).bulk_create([seal])
+            # Not save(): a receiver of its signals could raise.
+            seals.bulk_create([seal])
     except IntegrityError:
-        if not Seal.objects.using(using).filter(number=number).exists():
+        if not seals.filter(number=seal.number).exists():
             raise
-        return None
-    return seal
+        return False
+    return True
 
 
 # Which gaps are open
@@ -146,7 +157,7 @@ def _seal(using: str) -> Seal | None:
 def open_gaps(using: str, last: Seal) -> list[tuple[Seal, list[Range]]]:
     """Return the seals that are not settled, up to *last*, with their gaps.
 
-    What was sealed late is not in the gaps.
+    The gaps are without the ids that later seals have covered.
     """
     seals = Seal.objects.using(using).filter(
         number__gt=last.settled, number__lte=last.number
@@ -164,7 +175,7 @@ def _settled(
 ) -> int:
     """Return the number of the last seal whose gaps, and those before, are settled."""
     if connection.vendor == "sqlite":
-        # Those of the seal in the making as well.
+        # One writer: the gaps of the new seal are settled, too.
         return int(previous.number) + 1
     oldest = _oldest_transaction(connection)
     settled = int(previous.settled)
@@ -219,7 +230,7 @@ def _is_locked(connection: BaseDatabaseWrapper, gaps: list[Range]) -> bool:
 
 
 class Digest:
-    """The hash of a seal in the making: the hash before it, the rows, its columns."""
+    """The hash of a new seal: over the hash before it, the rows and its columns."""
 
     def __init__(self, previous: str) -> None:
         self._hash = hashlib.sha256(f"{previous}\n".encode())
@@ -292,7 +303,7 @@ def ranges(ids: Iterable[int]) -> list[Range]:
 
 
 def without(all_: Iterable[Range], taken: Iterable[Range]) -> list[Range]:
-    """Return what of the ranges is in none of the others; both are sorted."""
+    """Return the ids of *all_* that are not in *taken*; both are sorted ranges."""
     found = []
     holes = iter(taken)
     hole = next(holes, None)

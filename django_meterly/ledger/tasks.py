@@ -1,5 +1,8 @@
-"""Celery tasks. Without Celery, ``meterly_ledger_expire`` and ``meterly_ledger_seal``
-do the same."""
+"""Celery tasks: expire holds, and seal entries.
+
+Without Celery, ``manage.py meterly_ledger_expire`` and ``meterly_ledger_seal`` do the
+same.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from celery import shared_task
 from . import expiry, idempotency, seals
 
 
-# Each expires by itself when 20 runs could wait: django-celery-beat drops the "expires"
-# of a schedule's entry.
+# A task that waited for 20 intervals is dropped. This is set here, because
+# django-celery-beat ignores the "expires" of a schedule's entry.
 @shared_task(name="django_meterly.ledger.tasks.expire_holds", expires=20 * 60.0)
 def expire_holds() -> int:
-    """Give back what expired reservations hold; return how many those were.
+    """Expire reservations whose time has run out, and return how many there were.
 
-    Idempotency records past their retention go, too.
+    It also deletes idempotency records that are older than ``RECORD_RETENTION``.
     """
     idempotency.prune_records()
     return expiry.expire_due()

@@ -1,8 +1,8 @@
-"""Triggers that keep entries, seals and key events as they were written.
+"""Triggers that refuse changes to entries, seals and key events.
 
-They refuse each UPDATE, and each INSERT that would replace a row. They refuse DELETE
-as far as ``flush`` and ``TransactionTestCase``, which empty whole tables, go on
-working:
+They refuse each UPDATE, and each INSERT that would replace a row. ``append_only`` says
+why. ``flush`` and ``TransactionTestCase`` empty whole tables and must go on working, so
+DELETE is refused like this:
 
 ==========  =====================================================================
 PostgreSQL  Every DELETE. Django empties tables by TRUNCATE, which fires no trigger
@@ -13,10 +13,10 @@ SQLite      The DELETE of a row while an older one is left. Django deletes all r
             and SQLite begins with the oldest.
 ==========  =====================================================================
 
-``verification`` finds what gets past them. The migration creates the triggers, and
-every ``migrate`` creates those that are missing, because Django loses them when it
+A change that gets past them is found by ``verification``. The migration creates the
+triggers. Every ``migrate`` creates the missing ones, because Django loses them when it
 alters a table on SQLite. If the role may not create triggers, ``migrate`` goes on, and
-``checks`` and ``meterly_ledger_verify`` say so.
+``checks`` and ``meterly_ledger_verify`` report the missing ones.
 
 A migration that writes to existing rows calls ``drop_triggers`` first.
 """
@@ -45,7 +45,7 @@ MODELS: tuple[type[Model], ...] = (Entry, Seal, ApiKeyEvent)
 MESSAGE = APPEND_ONLY.replace("'", "''")
 
 FUNCTION = "meterly_append_only"
-# An integrity error to Django, on every database.
+# Django raises IntegrityError for it, on every database.
 BODY = f"BEGIN RAISE EXCEPTION '{MESSAGE}' USING ERRCODE = '23000'; END"
 SIGNAL = f"SIGNAL SQLSTATE '23000' SET MYSQL_ERRNO = 3819, MESSAGE_TEXT = '{MESSAGE}'"
 
@@ -59,14 +59,13 @@ DENIED = {1044, 1142, 1227, 1419}
 class Trigger(NamedTuple):
     name: str
     table: str
-    #: What PostgreSQL does not need: its trigger calls a function.
     sql: str
-    #: What the database says of it when it is as it should be.
+    #: The text that the database returns for the trigger, to compare with.
     definition: str
 
 
 def triggers(connection: BaseDatabaseWrapper) -> Iterator[Trigger]:
-    """Return the triggers for the connection's database; none for one of others."""
+    """Yield the triggers for the connection's database, if it is a supported one."""
     for model in MODELS:
         table = model._meta.db_table
         if connection.vendor == "postgresql":
@@ -96,7 +95,7 @@ def triggers(connection: BaseDatabaseWrapper) -> Iterator[Trigger]:
             for event, when in (
                 ("update", "1"),
                 ("delete", _exists(table, f"{pk} < OLD.{pk}")),
-                # INSERT OR REPLACE deletes what is in its way, and fires no trigger.
+                # INSERT OR REPLACE deletes the old row without firing its trigger.
                 ("insert", _exists(table, taken)),
             ):
                 name = f"{table}_no_{event}"
@@ -138,7 +137,7 @@ _EXISTING = {
 
 
 def missing(connection: BaseDatabaseWrapper) -> list[Trigger]:
-    """Return the triggers that are not there, or not as they should be.
+    """Return the triggers that are missing, or that have another text.
 
     On MySQL a role without the privilege TRIGGER sees none.
     """
@@ -176,7 +175,7 @@ def create_triggers(connection: BaseDatabaseWrapper) -> None:
                     cursor.execute(f"DROP TRIGGER IF EXISTS {trigger.name}", None)
                 cursor.execute(trigger.sql, None)
                 if connection.vendor == "postgresql":
-                    # Replaced, it is as disabled as before.
+                    # Replacing a disabled trigger does not enable it.
                     cursor.execute(
                         f"ALTER TABLE {trigger.table} ENABLE TRIGGER {trigger.name}"
                     )
@@ -187,7 +186,7 @@ def create_triggers(connection: BaseDatabaseWrapper) -> None:
 
 
 def denied(exc: DatabaseError) -> bool:
-    """Return whether the role may not do what it has tried."""
+    """Return whether the database refused for want of a privilege."""
     sqlstate, number = error_codes(exc)
     return sqlstate == DENIED_STATE or number in DENIED
 
@@ -207,7 +206,7 @@ def create_triggers_after_migrate(using: str, **kwargs: object) -> None:
     connection = connections[using]
     if (
         router.allow_migrate_model(using, Entry)
-        # Gone when the app has just been migrated back to nothing.
+        # The table is gone after "migrate meterly_ledger zero".
         and Entry._meta.db_table in connection.introspection.table_names()
     ):
         create_triggers(connection)

@@ -1,4 +1,7 @@
-"""The ledger's REST API: ``path("ledger/", include("django_meterly.ledger.urls"))``."""
+"""The ledger's REST API: ``path("ledger/", include("django_meterly.ledger.urls"))``.
+
+The paths are those of ``ROUTES``, the wire's table of calls.
+"""
 
 from __future__ import annotations
 

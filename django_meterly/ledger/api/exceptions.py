@@ -1,3 +1,5 @@
+"""Exceptions as JSON: every error of a view has the form of the wire contract."""
+
 from __future__ import annotations
 
 import logging
@@ -13,8 +15,8 @@ from ...errors import MeterlyApiError, MeterlyInvalidRequestError, api_error
 
 logger = logging.getLogger(__name__)
 
-# What is not here has a status of its own in DRF and keeps it, as a request
-# that the wire contract does not know.
+# Any other exception of DRF keeps its status, with the code "invalid_request": for
+# example, 405 for a method that the contract does not have.
 _CODES: dict[type[Exception], str] = {
     exceptions.NotAuthenticated: "unauthenticated",
     exceptions.AuthenticationFailed: "unauthenticated",
@@ -63,12 +65,12 @@ def _as_api_error(exc: Exception) -> MeterlyApiError:
     elif isinstance(exc, PermissionDenied):
         exc = exceptions.PermissionDenied()
     elif isinstance(exc, SuspiciousOperation):
-        # A body above DATA_UPLOAD_MAX_MEMORY_SIZE, for one.
+        # For example, a body above DATA_UPLOAD_MAX_MEMORY_SIZE.
         exc = exceptions.ParseError("The request is not acceptable.")
     if isinstance(exc, exceptions.APIException):
         code = _CODES.get(type(exc), "invalid_request")
         return api_error(exc.status_code, code, str(exc.detail))
     if is_outage(exc):
         return api_error(503, "unavailable", "The ledger's database is unavailable.")
-    # The message would tell a stranger about our insides.
+    # The exception's text may name tables or hosts, so it is only logged.
     return api_error(500, "internal_error", "The ledger failed.")

@@ -1,3 +1,5 @@
+"""Read the body of a request, strictly and within its limit."""
+
 from __future__ import annotations
 
 import json
@@ -21,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class StrictJSONParser(BaseParser):
-    """Reads one JSON object, and refuses what readers disagree about.
+    """Reads one JSON object, and refuses whatever JSON readers read differently.
 
-    That is: a name that comes twice, and text that is not UTF-8. NaN and the
-    infinities are read, as what no field takes, so that the refusal can name the
-    field. How long a body may be is ``read_body``'s to say.
+    For example, it refuses ``{"amount": 1, "amount": 1000}``, and text that is not
+    UTF-8. NaN and the infinities are read: the check of the field refuses them, and its
+    error names the field. ``read_body`` limits the length.
     """
 
     media_type = "application/json"
@@ -51,17 +53,18 @@ class StrictJSONParser(BaseParser):
 
 
 def read_body(request: HttpRequest) -> None:
-    """Read the body of *request*, at most 64 KiB of it, for all who want it later.
+    """Read the body of *request*, at most 64 KiB, and keep it as ``request.body``.
 
-    What counts are the bytes that come, whatever ``Content-Length`` says. Raises
-    ``ParseError`` for a longer body, and for one that is cut off: the rest of it
-    might have said that a part of the credits is to be charged, and not all.
+    The bytes that arrive are counted, whatever ``Content-Length`` says. Raises
+    ``ParseError`` for a longer body, and for one that was cut off: ``{}`` commits the
+    whole hold, and the missing rest may have said ``"amount": 3``.
     """
     if hasattr(request, "meterly_body_read"):
         return
     stream, declared = request._stream, request.META.get("CONTENT_LENGTH")
     if "HTTP_TRANSFER_ENCODING" in request.META and not hasattr(request, "scope"):
-        # Django takes such a body for empty. A server that ends it says so.
+        # Django takes such a body for empty. A server that ends the stream at the end
+        # of the body says so.
         if not request.META.get("wsgi.input_terminated"):
             raise ParseError("The body needs a Content-Length.")
         stream, declared = request.META["wsgi.input"], None
@@ -69,7 +72,7 @@ def read_body(request: HttpRequest) -> None:
     try:
         body = stream.read(limit + 1)
     except Exception as exc:
-        # The client has left, or its chunks are malformed: each server has its own
+        # The client has left, or its chunks are malformed. Each server raises other
         # exceptions for that.
         raise ParseError("The body cannot be read.") from exc
     if len(body) > limit:
@@ -82,20 +85,20 @@ def read_body(request: HttpRequest) -> None:
 
 
 def hang_up_after(response: Any, request: HttpRequest) -> None:
-    """Let gunicorn end the connection if nobody has read the body of *request*.
+    """Make gunicorn end the connection if the body of *request* was not read.
 
-    It would wait for the rest, 2 seconds or 5, in a worker or a thread that others
-    need; an application has no header to say that it shall not.
+    It would wait 2 or 5 seconds for the rest, in a worker or thread that other requests
+    need. An application cannot prevent that by a header.
     """
     connection = request.META.get("gunicorn.socket")
     has_body = request.META.get("CONTENT_LENGTH") or (
         "HTTP_TRANSFER_ENCODING" in request.META
     )
     unread = has_body and not hasattr(request, "meterly_body_read")
-    # Not a TLS socket, which would go on in clear.
+    # Not a TLS socket, which would go on unencrypted.
     if unread and type(connection) is socket.socket:
-        # When the answer is sent. Both ways: gunicorn takes the end of what it reads
-        # for the end of the body, and the rest that comes late for a new request.
+        # After the answer was sent, and in both directions: gunicorn would take the
+        # rest of the body, when it arrives late, for a new request.
         response._resource_closers.append(
             partial(connection.shutdown, socket.SHUT_RDWR)
         )

@@ -1,3 +1,5 @@
+"""Throttles: calls by API key, and failures by remote address."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -12,13 +14,14 @@ if TYPE_CHECKING:
 
 
 class KeyThrottle(SimpleRateThrottle):
-    """Allows each key ``METERLY_LEDGER["THROTTLE_RATES"]``, reads and writes apart.
+    """Limits the calls of each key; reads and writes are counted separately.
 
-    It counts in Django's default cache, so several processes need a shared one.
+    The limits are ``METERLY_LEDGER["THROTTLE_RATES"]``. The counts are in Django's
+    default cache, so several processes need a shared one.
     """
 
     def __init__(self) -> None:
-        """Look nothing up yet: the rate depends on the request."""
+        """Do not look up the rate yet: it depends on the request."""
 
     def allow_request(self, request: Request, view: APIView | None) -> bool:
         self.scope = self.scope_of(request)
@@ -34,15 +37,15 @@ class KeyThrottle(SimpleRateThrottle):
         return f"meterly_ledger_throttle_{self.scope}_{key.pk}"
 
     def wait(self) -> float:
-        # Whole seconds on the wire: "0" would be an invitation.
+        # Retry-After has whole seconds, and "0" would invite the next try at once.
         return max(1, super().wait() or 0)
 
 
 class FailureThrottle(KeyThrottle):
-    """Allows each remote address a number of failures in ``THROTTLE_RATES``.
+    """Limits the failures of each remote address, to ``THROTTLE_RATES["failed"]``.
 
-    The address is the connection's: whoever sends a ``Forwarded`` header would be
-    somebody else each time.
+    The address is the connection's: an attacker could send another ``Forwarded`` header
+    each time.
     """
 
     def scope_of(self, request: Request) -> str:

@@ -1,4 +1,8 @@
-"""The wire contract's calls as views: all rules are in ``ledger.service``."""
+"""The REST API's views. ``urls`` makes one for each path; ``service`` has all rules.
+
+A view reads the request, finds the API key, calls ``service.perform`` and returns its
+answer. It sets the headers of the contract, for example ``X-Request-Id``.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +53,9 @@ class _AlwaysJSON(DefaultContentNegotiation):
 
 
 class OperationView(APIView):
-    """One path of the contract: *operations* names what each method does.
+    """One path of the contract; *operations* maps its methods to their operations.
 
-    Nothing of the project's ``REST_FRAMEWORK`` settings applies here.
+    The project's ``REST_FRAMEWORK`` settings do not apply here.
     """
 
     operations: Mapping[str, str] = {}
@@ -69,8 +73,8 @@ class OperationView(APIView):
     @classmethod
     def as_view(cls, **initkwargs: Any) -> Any:
         view = super().as_view(**initkwargs)
-        # Each operation is a transaction of its own, and an answer must not be
-        # given before its COMMIT.
+        # Each operation is one transaction, and the answer must follow its COMMIT. In
+        # a transaction of ATOMIC_REQUESTS it would come before.
         for alias in connections:
             view = transaction.non_atomic_requests(using=alias)(view)
         return view
@@ -80,7 +84,8 @@ class OperationView(APIView):
         given = request.headers.get("X-Request-Id", "")
         sane = _REQUEST_ID.fullmatch(given)
         self.request_id = given if sane else f"req_{uuid.uuid4().hex}"
-        # In every view, also in those that need no key: a client may send it there.
+        # In public views, too: a client may send its key there, and the claim removes
+        # the header, so that error reports do not show it.
         request.meterly_claim = Claim(request)  # type: ignore[attr-defined]
 
     @property
@@ -95,7 +100,7 @@ class OperationView(APIView):
     ) -> Any:
         response = super().finalize_response(request, response, *args, **kwargs)
         response["X-Request-Id"] = self.request_id
-        # Django's own cache heeds "private" only.
+        # Django's cache middleware respects "private" only.
         response["Cache-Control"] = "no-store, private"
         if not self.is_let_in:
             hang_up_after(response, request._request)
@@ -104,8 +109,7 @@ class OperationView(APIView):
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         target = target_of(request._request)
         if target and not target.startswith("/"):
-            # "POST http://other/v1/grants": it names a host that nobody compares
-            # with the one that is signed.
+            # "POST http://other/v1/grants" names a host that is not the signed one.
             raise ParseError("The request target must be a path.")
         super().initial(request, *args, **kwargs)
         if request.method not in self.operations:
@@ -146,8 +150,8 @@ class OperationView(APIView):
 class UnknownPathView(OperationView):
     """Answers 404 where the contract has no path.
 
-    By a code of its own: a client whose base URL is wrong must not take it for the 404
-    of a customer.
+    The code is ``unknown_path``, not ``not_found``: a client with a wrong base URL must
+    not think that the customer is missing.
     """
 
     schema = None
@@ -157,7 +161,7 @@ class UnknownPathView(OperationView):
 
 
 class _PublicView(OperationView):
-    """Answers a GET of anybody, with or without a key."""
+    """Answers a GET with or without a key."""
 
     authentication_classes = ()
     permission_classes = ()

@@ -1,3 +1,5 @@
+"""Create, list and revoke API keys, as ``authentication`` and ``admin`` know them."""
+
 from __future__ import annotations
 
 import datetime as dt
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from ...models import Workspace
 
-#: Who created or revoked a key, in its record.
+#: The actor in the events of a key.
 ACTOR = "meterly_ledger_apikey"
 _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 
@@ -70,7 +72,7 @@ class Command(BaseCommand):
             help='When the key ends: after hours, days or weeks, as in "90d". '
             "Default: never.",
         )
-        actions.add_parser("list", help="List the keys; none is shown in full.")
+        actions.add_parser("list", help="List the keys, without their secrets.")
         revoke = actions.add_parser("revoke", help="Revoke a key, for good.")
         revoke.add_argument("id", type=int, help="The key's number in the list.")
 
@@ -103,7 +105,7 @@ class Command(BaseCommand):
                 )
         except ValueError as exc:
             raise CommandError(str(exc)) from exc
-        # The key alone on stdout, so that it can be piped to where it belongs.
+        # Only the key on stdout, so that it can be piped into a secret store.
         self.stderr.write(
             f"Key {row.pk} of workspace {owner}. It is not stored and cannot be "
             "shown again:"

@@ -1,3 +1,5 @@
+"""The sweep of expired reservations: see ``expiry``."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -9,7 +11,7 @@ from ... import expiry, idempotency
 
 class Command(BaseCommand):
     help = (
-        "Give back what expired reservations hold, and forget old idempotency "
+        "Expire reservations whose time has run out, and delete old idempotency "
         "records. Run it every minute or so."
     )
 

@@ -1,3 +1,5 @@
+"""Check the books: see ``verification``."""
+
 from __future__ import annotations
 
 import re
@@ -23,7 +25,7 @@ SHOWN = 1000
 
 
 def _kept(path: str) -> list[str]:
-    """Return the hashes in the file *path*; it has to have some, and nothing else."""
+    """Return the hashes in the file *path*, which has nothing else."""
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text()
     except (OSError, UnicodeDecodeError) as exc:
@@ -36,24 +38,24 @@ def _kept(path: str) -> list[str]:
                 "meterly_ledger_seal prints."
             )
     if not hashes:
-        # Without any, a forged chain would pass.
+        # Without a hash to compare with, a forged chain would pass.
         raise CommandError(f"There is no hash in {path}. Was it copied completely?")
     return hashes
 
 
 class Command(BaseCommand):
     help = (
-        "Rebuild every balance from the ledger's entries, compare what refers to each "
-        "other, and compute the chain of seals again. Nothing is changed; a difference "
-        "ends with exit code 1."
+        "Rebuild every balance from the ledger's entries, compare rows that refer to "
+        "each other, and compute the chain of seals again. Nothing is changed. If there "
+        "is a difference, the exit code is 1."
     )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
             "--heads",
             metavar="FILE",
-            help="A file of what meterly_ledger_seal printed, kept elsewhere, or - for "
-            "standard input: the chain must still have each of these hashes.",
+            help="A file with the hashes that meterly_ledger_seal printed, or - for "
+            "standard input: the chain must still have each of them.",
         )
 
     def handle(self, *args: Any, heads: str | None, **options: Any) -> None:
