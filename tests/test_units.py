@@ -347,7 +347,8 @@ def test_checks_find_the_guards_of_undeclared_units(
         task.app.tasks.pop("tests.checked")
     assert {error.id for error in errors} == {"meterly.E014"}
     where = [error.msg.partition(":")[0] for error in errors]
-    assert where == [
+    # Other files and pages have tasks, too.
+    assert [name for name in where if "docs_jobs." not in name] == [
         "METERLY['GUARDED_VIEWS']['settings']",
         *(f"The view {name!r}" for name in guarded),
         "The task 'tests.checked'",
