@@ -16,7 +16,7 @@ from django.db import Error as AnyDatabaseError
 from django.db import connections, router
 from django.urls import get_resolver
 
-from . import methods, units
+from . import units
 from .conf import (
     DEFAULTS,
     FUNCTIONS,
@@ -26,12 +26,14 @@ from .conf import (
     text_of,
 )
 from .db import missing_tables
-from .execution import class_of, handlers, is_guarded
-from .middleware import MIDDLEWARE, is_installed, key_for, named_patterns
+from .middleware import MIDDLEWARE, is_installed
 from .mixins import MeterlyGuardMixin
 from .options import GuardOptions, _cannot_take, _takes
 from .resolvers import request_user
 from .transports.base import MAX_TTL_SECONDS, shown
+from .views import methods
+from .views.introspection import class_of, handlers, is_guarded
+from .views.patterns import key_for, named_patterns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .execution import guard_view
 from .options import GuardOptions, shows
+from .views.guarding import guard_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

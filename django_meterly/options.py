@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.utils.module_loading import import_string
 
-from . import methods
 from .conf import check_choice, meterly_settings, suggestion
-from .keys import requested_key
 from .transports.base import check_amount, check_text, check_ttl, check_unit, shown
+from .views import methods
+from .views.keys import requested_key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable

@@ -10,8 +10,8 @@ from django.template.base import render_value_in_context
 from django.utils.html import format_html
 
 from .. import units
-from ..keys import FORM_FIELD
 from ..transports.base import shown
+from ..views.keys import FORM_FIELD
 
 if TYPE_CHECKING:
     from django.template.base import FilterExpression, Parser, Token
