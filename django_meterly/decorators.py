@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
-from .execution import guard_view
 from .options import shows
 from .policies import ViewKeywords, ViewOptions
+from .views.guarding import guard_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -44,10 +44,10 @@ from .errors import (
     MeterlyUsageError,
 )
 from .heart import Heart
-from .keys import requested_key
 from .models import Customer
 from .resolvers import payer_of, somebody
 from .transports.base import JoinedTransport
+from .views.keys import requested_key
 from .wire import MAX_CALLER_KEY_LENGTH, check_amount, check_key, check_text
 
 if TYPE_CHECKING:

@@ -4,43 +4,43 @@ from __future__ import annotations
 
 import sys
 from inspect import isclass
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.conf import settings
-from django.urls import URLPattern, get_resolver
 from django.utils.module_loading import import_string
 
-from . import responses
 from .conf import meterly_settings
 from .errors import MeterlyUsageError
-from .execution import NoGuard, guard_view, is_guarded
-from .options import read_mapping
+from .views import responses
+from .views.admission import NoGuard
+from .views.introspection import is_guarded
+from .views.patterns import guard_urlconf, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from django.http import HttpRequest, HttpResponse
     from django.http.response import HttpResponseBase
-    from django.urls import ResolverMatch, URLResolver
-
-    from .policies import ViewOptions
-
-_guarding = Lock()
 
 
 class MeterlyMiddleware:
     """Guard the views that ``METERLY["GUARDED_VIEWS"]`` names.
 
-    Its keys are URL names with their namespace (``"posters:render"``) or namespaces
-    (``"reports:"``), its values options by the names of ``meterly_guard``'s arguments.
-    The guard is part of the URL pattern, so CSRF and every other middleware do their
-    work first. Views that have a guard in the code keep it, and no other.
+    Its keys are URL names with their namespace, or namespaces. Its values are dicts of
+    ``meterly_guard``'s arguments::
 
-    What ``guard()`` raises inside any view is answered as the decorator would.
-    ``request.meterly`` says, when it is used on a view without a guard, that there is
-    none. Put it below middleware that sets ``request.urlconf``.
+        "GUARDED_VIEWS": {
+            "posters:render": {"unit": "image_credits", "amount": 25},
+            "reports:": {"unit": "report_credits"},
+        }
+
+    The guard belongs to the URL pattern, so CSRF protection and every other middleware
+    come first. Views that have a guard in the code keep that one.
+
+    If ``guard()`` raises inside any view, the middleware answers as the decorator does.
+    On a view without a guard, using ``request.meterly`` raises ``MeterlyUsageError``.
+    Put this middleware below the one that sets ``request.urlconf``.
     """
 
     sync_capable = True
@@ -49,8 +49,7 @@ class MeterlyMiddleware:
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
         self.get_response = get_response
         self._seen: set[Any] = set()
-        self._is_async = iscoroutinefunction(get_response)
-        if self._is_async:
+        if iscoroutinefunction(get_response):
             markcoroutinefunction(self)
 
     def __call__(
@@ -64,9 +63,9 @@ class MeterlyMiddleware:
     def process_view(
         self, request: HttpRequest, view: Callable[..., Any], args: Any, kwargs: Any
     ) -> None:
-        """Refuse to run a view that is to be guarded, and is not.
+        """Refuse to run a view that ``GUARDED_VIEWS`` names and that has no guard.
 
-        Its URLconf was chosen by a middleware below this one, too late.
+        A middleware below this one has chosen its URLconf, which is too late.
         """
         if options_for(request) is not None and not is_guarded(view):
             raise MeterlyUsageError(_TOO_LATE)
@@ -100,85 +99,18 @@ def _installed() -> Iterator[Any]:
         try:
             yield import_string(path)
         except ImportError:
-            # Django says so, and more loudly.
+            # Django reports it when it loads the middleware.
             continue
 
 
 def explain_unanswered(sender: Any, **kwargs: Any) -> None:
-    """Add a note to what ``guard()`` has raised in a view and nobody has answered.
+    """Add a note to a refusal by ``guard()`` that becomes a 500.
 
-    For the signal ``got_request_exception``: the answer is going to be a 500.
+    For the signal ``got_request_exception``: no middleware has answered it.
     """
     exc = sys.exception()
     if isinstance(exc, responses.RENDERED) and not is_installed():
         exc.add_note(_UNANSWERED)
-
-
-def guard_urlconf(urlconf: Any) -> None:
-    """Guard the patterns of *urlconf* that ``GUARDED_VIEWS`` names, once."""
-    with _guarding:
-        for name, pattern in named_patterns(get_resolver(urlconf)):
-            if (
-                key_for(name) is not None
-                and not hasattr(pattern, "_meterly_view")
-                and not is_guarded(pattern.callback)
-            ):
-                _guard_pattern(pattern)
-
-
-def _guard_pattern(pattern: Any) -> None:
-    # Not by another ``callback``: reverse() knows views by it.
-    resolve = pattern.resolve
-    pattern._meterly_view = guard_view(pattern.callback, options_for)
-
-    def resolve_guarded(path: str) -> ResolverMatch | None:
-        match: ResolverMatch | None = resolve(path)
-        if match is not None:
-            match.func = pattern._meterly_view
-        return match
-
-    pattern.resolve = resolve_guarded
-
-
-def named_patterns(
-    resolver: URLResolver, namespaces: tuple[str, ...] = ()
-) -> Iterator[tuple[str, URLPattern]]:
-    """Yield every pattern below *resolver*, with its name as ``view_name`` gives it."""
-    for pattern in resolver.url_patterns:
-        if isinstance(pattern, URLPattern):
-            name = str(pattern.name or "")
-            yield ":".join([*namespaces, name]), pattern
-        else:
-            inner = pattern.namespace
-            yield from named_patterns(
-                pattern, (*namespaces, inner) if inner else namespaces
-            )
-
-
-def key_for(view_name: str) -> str | None:
-    """Return the key of ``GUARDED_VIEWS`` for a view, the name before a namespace."""
-    views = meterly_settings.GUARDED_VIEWS
-    key = view_name
-    while key:
-        if key in views:
-            return key
-        # "a:b:c" is in "a:b:", which is in "a:".
-        key = key.rstrip(":").rpartition(":")[0]
-        key = f"{key}:" if key else ""
-    return None
-
-
-def options_for(request: HttpRequest) -> ViewOptions | None:
-    """Return what ``GUARDED_VIEWS`` says about the view of *request*."""
-    match = request.resolver_match
-    if match is None or not meterly_settings.GUARDED_VIEWS:
-        return None
-    key = key_for(":".join([*match.namespaces, match.url_name or ""]))
-    if key is None:
-        return None
-    return read_mapping(
-        meterly_settings.GUARDED_VIEWS[key], f"METERLY['GUARDED_VIEWS'][{key!r}]"
-    )
 
 
 #: As ``MIDDLEWARE`` names it.

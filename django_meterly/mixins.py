@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from django.views.generic.edit import FormMixin
 
-from .execution import guard_class, handlers, install_guards, is_guarded, is_rest
 from .guards import Guard
 from .options import near_miss, read_mapping
+from .views import patches
+from .views.admission import Admission, refuse_dispatch
+from .views.classes import guard_class, install_guards
+from .views.introspection import handlers, is_guarded, is_rest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,17 +27,19 @@ class MeterlyGuardMixin:
         class Poster(MeterlyGuardMixin, View):
             guard_options = {"unit": "image_credits", "amount": 25}
 
-    ``guard_options`` has the names and values of ``meterly_guard``'s arguments, and
-    guards whichever handler a request selects, once ``dispatch()`` calls it: log-in
-    mixins, permissions and throttles come first and cost nothing. Without them, only
-    the handlers guarded by ``@meterly_guard`` cost something. A form that does not
-    validate is free: ``form_invalid()`` shows it again with status 200, and the credits
-    are released. Under ``ATOMIC_REQUESTS`` the guard opens the transaction, around the
-    handler; requests that no guarded handler answers have it around all, as ever.
+    ``guard_options`` has the names and values of ``meterly_guard``'s arguments. It
+    guards the handler that answers a request, for example ``post()``, when
+    ``dispatch()`` calls it: log-in mixins, permissions and throttles come first and
+    cost nothing. Without ``guard_options``, only the handlers with ``@meterly_guard``
+    cost something.
 
-    ``as_view()`` raises ``TypeError`` and ``ValueError`` for options out of bounds, and
-    ``TypeError`` for an attribute that was to be ``guard_options``: ``guards_options``,
-    for example.
+    A form that does not validate is free: ``form_invalid()`` shows it again with status
+    200, and the credits are released. Under ``ATOMIC_REQUESTS`` the guard opens the
+    transaction, around the handler. For requests that no guarded handler answers, the
+    transaction is around the whole view, as in Django.
+
+    ``as_view()`` raises ``TypeError`` and ``ValueError`` for invalid options, and
+    ``TypeError`` for a misspelt ``guard_options``: ``guards_options``, for example.
     """
 
     guard_options: Mapping[str, Any] | None = None
@@ -61,32 +65,26 @@ class MeterlyGuardMixin:
                 "guard_options? For example: "
                 'guard_options = {"unit": "image_credits", "amount": 25}'
             )
+        if getattr(cls.dispatch, "meterly_guarded", False):  # type: ignore[attr-defined]
+            refuse_dispatch()
         if mapping is None:
             return guard_class(view, None)
         where = f"{cls.__qualname__}.guard_options"
         options = read_mapping(mapping, where, handlers(view))
-        guarded: Any = guard_class(view, lambda request: options)
+        guarded: Any = guard_class(view, Admission(view, lambda request: options))
         guarded.meterly_options = options
         return guarded
 
     def setup(self, request: HttpRequest, *args: Any, **kwargs: Any) -> None:
         super().setup(request, *args, **kwargs)  # type: ignore[misc]
-        # In Django REST framework initial() comes later, and knows who asks.
+        # Views of Django REST framework do it in initial(), which authenticates.
         if not is_rest(type(self)):
             install_guards(self, request)  # type: ignore[arg-type]
         if isinstance(self, FormMixin):
-            self.form_invalid = _free(self.form_invalid, request)
+            patches.extend_form_invalid(self, lambda: _release(request))
 
 
-def _free(form_invalid: Any, request: HttpRequest) -> Any:
-    """Return *form_invalid*, which shows a form again, and lets that be free."""
-
-    @wraps(form_invalid)
-    def free_form_invalid(form: Any) -> Any:
-        guard = getattr(request, "meterly", None)
-        if isinstance(guard, Guard):
-            # Before: it may say itself what that costs.
-            guard.release()
-        return form_invalid(form)
-
-    return free_form_invalid
+def _release(request: HttpRequest) -> None:
+    guard = getattr(request, "meterly", None)
+    if isinstance(guard, Guard):
+        guard.release()

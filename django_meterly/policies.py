@@ -23,8 +23,9 @@ from typing import Any, TypedDict
 
 from django.http.response import HttpResponseBase  # noqa: TC002
 
-from . import functions, methods
+from . import functions
 from .conf import check_choice, check_word, meterly_settings
+from .views import methods
 from .wire import check_amount, check_text, check_ttl, check_unit, shown
 
 #: Returns a value as it is used, or raises ``ValueError`` or ``TypeError``, which begin

@@ -30,9 +30,9 @@ from django_meterly import (
     guard,
     meterly_guard,
 )
-from django_meterly.keys import requested_key
 from django_meterly.models import Reservation
 from django_meterly.testing import assert_books_balance, sweep
+from django_meterly.views.keys import requested_key
 from tests.books import balance, fund, movements, states
 
 pytestmark = [

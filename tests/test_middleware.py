@@ -22,7 +22,8 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from django_meterly import MeterlyError, MeterlyUsageError, guard, meterly_guard
-from django_meterly.middleware import MeterlyMiddleware, key_for
+from django_meterly.middleware import MeterlyMiddleware
+from django_meterly.views.patterns import key_for
 from tests.books import balance, states
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from django_meterly import (
     MeterlyInsufficientCreditsError,
     MeterlyUnavailableError,
     meterly_guard,
-    responses,
 )
 from django_meterly.errors import MeterlyInvalidKeyError
+from django_meterly.views import responses
 
 if TYPE_CHECKING:
     from pathlib import Path

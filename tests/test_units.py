@@ -21,7 +21,6 @@ from rest_framework.decorators import api_view
 from rest_framework.test import APIRequestFactory
 
 from django_meterly import checks, get_client, grants, guard, journal, meterly_guard
-from django_meterly import responses as refusals
 from django_meterly.conf import meterly_settings
 from django_meterly.errors import MeterlyDebtError, MeterlyInsufficientCreditsError
 from django_meterly.mixins import MeterlyGuardMixin
@@ -29,6 +28,7 @@ from django_meterly.models import Customer, Grant, Reservation
 from django_meterly.rest_framework.permissions import HasCredits
 from django_meterly.tasks import meterly_task
 from django_meterly.testing import assert_books_balance, sweep
+from django_meterly.views import responses as refusals
 from tests.books import balance, fund, states
 
 if TYPE_CHECKING:

@@ -15,12 +15,14 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.urls import get_resolver
 
-from .. import methods, units
+from .. import units
 from ..conf import meterly_settings, suggestion
-from ..execution import class_of, handlers, is_guarded
-from ..middleware import MIDDLEWARE, is_installed, key_for, named_patterns
+from ..middleware import MIDDLEWARE, is_installed
 from ..mixins import MeterlyGuardMixin
 from ..options import read_mapping
+from ..views import methods
+from ..views.introspection import class_of, handlers, is_guarded
+from ..views.patterns import key_for, named_patterns
 from ..wire import MAX_TTL_SECONDS
 
 if TYPE_CHECKING:

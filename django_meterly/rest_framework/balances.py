@@ -1,4 +1,4 @@
-"""The credits of whoever sent a request."""
+"""The credits of the caller of a DRF view."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import db, journal
 from ..client import get_client
+from ..errors import OUTAGE, MeterlyUnavailableError
 from ..models import Customer
 from ..resolvers import payer_of
+from .exceptions import refuse
 
 if TYPE_CHECKING:
     from ..types import Balance
@@ -16,17 +18,20 @@ if TYPE_CHECKING:
 def balances_of(request: Any) -> tuple[Balance, ...] | None:
     """Return the balances of the caller, or ``None`` when nobody is known to pay.
 
-    The caller is whom ``CUSTOMER_RESOLVER`` names. A customer whom the ledger does
-    not know yet has none. Raises what ``MeterlyClient.get_balances`` raises, and
-    ``MeterlyUnavailableError`` if the database cannot serve.
+    ``CUSTOMER_RESOLVER`` names the caller. The tuple is empty for a customer whom the
+    ledger does not know yet. Raises ``Unavailable`` if the ledger or the database
+    cannot be asked.
     """
     payer = payer_of(request)
     if payer is None:
         return None
-    with db.serving():
-        customer = db.on_live_connection(
-            journal.alias(), lambda: Customer.objects.resolve(payer)
-        )
-        if customer.customer_id is None:
-            return ()
-        return get_client().get_balances(customer.customer_id).balances
+    try:
+        with db.serving():
+            customer = db.on_live_connection(
+                journal.alias(), lambda: Customer.objects.resolve(payer)
+            )
+            if customer.customer_id is None:
+                return ()
+            return get_client().get_balances(customer.customer_id).balances
+    except OUTAGE as exc:
+        refuse(request, MeterlyUnavailableError(str(exc)))

@@ -1,20 +1,17 @@
-"""The guard's refusals in Django REST framework's own format."""
+"""The guard's refusals as exceptions of Django REST framework."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rest_framework import status
 from rest_framework.exceptions import APIException, ErrorDetail, NotAuthenticated
 
-from .. import responses
 from ..resolvers import request_user
+from ..views import patches, responses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rest_framework.response import Response
-    from rest_framework.views import APIView
 
 __all__ = [
     "Debt",
@@ -28,19 +25,19 @@ __all__ = [
     "Unavailable",
     "counterpart",
     "exception_handler",
-    "nobody_pays",
+    "refuse",
 ]
 
 
 class GuardException(APIException):
-    """A refusal. Its *detail* is a text with a code, as that of DRF's own errors.
+    """A refusal, with a *detail* and a code like the errors of DRF.
 
-    What else belongs to it is in *extra*. For example, ``{"required": 25, "available":
-    3, "top_up_url": None, ...}``. An answer in DRF's own format has that, too.
+    *extra* holds the facts. For example ``{"required": 25, "available": 3,
+    "top_up_url": None, ...}``. An answer in DRF's format includes them.
     """
 
     extra: dict[str, Any]
-    #: Seconds for ``Retry-After``, in DRF's word; ``None`` for no such header.
+    #: Seconds for ``Retry-After``; DRF reads this name. ``None`` omits the header.
     wait: int | None = None
 
     def __init__(self, detail: str, **extra: Any) -> None:
@@ -49,7 +46,7 @@ class GuardException(APIException):
 
 
 class _Detail(ErrorDetail):
-    """A text that is also found by ``exc.detail["detail"]``, as some handlers do."""
+    """A text for handlers that read ``exc.detail`` or ``exc.detail["detail"]``."""
 
     def __getitem__(self, key: Any) -> Any:
         return self if key == "detail" else super().__getitem__(key)
@@ -90,9 +87,10 @@ class KeyMismatch(GuardException):
 
 
 def counterpart(exc: Exception) -> GuardException:
-    """Return the DRF exception for what the guard raises and an edge renders.
+    """Return the DRF exception for an exception that the guard raises.
 
-    Raises ``TypeError`` for any other exception.
+    For example ``InsufficientCredits`` for ``MeterlyInsufficientCreditsError``. Raises
+    ``TypeError`` for an exception that the guard does not raise.
     """
     problem = responses.problem(exc)
     answer = _CLASSES[problem.code](problem.detail, **problem.extra)
@@ -100,8 +98,23 @@ def counterpart(exc: Exception) -> GuardException:
     return answer
 
 
-def nobody_pays(request: Any) -> APIException:
-    """Return the exception for a *request* for whose user no customer is known."""
+def refuse(request: Any, exc: Exception | None) -> NoReturn:
+    """Raise the DRF exception for *exc*; ``None`` says that nobody is known to pay.
+
+    The project's exception handler answers it. If its answer has DRF's own format, the
+    facts in *extra* are added. If it has no answer, DRF's handler gives one.
+    """
+    view = request.parser_context.get("view")
+    if view is not None:
+        patches.extend_error_answers(view, _answer_in_full)
+        # DRF adds these headers to the answer of every exception handler.
+        view.headers["Cache-Control"] = responses.UNSHARED
+    if exc is None:
+        raise _nobody_pays(request)
+    raise counterpart(exc) from exc
+
+
+def _nobody_pays(request: Any) -> APIException:
     if request_user(request) is None:
         return NotAuthenticated()
     return NoCustomer(responses.no_customer().detail)
@@ -121,10 +134,10 @@ _CLASSES: dict[str, type[GuardException]] = {
 
 
 def exception_handler(exc: Exception, context: dict[str, Any]) -> Response | None:
-    """Render what ``guard()`` raises inside a view, too.
+    """Answer errors as DRF does, and also those that ``guard()`` raises in a view.
 
-    For ``REST_FRAMEWORK["EXCEPTION_HANDLER"]``, or to be called by your own. A
-    guarded view needs no handler: its refusals are DRF's exceptions already.
+    Name it in ``REST_FRAMEWORK["EXCEPTION_HANDLER"]``, or call it from your handler. A
+    guarded view does not need it: its refusals are DRF's exceptions already.
     """
     if isinstance(exc, responses.RENDERED):
         exc = counterpart(exc)
@@ -135,32 +148,17 @@ def exception_handler(exc: Exception, context: dict[str, Any]) -> Response | Non
     return response
 
 
-def complete_answers(view: APIView) -> None:
-    """Have *view* answer a refusal with all that belongs to it.
-
-    The project's exception handler renders it. If its answer has DRF's own format,
-    what the ``GuardException`` has in *extra* is added. If it has no answer, DRF's
-    handler gives one.
-    """
-    choose = view.get_exception_handler
-
-    def chosen() -> Callable[[Exception, dict[str, Any]], Response | None]:
-        handler = choose()
-
-        def handle(exc: Exception, context: dict[str, Any]) -> Response | None:
-            response: Response | None = handler(exc, context)
-            if isinstance(exc, GuardException):
-                response = response or _default(exc, context)
-                _complete(response, exc)
-            return response
-
-        return handle
-
-    view.get_exception_handler = chosen  # type: ignore[method-assign]
+def _answer_in_full(
+    response: Response | None, exc: Exception, context: dict[str, Any]
+) -> Response | None:
+    if isinstance(exc, GuardException):
+        response = response or _default(exc, context)
+        _complete(response, exc)
+    return response
 
 
 def _default(exc: Exception, context: dict[str, Any]) -> Response | None:
-    # It reads the project's settings, which may name what stands in this package.
+    # Importing it reads the project's settings, which may name this module.
     from rest_framework.views import exception_handler as default
 
     response: Response | None = default(exc, context)
@@ -169,7 +167,7 @@ def _default(exc: Exception, context: dict[str, Any]) -> Response | None:
 
 def _complete(response: Response | None, exc: GuardException) -> None:
     data = getattr(response, "data", None)
-    # Another format is its author's: there the text was copied or wrapped.
+    # A handler with another format has copied or wrapped the text: leave it alone.
     if isinstance(data, dict) and data.get("detail") is exc.detail:
         for name, value in {"code": exc.default_code, **exc.extra}.items():
             data.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""``HasCredits``: turn callers without credits away early."""
+"""``HasCredits``: refuse callers without credits early."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from django.utils.translation import gettext_lazy as _
 from rest_framework.permissions import BasePermission
 
 from .. import units
-from ..errors import OUTAGE, MeterlyUnavailableError
-from ..methods import costs
+from ..views.methods import costs
 from ..wire import check_amount
 from .balances import balances_of
-from .exceptions import complete_answers, counterpart
 
 if TYPE_CHECKING:
     from rest_framework.request import Request
@@ -20,15 +18,19 @@ if TYPE_CHECKING:
 
 
 class HasCredits(BasePermission):
-    """Let callers in who have credits available: *amount* of *unit*.
+    """Let callers in who have *amount* credits of *unit* available.
 
-    It reads a balance and holds nothing, so it is no guard: two requests at once
-    both pass it with the last credit. Use it to refuse early, by 403, before a guard
-    or a job reserves. Methods that guards charge nothing for pass. Subclass it for
-    another *amount* or *unit* (``DEFAULT_UNIT`` by default; one of ``UNITS``).
+    Subclass it for another *amount* or *unit* (``DEFAULT_UNIT`` by default)::
 
-    A ledger that cannot be asked is a 503. An invalid *amount* or *unit* is a
-    ``ValueError``.
+        class HasFive(HasCredits):
+            amount = 5
+
+    It refuses by 403, before a guard or a job reserves, and does not replace them: it
+    holds nothing, so two requests at once both pass it with the last credit. Methods
+    that are free, for example GET, always pass.
+
+    If the ledger cannot be asked, the answer is 503. An invalid *amount* or *unit*
+    raises ``ValueError``.
     """
 
     message = _("You have no credits left for this.")
@@ -41,12 +43,7 @@ class HasCredits(BasePermission):
             return True
         amount = check_amount(self.amount, f"{type(self).__name__}.amount", minimum=0)
         unit = units.check_declared(self.unit) if self.unit else units.default()
-        try:
-            balances = balances_of(request)
-        except OUTAGE as exc:
-            complete_answers(view)
-            raise counterpart(MeterlyUnavailableError(str(exc))) from exc
         return any(
             balance.credit_unit == unit and balance.available >= amount
-            for balance in balances or ()
+            for balance in balances_of(request) or ()
         )

@@ -1,4 +1,4 @@
-"""Balances for front ends: what the caller has, and never the key it is read with."""
+"""Balances for front ends. The API key stays on the server."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rest_framework.exceptions import NotFound
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from .. import responses, units
-from ..errors import OUTAGE, MeterlyUnavailableError
+from .. import units
+from ..views import responses
 from .balances import balances_of
-from .exceptions import complete_answers, counterpart, nobody_pays
+from .exceptions import refuse
 
 if TYPE_CHECKING:
     from rest_framework.request import Request
@@ -20,20 +20,17 @@ if TYPE_CHECKING:
 
 
 class _OwnView(APIView):
-    # Project-wide ones may ask for a queryset, or for credits; these are one's own.
+    # The caller may always see these balances. The project's default permissions may
+    # ask for a queryset, which these views do not have, or for credits.
     permission_classes = []
-
-    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        super().initial(request, *args, **kwargs)
-        complete_answers(self)
 
 
 class BalancesView(_OwnView):
     """Answer the caller's own balances, one object for each unit.
 
-    ``{"balances": [{"unit", "available", "reserved", "balance"}, ...]}``. The caller
-    is whoever your authenticators and ``CUSTOMER_RESOLVER`` say; nobody known gets
-    401, a ledger that cannot be asked is a 503.
+    ``{"balances": [{"unit", "available", "reserved", "balance"}, ...]}``. Your
+    authenticators and ``CUSTOMER_RESOLVER`` find the caller. An unknown caller gets
+    401, and 503 says that the ledger cannot be asked.
     """
 
     def get(self, request: Request) -> Response:
@@ -41,9 +38,10 @@ class BalancesView(_OwnView):
 
 
 class BalanceView(_OwnView):
-    """Answer the caller's balance in one unit: zeros before the first grant.
+    """Answer the caller's balance in one unit, with zeros before the first grant.
 
-    404 for a unit that ``UNITS`` does not declare, and that the caller does not have.
+    The answer is 404 if ``UNITS`` does not declare the unit and the caller has none of
+    it.
     """
 
     def get(self, request: Request, unit: str) -> Response:
@@ -58,12 +56,9 @@ class BalanceView(_OwnView):
 
 
 def _balances(request: Request) -> tuple[Balance, ...]:
-    try:
-        balances = balances_of(request)
-    except OUTAGE as exc:
-        raise counterpart(MeterlyUnavailableError(str(exc))) from exc
+    balances = balances_of(request)
     if balances is None:
-        raise nobody_pays(request)
+        refuse(request, None)
     return balances
 
 

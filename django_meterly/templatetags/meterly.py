@@ -10,7 +10,7 @@ from django.template.base import render_value_in_context
 from django.utils.html import format_html
 
 from .. import units
-from ..keys import FORM_FIELD
+from ..views.keys import FORM_FIELD
 from ..wire import shown
 
 if TYPE_CHECKING:

@@ -25,9 +25,10 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
-from django_meterly import MeterlyUsageError, meterly_guard, methods
+from django_meterly import MeterlyUsageError, meterly_guard
 from django_meterly.mixins import MeterlyGuardMixin
 from django_meterly.policies import ViewOptions
+from django_meterly.views import methods
 from tests.books import balance, fund
 
 pytestmark = [

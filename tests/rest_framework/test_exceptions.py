@@ -8,8 +8,8 @@ import pytest
 from rest_framework.views import exception_handler as default
 
 from django_meterly import MeterlyDuplicateError, MeterlyUnavailableError, errors
-from django_meterly.responses import RENDERED
 from django_meterly.rest_framework.exceptions import counterpart, exception_handler
+from django_meterly.views.responses import RENDERED
 
 if TYPE_CHECKING:
     from django_meterly.errors import MeterlyError

@@ -46,8 +46,8 @@ def _kept(path: str) -> list[str]:
 class Command(BaseCommand):
     help = (
         "Rebuild every balance from the ledger's entries, compare rows that refer to "
-        "each other, and compute the chain of seals again. Nothing is changed. If there "
-        "is a difference, the exit code is 1."
+        "each other, and compute the chain of seals again. Nothing is changed. The "
+        "exit code is 1 if there is a difference."
     )
 
     def add_arguments(self, parser: ArgumentParser) -> None:

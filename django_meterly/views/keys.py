@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
-from .wire import MAX_CALLER_KEY_LENGTH, check_key
+from ..wire import MAX_CALLER_KEY_LENGTH, check_key
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
