@@ -26,7 +26,6 @@ from .errors import (
 )
 from .handoffs import FREE, UNCHARGED, Message
 from .heart import Heart
-from .models import Customer
 from .options import check_price, shows
 from .transports.base import (
     MAX_CALLER_KEY_LENGTH,
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from django.dispatch import Signal
 
     from .client import MeterlyClient
-    from .models import Reservation
+    from .models import Customer, Reservation
     from .types import Balance
 
 __all__ = ["Guard", "guard"]
@@ -231,7 +230,7 @@ class Guard:
         if self.enforcement == "off":
             self._uncharged = True
             return
-        customer: Customer | None = None
+        payer = journal.Payer(self._payer)
         try:
             if self.durable:
                 with db.serving():
@@ -241,26 +240,22 @@ class Guard:
             if self._payer is None and self.enforcement == "shadow":
                 raise MeterlyError("Nobody is known to pay for this.")
             with db.serving():
-                # The first statement of most guards: who meets a dead connection.
-                customer = db.on_live_connection(
-                    journal.alias(), lambda: Customer.objects.resolve(self._payer)
-                )
                 if self.amount:
-                    self._reserve(customer)
+                    self._reserve(payer)
                 else:
-                    self._begin_free(customer)
+                    self._begin_free(payer.resolve())
         except MeterlyUsageError:
             raise
         except MeterlyError as exc:
             if self.enforcement == "shadow":
                 self._uncharged = True
                 logger.warning("%s would have been denied: %s", self.reference, exc)
-                self._announce(signals.would_deny, customer, exc)
+                self._announce(signals.would_deny, payer.customer, exc)
                 return
             if isinstance(
                 exc, MeterlyInsufficientCreditsError | MeterlyUnavailableError
             ):
-                self._announce(signals.credits_denied, customer, exc)
+                self._announce(signals.credits_denied, payer.customer, exc)
             raise
 
     def _begin_free(self, customer: Customer) -> None:
@@ -288,11 +283,11 @@ class Guard:
             error=error,
         )
 
-    def _reserve(self, customer: Customer) -> None:
+    def _reserve(self, payer: journal.Payer) -> None:
         self._reserved_at = time.monotonic()
         self.reservation, self._balance = journal.reserve(
             self._client,
-            customer,
+            payer,
             self.amount,
             self.unit,
             reference=self.reference,

@@ -19,6 +19,8 @@ from ..errors import (
 from .rows import SETTLE_TIMEOUT, State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..client import MeterlyClient
     from ..models import Reservation
     from ..types import ReservationResult
@@ -27,16 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 def ask(
-    limited: MeterlyClient, row: Reservation
+    row: Reservation, send: Callable[[], ReservationResult]
 ) -> tuple[ReservationResult | MeterlyError, str]:
-    """Send the reserve, by the *limited* client; return what it comes to.
+    """Have *send* send the reserve of *row*; return what the ledger answers.
 
     That is the answer, and the state it brings *row* to; what else is to be on
     record of it is set on *row*. Raises ``OUTAGE``, and
     ``MeterlyIdempotencyMismatchError``, of which nothing is to be on record.
     """
     try:
-        held = hold(limited, row)
+        held = send()
     except MeterlyInsufficientCreditsError as exc:
         return exc, State.DENIED
     except (*OUTAGE, MeterlyIdempotencyMismatchError):

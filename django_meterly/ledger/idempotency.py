@@ -20,8 +20,13 @@ def fingerprint_of(operation: str, idempotency_key: str, **arguments: Any) -> st
 
     The key is in it, so that ``verification`` sees when it was altered.
     """
-    called = _encode([operation, idempotency_key, arguments])
+    called = text_of(operation, idempotency_key, **arguments)
     return hashlib.sha256(called.encode()).hexdigest()
+
+
+def text_of(operation: str, idempotency_key: str, **arguments: Any) -> str:
+    """Return the text whose digest is the fingerprint of a call."""
+    return _encode([operation, idempotency_key, arguments])
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,17 @@ if TYPE_CHECKING:
     import datetime as dt
 
 
+#: Stands for what only the database knows of a call that a ``Statement`` completes: the
+#: scope of its key, and its customer. They are the first two in the call's text.
+UNKNOWN = "*"
+
+
 class Spending(NamedTuple):
     """Credits to use, or to reserve if there is a *hold_id*.
 
     *workspace* is a primary key or a name. Without a *unit* it is the customer's own.
+    With a ``Statement``, which finds the customer, *fingerprint* is the text to digest:
+    see ``UNKNOWN``.
     """
 
     workspace: int | str
@@ -51,7 +58,8 @@ class Spending(NamedTuple):
 class Spent(NamedTuple):
     """Credits that were used or reserved, or why not.
 
-    Only *moved* and *replayed* have an entry, and a hold if credits were reserved.
+    Only *moved* and *replayed* have an entry, and a hold if credits were reserved. The
+    *customer_id* is there if a ``Statement`` has found it.
     """
 
     code: str
@@ -64,6 +72,7 @@ class Spent(NamedTuple):
     hold_id: str | None = None
     status: str | None = None
     expires_at: dt.datetime | None = None
+    customer_id: str | None = None
 
 
 class Closing(NamedTuple):

@@ -46,7 +46,7 @@ from ..errors import (
 from ..transports.base import MAX_AMOUNT
 from . import portable, postgresql
 from .conf import ledger_settings
-from .idempotency import Request, fingerprint_of
+from .idempotency import Request, fingerprint_of, text_of
 from .models import (
     Account,
     Entry,
@@ -57,7 +57,7 @@ from .models import (
     entry_id,
     hold_id,
 )
-from .movements import Closed, Closing, Spending, Spent
+from .movements import UNKNOWN, Closed, Closing, Spending, Spent
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -638,24 +638,28 @@ def reserve(
     """Hold credits of *unit* (or the customer's own) for *ttl_seconds*.
 
     300 seconds when not given, or ``METERLY_LEDGER["MAX_TTL"]`` if that is less.
-    A *statement*, here and in the next section, is only for PostgreSQL.
+    A *statement*, here and in the next section, is only for PostgreSQL. Here it finds
+    the customer, and the scope of the key.
 
     Raises ``MeterlyNotFoundError``, ``MeterlyInsufficientCreditsError`` and
     ``MeterlyInvalidRequestError`` (an amount below 1).
     """
-    fingerprint = fingerprint_of(
-        "reserve_credits",
-        idempotency_key,
-        customer_id=customer_id,
-        amount=amount,
-        unit=unit,
-        reference=reference,
-        ttl_seconds=ttl_seconds,
-    )
+    asked = {
+        "amount": amount,
+        "unit": unit,
+        "reference": reference,
+        "ttl_seconds": ttl_seconds,
+    }
     spending = Spending(
         workspace,
         idempotency_key,
-        fingerprint,
+        fingerprint_of(
+            "reserve_credits", idempotency_key, customer_id=customer_id, **asked
+        )
+        if statement is None
+        else text_of(
+            "reserve_credits", UNKNOWN + idempotency_key, customer_id=UNKNOWN, **asked
+        ),
         customer_id,
         unit,
         amount,
@@ -694,7 +698,7 @@ def _spend(spending: Spending, statement: Statement | None = None) -> Spent:
     if answer.code == "invalid":
         raise _invalid("amount", "The amount must be at least 1.")
     if answer.code == "not_found":
-        raise _no_customer(spending.customer_id)
+        raise _no_customer(answer.customer_id or spending.customer_id)
     if answer.code in {"insufficient", "due"}:
         account = _balance(spending.customer_id, answer)
         raise _insufficient(spending.amount, account)

@@ -52,20 +52,32 @@ NEVER_MISSING = ("create_customer", "find_customer", "grant_credits")
 class Statement:
     """SQL of the caller's that is to be one statement with a movement.
 
-    *sql* writes a row. It may read the relation ``movement``, which has one row if
-    the call moved credits, and none if it did not; its column ``reservation_id`` is
-    the hold's. *lock* is a SELECT that locks a row which the movement depends on:
-    if it finds no row, nothing is done, and ``NothingLocked`` is raised.
+    *source* is a SELECT of the one row that the movement depends on: it locks a row, or
+    it finds who pays. If there is no such row, nothing is done, and ``NothingFound`` is
+    raised. Else its columns are in *found* when the call returns or raises.
+
+    *sql* writes a row. It may read two relations: ``source``, and ``movement``, which
+    has one row if the call moved credits, and none if it did not. The column
+    ``movement.reservation_id`` is the hold's.
+
+    With a ``reserve_credits``, the source finds the customer. Its first column,
+    ``payer_id``, stands for the ``FOUND`` of the call, and its second, ``scope``, goes
+    before the call's idempotency key.
     """
 
     sql: str
-    parameters: tuple[Any, ...] = ()
-    lock: str = ""
-    lock_parameters: tuple[Any, ...] = ()
+    parameters: tuple[Any, ...]
+    source: str
+    source_parameters: tuple[Any, ...] = ()
+    found: list[Any] = field(default_factory=list)
 
 
-class NothingLocked(Exception):
-    """The lock of a ``Statement`` found no row, and so nothing was done."""
+#: The ``customer_id`` of a reserve whose ``Statement`` finds the customer.
+FOUND = "found"
+
+
+class NothingFound(Exception):
+    """The source of a ``Statement`` found no row, and so nothing was done."""
 
 
 @dataclass(frozen=True, slots=True)
