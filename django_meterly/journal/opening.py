@@ -96,10 +96,10 @@ def reserve(
     is how many seconds the work may take without a ``beat``; *ttl_seconds* by
     default. Returns the row, which is ``reserved``, and the balance after the hold.
 
-    There are two ways. The row's INSERT and the hold are one statement, which finds
-    the customer, too, where the ledger can do that and the row has no *key*. Else the row is written before the
-    ledger is asked, as an intent: in the transaction that holds the credits, if the
-    ledger joins it, and else in one that is committed first.
+    There are two ways. Where the ledger can do that and the row has no *key*, one
+    statement finds the customer, holds the credits and inserts the row. Otherwise the
+    row is written before the ledger is asked, as an intent: in the transaction that
+    holds the credits, if the ledger joins it, and else in one that is committed first.
 
     With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
     trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
@@ -187,8 +187,12 @@ def opened(using: str, row: Reservation) -> Iterator[None]:
             row.save(force_insert=True, using=using)
             yield
     except IntegrityError as exc:
-        # Somebody else opened this attempt in between: theirs runs, not ours.
+        attempt = row.attempt
         attempts.number(using, row)
+        if row.attempt == attempt:
+            # Nobody has opened this attempt. The customer was deleted, for example.
+            raise
+        # Somebody else opened this attempt in between: theirs runs, not ours.
         raise MeterlyDuplicateError(
             f"The idempotency key {row.key!r} is in use right now.", in_progress=True
         ) from exc
