@@ -44,7 +44,6 @@ from .errors import (
     MeterlyUsageError,
 )
 from .heart import Heart
-from .models import Customer
 from .resolvers import payer_of, somebody
 from .transports.base import JoinedTransport
 from .views.keys import requested_key
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
 
     from .client import MeterlyClient
     from .handoffs import Message
-    from .models import Reservation
+    from .models import Customer, Reservation
     from .policies import Policies, ViewOptions
     from .types import Balance
 
@@ -216,7 +215,7 @@ class Lifecycle:
         if self.enforcement == "off":
             self._uncharged = True
             return
-        customer: Customer | None = None
+        payer = journal.Payer(self.payer)
         try:
             if self.durable:
                 with db.serving():
@@ -224,27 +223,22 @@ class Lifecycle:
             if self.enforcement == "shadow":
                 self._refuse_in_shadow()
             with db.serving():
-                # Most guards begin with this statement: it finds out whether the
-                # connection is dead.
-                customer = db.on_live_connection(
-                    journal.alias(), lambda: Customer.objects.resolve(self.payer)
-                )
                 if self.amount:
-                    self._reserve(customer, lease)
+                    self._reserve(payer, lease)
                 else:
-                    self._begin_free(customer)
+                    self._begin_free(payer.resolve())
         except MeterlyUsageError:
             raise
         except MeterlyError as exc:
             if self.enforcement == "shadow":
                 self._uncharged = True
                 logger.warning("%s would have been denied: %s", self.reference, exc)
-                self._announce(signals.would_deny, customer, exc)
+                self._announce(signals.would_deny, payer.customer, exc)
                 return
             if isinstance(
                 exc, MeterlyInsufficientCreditsError | MeterlyUnavailableError
             ):
-                self._announce(signals.credits_denied, customer, exc)
+                self._announce(signals.credits_denied, payer.customer, exc)
             raise
 
     def resume(self) -> None:
@@ -274,11 +268,11 @@ class Lifecycle:
         if self.payer is None:
             raise MeterlyError("Nobody is known to pay for this.")
 
-    def _reserve(self, customer: Customer, lease: float | None) -> None:
+    def _reserve(self, payer: journal.Payer, lease: float | None) -> None:
         self._reserved_at = time.monotonic()
         self.reservation, self.balance = journal.reserve(
             self._client,
-            customer,
+            payer,
             self.amount,
             self.unit,
             reference=self.reference,

@@ -33,7 +33,7 @@ from .wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .client import MeterlyClient
     from .errors import MeterlyInsufficientCreditsError
@@ -74,7 +74,7 @@ def _described(value: Any) -> str:
 
 
 @cache
-def _select_sql(using: str, name: str) -> str:
+def select_sql(using: str, name: str) -> str:
     """Return the SELECT of the customer whose field *name* has one value.
 
     It names its columns: a later version may add one while this process runs.
@@ -84,6 +84,26 @@ def _select_sql(using: str, name: str) -> str:
     columns = ", ".join(fields.values())
     table = quote(Customer._meta.db_table)
     return f"SELECT {columns} FROM {table} WHERE {fields[name]} = %s"  # noqa: S608
+
+
+def wire_scope_sql(external_id: str) -> str:
+    """Return PostgreSQL's expression for the ``wire_scope`` of an *external_id*."""
+    digest = f"encode(sha256(convert_to({external_id}, 'UTF8')), 'hex')"
+    return f"left({digest}, {_SCOPE_LENGTH})"
+
+
+_SCOPE_LENGTH = 12
+
+
+@cache
+def _converters(using: str) -> dict[int, tuple[list[Any], Any]]:
+    """Return what makes values of a customer's columns, by their number."""
+    table = Customer._meta.db_table
+    compiler: Any = Customer.objects.using(using).query.get_compiler(using)
+    converters: dict[int, tuple[list[Any], Any]] = compiler.get_converters(
+        [field.get_col(table) for field in Customer._meta.concrete_fields]
+    )
+    return converters
 
 
 class CustomerQuerySet(models.QuerySet["Customer"]):
@@ -126,23 +146,14 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
         without an owner. Raises ``TypeError`` for anything else, and ``ValueError`` for
         a string that cannot be an external id.
         """
-        if isinstance(value, Customer):
-            self._for_write = True
-            # Rows can only be tied to one that comes from the same database.
-            if value._state.db in (None, self.db):
-                return value
-            return self.get(pk=value.pk)
-        if isinstance(value, str):
-            check_text(value, "external_id")
-            return self._known("external_id", value) or self._add(value)
-        if isinstance(value, Customer.owner_model()):
+        name, key = Customer.identify(value)
+        if name == "owner":
             return self.for_owner(value)
-        raise TypeError(
-            "A customer is a Customer, an instance of "
-            f"{meterly_settings.CUSTOMER_MODEL} or an external id, not "
-            f"{_described(value)}. For views, METERLY['CUSTOMER_RESOLVER'] returns who "
-            "pays."
-        )
+        if name == "external_id":
+            return self._known(name, key) or self._add(key)
+        self._for_write = True
+        # Rows can only be tied to one that comes from the same database.
+        return value if value.fits(self.db) else self.get(pk=key)
 
     async def aresolve(self, value: Any) -> Customer:
         """Return the customer that *value* stands for: ``resolve``'s async twin."""
@@ -172,7 +183,7 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
         self._for_write = True
         field: Any = Customer._meta.get_field(name)
         parameter = field.get_db_prep_value(value, connections[self.db])
-        return next(iter(self.raw(_select_sql(self.db, name), [parameter])), None)
+        return next(iter(self.raw(select_sql(self.db, name), [parameter])), None)
 
     def _register(self, owner_id: Any, external_id: str) -> Customer:
         names = _names(external_id)
@@ -301,6 +312,43 @@ class Customer(models.Model):
         model: Any = Customer._meta.get_field("owner").related_model
         return model._meta.concrete_model  # type: ignore[no-any-return]
 
+    @classmethod
+    def from_columns(cls, using: str, columns: Sequence[Any]) -> Customer:
+        """Return the customer whose *columns* a statement on *using* has read.
+
+        They are those of ``select_sql``.
+        """
+        connection, columns = connections[using], list(columns)
+        for number, (converters, expression) in _converters(using).items():
+            for convert in converters:
+                columns[number] = convert(columns[number], expression, connection)
+        names = [field.attname for field in cls._meta.concrete_fields]
+        return cls.from_db(using, names, columns)
+
+    @staticmethod
+    def identify(value: Any) -> tuple[str, Any]:
+        """Return the field that finds the customer *value* stands for, and its value.
+
+        For example, ``("external_id", "team_7")`` for the text ``"team_7"``. Raises
+        what ``CustomerQuerySet.resolve`` raises.
+        """
+        if isinstance(value, Customer):
+            return "id", value.pk
+        if isinstance(value, str):
+            return "external_id", check_text(value, "external_id")
+        if isinstance(value, Customer.owner_model()):
+            return "owner", Customer.owner_key(value)
+        raise TypeError(
+            "A customer is a Customer, an instance of "
+            f"{meterly_settings.CUSTOMER_MODEL} or an external id, not "
+            f"{_described(value)}. For views, METERLY['CUSTOMER_RESOLVER'] returns who "
+            "pays."
+        )
+
+    def fits(self, using: str) -> bool:
+        """Return whether rows of the database *using* can be tied to this instance."""
+        return self._state.db in (None, using)
+
     @staticmethod
     def owner_key(owner: Any) -> Any:
         """Return what ``Customer.owner_id`` is for *owner*.
@@ -348,7 +396,7 @@ class Customer(models.Model):
         The ledger's keys are unique in a workspace, a caller's keys only for
         one customer.
         """
-        return hashlib.sha256(self.external_id.encode()).hexdigest()[:12]
+        return hashlib.sha256(self.external_id.encode()).hexdigest()[:_SCOPE_LENGTH]
 
     def register(self, client: MeterlyClient, unit: str) -> str:
         """Return the ledger's id, registering the customer there on first use.
@@ -750,9 +798,13 @@ class Reservation(models.Model):
         Built so that it can be taken apart again from its end, and begins with
         the customer's scope: no two rows, and no two calls, can share one.
         """
-        key = f"{self.customer.wire_scope}:{self.key}~{self.attempt}:{operation}"
+        key = self.customer.wire_scope + self.key_suffix(operation)
         assert len(key) <= MAX_KEY_LENGTH
         return key
+
+    def key_suffix(self, operation: str) -> str:
+        """Return what follows the customer's scope in ``wire_key``."""
+        return f":{self.key}~{self.attempt}:{operation}"
 
 
 class LowBalance(models.Model):

@@ -38,6 +38,7 @@ FOLDER = Path(__file__).parent
 #: What these files prove is proved on PostgreSQL.
 ON_POSTGRESQL = {
     "test_at_once.py",
+    "test_payers.py",
     "ledger/test_concurrency.py",
     "ledger/test_postgresql.py",
 }

@@ -174,8 +174,8 @@ def test_an_embedded_ledger_adds_two_transactions(
     assert cost.transactions <= 2 + late, cost.log
     assert cost.journal_writes <= 2 * once_or_twice() + late, cost.log
     if postgresql.serves("default"):
-        # The customer, the hold with its row, the decision with the movement.
-        assert cost.statements <= 3 + late, cost.log
+        # The hold with its row, and the decision with its movement.
+        assert cost.statements <= 2 + late, cost.log
     assert balance(customer) == (75, 0)
 
 

@@ -53,6 +53,7 @@ from .debts import collect, write_off
 from .deciding import presume, record_failure, record_success
 from .offering import beat, claim, offer, withdraw
 from .opening import refuse_open_transaction, reserve
+from .payers import Payer
 from .rows import NO_HOLD, SETTLE_TIMEOUT, alias
 from .settling import Outcome, commit_unrecorded, settle
 from .statements import (
@@ -77,6 +78,7 @@ __all__ = [
     "OUTAGE_AFTER",
     "SETTLE_TIMEOUT",
     "Outcome",
+    "Payer",
     "alias",
     "backlog",
     "beat",

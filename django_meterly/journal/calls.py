@@ -23,6 +23,8 @@ from ..errors import (
 from .rows import SETTLE_TIMEOUT, State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..client import MeterlyClient
     from ..models import Reservation
     from ..types import ReservationResult
@@ -31,16 +33,16 @@ logger = logging.getLogger(__name__)
 
 
 def ask(
-    limited: MeterlyClient, row: Reservation
+    row: Reservation, send: Callable[[], ReservationResult]
 ) -> tuple[ReservationResult | MeterlyError, str]:
-    """Send the reserve by the *limited* client; return the answer and the new state.
+    """Ask for the hold of *row* by *send*; return the answer and the new state.
 
     Sets ``reservation_id`` or ``last_error`` on *row*, for the caller to record.
     Raises the errors in ``OUTAGE``, and ``MeterlyIdempotencyMismatchError``, which
     leaves nothing to record.
     """
     try:
-        held = hold(limited, row)
+        held = send()
     except MeterlyInsufficientCreditsError as exc:
         return exc, State.DENIED
     except (*OUTAGE, MeterlyIdempotencyMismatchError):

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     from ..client import MeterlyClient
     from ..types import Balance, ReservationResult
+    from .payers import Payer
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ _IN_TRANSACTION = (
 
 def reserve(
     client: MeterlyClient,
-    customer: Customer,
+    payer: Payer,
     amount: int,
     unit: str,
     *,
@@ -99,10 +100,10 @@ def reserve(
     is how many seconds the work may take without a ``beat``; *ttl_seconds* by
     default. Returns the row, which is ``reserved``, and the balance after the hold.
 
-    There are two ways. The row's INSERT and the hold are one statement, where the
-    ledger can do that and the row has no *key*. Else the row is written before the
-    ledger is asked, as an intent: in the transaction that holds the credits, if the
-    ledger joins it, and else in one that is committed first.
+    There are two ways. Where the ledger can do that and the row has no *key*, one
+    statement finds the customer, holds the credits and inserts the row. Otherwise the
+    row is written before the ledger is asked, as an intent: in the transaction that
+    holds the credits, if the ledger joins it, and else in one that is committed first.
 
     With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
     trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
@@ -117,7 +118,6 @@ def reserve(
     # A customer's first reserve is two calls, and they share the one deadline.
     limited = client.within(meterly_settings.DEADLINE)
     row = Reservation(
-        customer=customer,
         unit=unit,
         amount=amount,
         reference=reference,
@@ -125,16 +125,15 @@ def reserve(
         key=key or str(uuid.uuid4()),
         ttl_seconds=ttl_seconds,
     )
-    if key:
-        attempts.number(using, row)
-    if customer.owes and meterly_settings.ON_DEBT == "deny":
-        refuse_debtor(limited, customer, amount, unit)
     try:
-        if not customer.customer_id:
-            customer.ensure_registered(limited, units.default() or unit)
+        answer = None
         if not key and statements.fits_one_statement(client, using):
-            answer = statements.reserve(using, client, row, lease)
-        else:
+            answer = statements.reserve(using, client, row, payer, lease)
+        if answer is None:
+            row.customer = payer.resolve()
+            if key:
+                attempts.number(using, row)
+            _prepare(limited, row)
             answer = _reserve_by_intent(using, client, limited, row, lease)
     except OUTAGE as exc:
         # Nobody gets work for nothing by sending too many requests.
@@ -149,13 +148,26 @@ def reserve(
     if isinstance(answer, MeterlyNotFoundError):
         # Another ledger than the one this customer was registered at, or a
         # registration that was rolled back: the next use finds it registered.
-        customer.register_again(limited, meterly_settings.DEFAULT_UNIT or unit)
+        row.customer.register_again(limited, meterly_settings.DEFAULT_UNIT or unit)
         raise _unavailable(answer) from answer
     if isinstance(answer, MeterlyError):
         raise answer
     announce(signals.credits_reserved, row)
     watch_balance(row, answer.balance, row.amount)
     return row, answer.balance
+
+
+def _prepare(limited: MeterlyClient, row: Reservation) -> None:
+    """Collect what the customer of *row* owes, and register the customer, if need be.
+
+    Raises ``MeterlyDebtError``, ``MeterlyUnavailableError`` and what
+    ``Customer.register`` raises.
+    """
+    customer = row.customer
+    if customer.owes and meterly_settings.ON_DEBT == "deny":
+        refuse_debtor(limited, customer, row.amount, row.unit)
+    if not customer.customer_id:
+        customer.ensure_registered(limited, units.default() or row.unit)
 
 
 @contextmanager
@@ -179,8 +191,12 @@ def opened(using: str, row: Reservation) -> Iterator[None]:
             row.save(force_insert=True, using=using)
             yield
     except IntegrityError as exc:
-        # Somebody else opened this attempt in between: theirs runs, not ours.
+        attempt = row.attempt
         attempts.number(using, row)
+        if row.attempt == attempt:
+            # Nobody has opened this attempt. The customer was deleted, for example.
+            raise
+        # Somebody else opened this attempt in between: theirs runs, not ours.
         raise MeterlyDuplicateError(
             f"The idempotency key {row.key!r} is in use right now.", in_progress=True
         ) from exc
@@ -230,7 +246,7 @@ def _reserve_by_intent(
 def _ask_and_record(
     client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
 ) -> ReservationResult | MeterlyError:
-    answer, state = calls.ask(limited, row)
+    answer, state = calls.ask(row, lambda: calls.hold(limited, row))
     # From the moment the intent was written: the hold cannot be older.
     seconds = dt.timedelta(seconds=lease - meterly_settings.DEADLINE)
     recorded = move(

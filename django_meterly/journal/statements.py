@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING, Any
 from django.db import Error, connections
 
 from ..conf import meterly_settings
-from ..db import READS_COMMITTED, DatabaseNow, from_now, is_outage, reconnect
+from ..db import (
+    READS_COMMITTED,
+    DatabaseNow,
+    from_now,
+    is_outage,
+    on_live_connection,
+    reconnect,
+)
 from ..errors import MeterlyError, MeterlyUnknownOutcomeError
-from ..models import Reservation
-from ..transports.base import JoinedTransport, NothingLocked, Statement
+from ..models import Customer, Reservation, select_sql, wire_scope_sql
+from ..transports.base import FOUND, JoinedTransport, NothingFound, Statement
 from . import calls
 from .rows import DENIED_RETENTION, OUTCOMES, State, alias, announce
 
 if TYPE_CHECKING:
     from ..client import MeterlyClient
     from ..types import ReservationResult
+    from .payers import Payer
 
 
 def fits_one_statement(client: MeterlyClient, using: str) -> bool:
@@ -45,23 +53,41 @@ def carries_statements(client: MeterlyClient, using: str) -> bool:
 
 
 def reserve(
-    using: str, client: MeterlyClient, row: Reservation, lease: float
-) -> ReservationResult | MeterlyError:
-    """Ask a ledger that writes *row* in the statement that holds the credits."""
-    insert = _insert(using, row, lease + meterly_settings.LEASE_GRACE)
+    using: str, client: MeterlyClient, row: Reservation, payer: Payer, lease: float
+) -> ReservationResult | MeterlyError | None:
+    """Ask a ledger that writes *row* in the statement that holds the credits.
+
+    The statement finds the customer, too. Returns ``None`` if there is none yet, or if
+    the customer owes credits or is not registered. Then nothing was done.
+    """
+    statement = _opening(using, row, payer, lease + meterly_settings.LEASE_GRACE)
+    carrying = client.carrying(statement)
+
+    def ask() -> tuple[ReservationResult | MeterlyError, str]:
+        return calls.ask(row, lambda: _hold_of_found(carrying, row))
+
     try:
-        answer, row.state = calls.ask(client.carrying(insert), row)
-    except Error as exc:
-        if not is_outage(exc):
+        if isinstance(payer.named, Customer):
+            answer, row.state = ask()
+        else:
+            # The first statement of most guards: it may meet a connection that died
+            # long ago. It is sent again with the same keys, and so it is done once.
+            answer, row.state = on_live_connection(using, ask)
+    except NothingFound:
+        return None
+    except (Error, MeterlyUnknownOutcomeError) as exc:
+        if isinstance(exc, Error) and not is_outage(exc):
             raise
         connection = connections[using]
         # Leaving an atomic block, Django would have replaced a dead connection.
         if not connection.is_usable():
             reconnect(connection)
+        row.customer = payer.resolve()
         # There may be a hold and its row, which lapse: what follows is another row.
         row.pk = uuid.uuid4()
         row.key = str(row.pk)
         raise MeterlyUnknownOutcomeError(f"The database failed: {exc}") from exc
+    row.customer = payer.found(using, statement.found[2:])
     if row.state == State.RESERVED:
         row._state.adding = False
         row._state.db = using
@@ -73,32 +99,81 @@ def reserve(
     return answer
 
 
-def _insert(using: str, row: Reservation, lease: float) -> Statement:
-    """Return the INSERT of *row*, with its hold's id and a lease of *lease* seconds."""
-    sql, fields = _insert_sql(using)
+def _hold_of_found(carrying: MeterlyClient, row: Reservation) -> ReservationResult:
+    """Send what ``calls.hold`` sends, for a customer that the statement finds."""
+    return carrying.reserve_credits(
+        FOUND,
+        row.amount,
+        unit=row.unit,
+        reference=row.reference,
+        idempotency_key=row.key_suffix("reserve"),
+        ttl_seconds=row.ttl_seconds,
+    )
+
+
+def _opening(using: str, row: Reservation, payer: Payer, lease: float) -> Statement:
+    """Return the statement that finds *payer* and inserts *row*.
+
+    The row gets the hold's id, and a lease of *lease* seconds.
+    """
+    name, value = Customer.identify(payer.named)
     connection = connections[using]
+    sql, fields = _insert_sql(using)
     values = (
         field.get_db_prep_save(field.pre_save(row, add=True), connection)
         for field in fields
     )
-    return Statement(sql, (*values, dt.timedelta(seconds=lease)))
+    found_by: Any = Customer._meta.get_field(name)
+    may_owe = meterly_settings.ON_DEBT == "allow"
+    return Statement(
+        sql,
+        (*values, dt.timedelta(seconds=lease)),
+        _source_sql(using, name),
+        (found_by.get_db_prep_value(value, connection), may_owe),
+    )
+
+
+@functools.cache
+def _source_sql(using: str, name: str) -> str:
+    """Return the SELECT of the customer whose field *name* has one value.
+
+    Only one that is registered, and that owes nothing or may owe.
+    """
+    return (
+        f"SELECT customer_id AS payer_id, {wire_scope_sql('external_id')} AS scope, "  # noqa: S608
+        f"customer.* FROM ({select_sql(using, name)}) AS customer "
+        "WHERE customer_id <> '' AND (%s OR NOT owes)"
+    )
 
 
 @functools.cache
 def _insert_sql(using: str) -> tuple[str, list[Any]]:
-    """Return the text of that INSERT, and the fields whose values it takes."""
+    """Return the text of the INSERT, and the fields whose values it takes."""
     quote = connections[using].ops.quote_name
     values = {
+        "customer_id": "source.id",
         "state": f"'{State.RESERVED.value}'",
         "reservation_id": "movement.reservation_id",
         "lease_until": "STATEMENT_TIMESTAMP() + %s",
+        # As they are in a new row: a parameter would cost more than the column does.
+        "attempt": "1",
+        "lapsed": "false",
+        "fence": "0",
+        "settle_attempts": "0",
+        "refusals": "0",
+        "last_error": "''",
     }
-    fields = [f for f in Reservation._meta.concrete_fields if f.attname not in values]
-    columns = ", ".join(quote(str(f.column)) for f in fields)
+    fields = [
+        field
+        for field in Reservation._meta.concrete_fields
+        if field.attname not in values and not field.null
+    ]
+    columns = [*(str(field.column) for field in fields), *values]
     sql = (
         f"INSERT INTO {quote(Reservation._meta.db_table)} "  # noqa: S608
-        f"({columns}, {', '.join(values)}) "
-        f"SELECT {'%s, ' * len(fields)}{', '.join(values.values())} FROM movement"
+        f"({', '.join(map(quote, columns))}) "
+        f"SELECT {'%s, ' * len(fields)}{', '.join(values.values())} "
+        "FROM movement, source"
     )
     return sql, fields
 
@@ -128,9 +203,9 @@ def decide_in_one_statement(
             "decided_at = STATEMENT_TIMESTAMP(), settled_at = STATEMENT_TIMESTAMP() "
             "FROM movement WHERE id = %s",
             (outcome.value, charge, row.pk),
-            lock=f"SELECT id FROM {table} "  # noqa: S608
+            source=f"SELECT id FROM {table} "  # noqa: S608
             f"WHERE id = %s AND state = %s AND fence = %s{allowed} FOR NO KEY UPDATE",
-            lock_parameters=(row.pk, State.RESERVED.value, fence),
+            source_parameters=(row.pk, State.RESERVED.value, fence),
         )
     )
     try:
@@ -140,7 +215,7 @@ def decide_in_one_statement(
             )
         else:
             calls.commit(carrying, row, charge)
-    except (MeterlyError, NothingLocked):
+    except (MeterlyError, NothingFound):
         return False
     row.state, row.charge = outcome, charge
     announce(OUTCOMES[outcome], row)

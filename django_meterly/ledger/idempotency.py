@@ -35,8 +35,13 @@ def fingerprint_of(operation: str, idempotency_key: str, **arguments: Any) -> st
 
     It includes the key, so that ``verification`` notices when a key was altered.
     """
-    called = _encode([operation, idempotency_key, arguments])
+    called = text_of(operation, idempotency_key, **arguments)
     return hashlib.sha256(called.encode()).hexdigest()
+
+
+def text_of(operation: str, idempotency_key: str, **arguments: Any) -> str:
+    """Return the text whose digest is the fingerprint of a call."""
+    return _encode([operation, idempotency_key, arguments])
 
 
 @dataclass(frozen=True, slots=True)

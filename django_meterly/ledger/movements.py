@@ -40,11 +40,18 @@ if TYPE_CHECKING:
     from ..transports.base import Statement
 
 
+#: Stands in a call's text for the parts that a ``Statement`` finds in the database:
+#: first for the scope of the idempotency key, then for the customer.
+UNKNOWN = "*"
+
+
 class Spending(NamedTuple):
     """Credits to use, or to reserve if there is a *hold_id*.
 
     *workspace* is a primary key or a name. Without a *unit* the customer's default
     unit is meant.
+    With a ``Statement``, which finds the customer, *fingerprint* is the text to digest:
+    see ``UNKNOWN``.
     """
 
     workspace: int | str
@@ -64,6 +71,7 @@ class Spent(NamedTuple):
     """Credits that were used or reserved, or the reason why not.
 
     Only *moved* and *replayed* have an entry, and a hold if credits were reserved.
+    *customer_id* is set if a ``Statement`` has found the customer.
     """
 
     code: str
@@ -76,6 +84,7 @@ class Spent(NamedTuple):
     hold_id: str | None = None
     status: str | None = None
     expires_at: dt.datetime | None = None
+    customer_id: str | None = None
 
 
 class Closing(NamedTuple):

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from django.db import DatabaseError, connections, router, transaction
 from django.db.migrations.loader import MigrationLoader
 
-from ..transports.base import NothingLocked
+from ..transports.base import NothingFound
 from . import constraints
-from .movements import Closed, Closing, Spending, Spent
+from .movements import UNKNOWN, Closed, Closing, Spending, Spent
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -33,63 +33,87 @@ def serves(using: str) -> bool:
 
 
 def spend(using: str, spending: Spending, statement: Statement | None = None) -> Spent:
-    """Use or reserve credits, as one with *statement*."""
-    arguments = (*_named(spending.workspace), *spending[1:])
-    row = Spent(*_call(using, _SPEND, arguments, spending.hold_id, statement))
+    """Use or reserve credits, or reserve them as one with *statement*."""
+    if statement is None:
+        answer = _call(using, _SPEND, (*_named(spending.workspace), *spending[1:]))
+    else:
+        asked = spending.fingerprint.split(UNKNOWN, 2)
+        arguments = (
+            *_named(spending.workspace),
+            spending.idempotency_key,
+            *asked,
+            *spending[4:],
+        )
+        answer = _call_with(using, _RESERVE, arguments, spending.hold_id, statement)
+    row = Spent(*answer)
     return row._replace(
-        created_at=_time(row.created_at), expires_at=_time(row.expires_at)
+        created_at=_time(row.created_at),
+        expires_at=_time(row.expires_at),
+        customer_id=None if statement is None else statement.found[0],
     )
 
 
 def close(using: str, closing: Closing, statement: Statement | None = None) -> Closed:
     """Commit or release a hold, as one with *statement*."""
     arguments = (*_named(closing.workspace), *closing[1:])
-    row = Closed(*_call(using, _CLOSE, arguments, closing.hold_id, statement))
+    if statement is None:
+        answer = _call(using, _CLOSE, arguments)
+    else:
+        answer = _call_with(using, _CLOSE, arguments, closing.hold_id, statement)
+    row = Closed(*answer)
     return row._replace(expires_at=_time(row.expires_at))
 
 
 _SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)}) AS answer"
 _CLOSE = f"SELECT meterly_close_1({', '.join(['%s'] * 8)}) AS answer"
-
-# The row is locked before anything is moved: nothing of WITH that is
-# MATERIALIZED, and locks, is merged into what reads it.
-_LOCKING = (
-    "WITH locked AS MATERIALIZED ({lock}), call AS MATERIALIZED ({call} FROM locked)"
+# The same as _SPEND, for the customer that a statement's source has found.
+_RESERVE = (
+    "SELECT meterly_spend_1(%s, %s, source.scope || %s, encode(sha256(convert_to("
+    "%s || source.scope || %s || source.payer_id || %s, 'UTF8')), 'hex'), "
+    f"source.payer_id, {', '.join(['%s'] * 7)}) AS answer"
 )
-_CALLING = "WITH call AS MATERIALIZED ({call})"
-_WRITING = """, movement AS (
-    SELECT %s AS reservation_id FROM call WHERE answer ->> 0 = 'moved'
-), written AS ({sql}) SELECT answer FROM call"""
+
+# The source comes first, and is there before anything is moved: nothing of WITH that
+# is MATERIALIZED is merged into what reads it.
+_WITH = """WITH source AS MATERIALIZED ({source}),
+call AS MATERIALIZED ({call} FROM source),
+movement AS (SELECT %s AS reservation_id FROM call WHERE answer ->> 0 = 'moved'),
+written AS ({sql})
+SELECT call.answer, source.* FROM call, source"""
 
 
 def _named(workspace: int | str) -> tuple[int | None, str | None]:
     return (None, workspace) if isinstance(workspace, str) else (workspace, None)
 
 
-def _call(
+def _call(using: str, call: str, arguments: tuple[Any, ...]) -> list[Any]:
+    with connections[using].cursor() as cursor:
+        cursor.execute(call, arguments)
+        [answer] = cursor.fetchone()
+    return list(answer)
+
+
+def _call_with(
     using: str,
     call: str,
     arguments: tuple[Any, ...],
     hold_id: str | None,
-    statement: Statement | None,
+    statement: Statement,
 ) -> list[Any]:
-    sql = call
-    if statement is not None:
-        sql = (_LOCKING if statement.lock else _CALLING) + _WRITING
-        sql = sql.format(lock=statement.lock, call=call, sql=statement.sql)
-        arguments = (
-            *statement.lock_parameters,
-            *arguments,
-            hold_id,
-            *statement.parameters,
-        )
+    sql = _WITH.format(source=statement.source, call=call, sql=statement.sql)
+    parameters = (
+        *statement.source_parameters,
+        *arguments,
+        hold_id,
+        *statement.parameters,
+    )
     with connections[using].cursor() as cursor:
-        cursor.execute(sql, arguments)
+        cursor.execute(sql, parameters)
         row = cursor.fetchone()
     if row is None:
-        raise NothingLocked
-    answer: list[Any] = row[0]
-    return answer
+        raise NothingFound
+    answer, *statement.found[:] = row
+    return list(answer)
 
 
 def _time(text: Any) -> dt.datetime | None:

@@ -38,7 +38,7 @@ def of_spending(spending: Spending, answer: Spent) -> MeterlyApiError | None:
         case "invalid":
             return invalid("amount", "The amount must be at least 1.")
         case "not_found":
-            return no_customer(spending.customer_id)
+            return no_customer(answer.customer_id or spending.customer_id)
         case "insufficient" | "due":
             return _insufficient(spending.amount, answer)
     return None

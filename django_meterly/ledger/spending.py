@@ -31,9 +31,9 @@ from . import expiry, portable, postgresql, refusals
 from .conf import ledger_settings
 from .customers import ensure_workspace
 from .database import retried, write_alias
-from .idempotency import Request, fingerprint_of
+from .idempotency import Request, fingerprint_of, text_of
 from .models import Entry, Hold, entry_id, hold_id
-from .movements import Closed, Closing, Spending, Spent
+from .movements import UNKNOWN, Closed, Closing, Spending, Spent
 from .results import AccountBalance, EntryRecord, HoldRecord
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def reserve(
     The default is 300 seconds, or ``METERLY_LEDGER["MAX_TTL"]`` if that is less. Raises
     ``MeterlyNotFoundError``, ``MeterlyInsufficientCreditsError`` and
     ``MeterlyInvalidRequestError`` (an amount below 1).
+
+    A *statement* is for PostgreSQL: it finds the customer and the scope of the key.
     """
     asked: dict[str, Any] = {
         "customer_id": customer_id,
@@ -124,9 +126,14 @@ def reserve(
         "unit": unit,
         "reference": reference,
     }
-    fingerprint = fingerprint_of(
-        "reserve_credits", idempotency_key, **asked, ttl_seconds=ttl_seconds
-    )
+    if statement is None:
+        fingerprint = fingerprint_of(
+            "reserve_credits", idempotency_key, **asked, ttl_seconds=ttl_seconds
+        )
+    else:
+        # PostgreSQL digests this text once it has found the customer.
+        told = {**asked, "customer_id": UNKNOWN, "ttl_seconds": ttl_seconds}
+        fingerprint = text_of("reserve_credits", UNKNOWN + idempotency_key, **told)
     spending = Spending(
         workspace=workspace,
         idempotency_key=idempotency_key,

@@ -183,17 +183,30 @@ class JoinedTransport(Transport):
 class Statement:
     """SQL of the caller that becomes one statement with a movement.
 
-    *sql* writes a row. It may read the relation ``movement``: that has one row if the
-    call moved credits, and none if it did not. Its column ``reservation_id`` is the id
-    of the hold. *lock* is a SELECT that locks a row which the movement depends on. If
-    it finds no row, nothing is done, and ``NothingLocked`` is raised.
+    *source* is a SELECT of the one row that the movement depends on. For example, it
+    locks the journal's row, or it finds the customer who pays. If it finds no row,
+    nothing is done, and ``NothingFound`` is raised. Otherwise the values of its columns
+    are in *found*, even if the ledger refuses the call.
+
+    *sql* writes a row. It may read two relations: ``source``, and ``movement``, which
+    has one row if the call moved credits, and none if it did not. The column
+    ``movement.reservation_id`` is the id of the hold.
+
+    For ``reserve_credits`` the source finds the customer. Its first column,
+    ``payer_id``, replaces the ``FOUND`` of the call; its second column, ``scope``, is
+    put before the call's idempotency key.
     """
 
     sql: str
-    parameters: tuple[Any, ...] = ()
-    lock: str = ""
-    lock_parameters: tuple[Any, ...] = ()
+    parameters: tuple[Any, ...]
+    source: str
+    source_parameters: tuple[Any, ...] = ()
+    found: list[Any] = field(default_factory=list)
 
 
-class NothingLocked(Exception):
-    """The lock of a ``Statement`` found no row, and so nothing was done."""
+#: The ``customer_id`` of a reserve whose ``Statement`` finds the customer.
+FOUND = "found"
+
+
+class NothingFound(Exception):
+    """The source of a ``Statement`` found no row, and so nothing was done."""
