@@ -138,7 +138,7 @@ def test_the_row_is_the_same_in_memory_and_in_the_database(
 ) -> None:
     fund(owner)
     work = guard(owner, 25, reference="r", ttl_seconds=60)
-    work.reserve()
+    work.lifecycle.reserve()
     row = work.reservation
     assert row is not None
     given = [f.attname for f in Reservation._meta.fields if f.name != "lease_until"]
@@ -151,7 +151,7 @@ def test_the_row_is_the_same_in_memory_and_in_the_database(
 
 def test_an_unknown_external_id_becomes_a_customer(way: bool) -> None:
     with pytest.raises(MeterlyError, match="are required, 0 are available"):
-        guard("team_7", 25, "image_credits").reserve()
+        guard("team_7", 25, "image_credits").lifecycle.reserve()
     customer = Customer.objects.get()
     assert (customer.external_id, customer.owner_id) == ("team_7", None)
     assert customer.customer_id == LedgerCustomer.objects.get().public_id
@@ -208,7 +208,7 @@ def test_what_is_owed_is_collected_first(
                 pass
         else:
             with pytest.raises(MeterlyError, match="owes 20 credits"):
-                guard(NAMES[named](owner), 25).reserve()
+                guard(NAMES[named](owner), 25).lifecycle.reserve()
     if pays:
         assert states() == ["committed", "committed"]
         assert balance(customer) == (55, 0)
@@ -270,7 +270,7 @@ def test_what_is_no_customer_is_refused_before_anything(
     fund(owner)
     stranger, error, message = STRANGERS[named]
     with counted(0, True), pytest.raises(error, match=message):
-        guard(stranger(owner), 25).reserve()
+        guard(stranger(owner), 25).lifecycle.reserve()
     assert states() == []
 
 
@@ -280,7 +280,7 @@ def test_f66_a_deleted_owners_wallet_is_nobodys(way: bool, owner: User) -> None:
     User.objects.filter(pk=key).delete()
     heir = User.objects.create_user("heir", pk=key)
     with pytest.raises(MeterlyError, match="0 are available"):
-        guard(heir, 25).reserve()
+        guard(heir, 25).lifecycle.reserve()
     assert Customer.objects.get(owner=heir).external_id == f"user_{key}~2"
     # By its name it can still be asked for.
     with guard(customer.external_id, 25):
@@ -297,7 +297,7 @@ def test_a_customer_that_was_deleted_meanwhile_is_missed(
     Customer.objects.all().delete()
     missing = (Customer.DoesNotExist, IntegrityError)
     with pytest.raises(missing, match=r"Customer matching|foreign key"):
-        guard(payer, 25).reserve()
+        guard(payer, 25).lifecycle.reserve()
     assert states() == []
     assert movements() == []
 
@@ -311,7 +311,7 @@ def test_a_customer_that_the_ledger_does_not_know_is_registered_again(
         heard() as found,
         pytest.raises(MeterlyUnavailableError, match="customer 'cus_of_another"),
     ):
-        guard(owner, 25).reserve()
+        guard(owner, 25).lifecycle.reserve()
     assert [(name, each.pk) for name, each in found] == [
         ("credits_denied", customer.pk)
     ]
@@ -335,10 +335,10 @@ def test_a_refusal_names_the_whole_customer(
     work = guard(NAMES[named](owner), 101, enforcement=enforcement)
     with heard() as found, counted(2, way):
         if enforcement == "shadow":
-            work.reserve()
+            work.lifecycle.reserve()
         else:
             with pytest.raises(MeterlyError, match="101 credits"):
-                work.reserve()
+                work.lifecycle.reserve()
     signal = "would_deny" if enforcement == "shadow" else "credits_denied"
     [(name, customer)] = found
     assert name == signal
@@ -362,10 +362,10 @@ def test_low_balance_names_the_whole_customer(
 def test_a_key_of_the_callers_takes_the_other_way(owner: User) -> None:
     fund(owner)
     with CaptureQueriesContext(connection) as log:
-        guard(owner, 25, idempotency_key="order-1").reserve()
+        guard(owner, 25, idempotency_key="order-1").lifecycle.reserve()
     assert len(log) > 2
     with pytest.raises(MeterlyError, match="in use right now"):
-        guard(owner, 25, idempotency_key="order-1").reserve()
+        guard(owner, 25, idempotency_key="order-1").lifecycle.reserve()
     assert states() == ["reserved"]
 
 
@@ -400,7 +400,7 @@ def test_a_view_takes_two_round_trips(way: bool, owner: User) -> None:
 def test_both_ways_are_what_they_are_called(way: bool, owner: User) -> None:
     fund(owner)
     with CaptureQueriesContext(connection) as log:
-        guard(owner, 25).reserve()
+        guard(owner, 25).lifecycle.reserve()
     assert (len(log) == 1) == way
     assert opening.statements is statements
     assert journal.Payer(owner).resolve() == Customer.objects.get()

@@ -68,6 +68,14 @@ def is_tried_again(row: Reservation) -> bool:
     return later.exists()
 
 
+def is_opened(using: str, row: Reservation) -> bool:
+    """Return whether the attempt that *row* is about to open is in the journal."""
+    attempt = Reservation.objects.using(using).filter(
+        customer=row.customer_id, key=row.key, attempt=row.attempt
+    )
+    return attempt.exists()
+
+
 def in_the_way(customer: Customer, key: str) -> MeterlyDuplicateError | None:
     """Return why *key* cannot be tried now; ``None`` if it is free."""
     rows = Reservation.objects.using(alias()).filter(customer=customer, key=key)

@@ -191,12 +191,11 @@ def opened(using: str, row: Reservation) -> Iterator[None]:
             row.save(force_insert=True, using=using)
             yield
     except IntegrityError as exc:
-        attempt = row.attempt
-        attempts.number(using, row)
-        if row.attempt == attempt:
-            # Nobody has opened this attempt. The customer was deleted, for example.
+        if not attempts.is_opened(using, row):
+            # It is another constraint. For example, the customer was deleted meanwhile.
             raise
-        # Somebody else opened this attempt in between: theirs runs, not ours.
+        # Somebody else has opened this attempt: theirs runs, not ours.
+        attempts.number(using, row)
         raise MeterlyDuplicateError(
             f"The idempotency key {row.key!r} is in use right now.", in_progress=True
         ) from exc
