@@ -61,7 +61,7 @@ def external_id_of(owner: models.Model) -> str:
 
 
 def _names(external_id: str) -> Iterator[str]:
-    """Yield *external_id*, and then what its owner is called if that is taken."""
+    """Yield *external_id*, then ``external_id~2`` and so on, for when it is taken."""
     yield external_id
     for number in count(2):
         suffix = f"~{number}"
@@ -69,7 +69,7 @@ def _names(external_id: str) -> Iterator[str]:
 
 
 def _described(value: Any) -> str:
-    # Never by the __str__ of a project's model: it may raise, or query.
+    # Not the __str__ of a project's model, which may raise or query the database.
     return value._meta.label if isinstance(value, models.Model) else shown(value)
 
 
@@ -77,7 +77,7 @@ def _described(value: Any) -> str:
 def select_sql(using: str, name: str) -> str:
     """Return the SELECT of the customer whose field *name* has one value.
 
-    It names its columns: a later version may add one while this process runs.
+    It names its columns, because a later version may add one while this process runs.
     """
     quote = connections[using].ops.quote_name
     fields = {f.name: quote(str(f.column)) for f in Customer._meta.concrete_fields}
@@ -97,7 +97,7 @@ _SCOPE_LENGTH = 12
 
 @cache
 def _converters(using: str) -> dict[int, tuple[list[Any], Any]]:
-    """Return what makes values of a customer's columns, by their number."""
+    """Return the converters of a customer's columns, by the number of the column."""
     table = Customer._meta.db_table
     compiler: Any = Customer.objects.using(using).query.get_compiler(using)
     converters: dict[int, tuple[list[Any], Any]] = compiler.get_converters(
@@ -141,10 +141,10 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
         """Return the customer that *value* stands for.
 
         *value* is a ``Customer``, an instance of ``CUSTOMER_MODEL`` (see
-        ``for_owner``) or an external id. An external id is the customer of that name,
-        whoever owns it: also one whose owner was deleted. If there is none, it is made
-        without an owner. Raises ``TypeError`` for anything else, and ``ValueError`` for
-        a string that cannot be an external id.
+        ``for_owner``) or an external id. An external id finds the customer of that
+        name, even if the owner was deleted, or makes one without an owner. For example,
+        ``Customer.objects.resolve("team_7")``. Raises ``TypeError`` for anything else,
+        and ``ValueError`` for a string that cannot be an external id.
         """
         name, key = Customer.identify(value)
         if name == "owner":
@@ -152,7 +152,7 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
         if name == "external_id":
             return self._known(name, key) or self._add(key)
         self._for_write = True
-        # Rows can only be tied to one that comes from the same database.
+        # A row can only refer to a customer that comes from the same database.
         return value if value.fits(self.db) else self.get(pk=key)
 
     async def aresolve(self, value: Any) -> Customer:
@@ -160,7 +160,7 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
         return await sync_to_async(self.resolve)(value)
 
     def update(self, **fields: Any) -> int:
-        """Update the customers; with an owner, note that they have had one."""
+        """Update the customers; if that sets an owner, set ``had_owner``, too."""
         if any(fields.get(name) is not None for name in ("owner", "owner_id")):
             fields["had_owner"] = True
         return super().update(**fields)
@@ -168,7 +168,7 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
     update.alters_data = True  # type: ignore[attr-defined]
 
     def bulk_create(self, objs: Iterable[Customer], *args: Any, **kwargs: Any) -> Any:
-        """Insert *objs*; note of those with an owner that they have had one."""
+        """Insert *objs*; set ``had_owner`` of those with an owner."""
         customers = list(objs)
         for customer in customers:
             customer.ensure_external_id()
@@ -178,8 +178,8 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
     bulk_create.alters_data = True  # type: ignore[attr-defined]
 
     def _known(self, name: str, value: Any) -> Customer | None:
-        # By hand: every guard asks this, and Django takes longer to write the query
-        # anew than the database takes to answer it.
+        # By hand: Django takes longer to build this frequent query than the database
+        # takes to answer it.
         self._for_write = True
         field: Any = Customer._meta.get_field(name)
         parameter = field.get_db_prep_value(value, connections[self.db])
@@ -227,9 +227,9 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
             raise
 
     def _winner(self, **lookups: Any) -> Customer | None:
-        """Return the customer that matches the first of *lookups* that one matches."""
-        # Locked, if there is none: in a transaction, MySQL may read what was true when
-        # that began. Not at once: locks on what is not there block others' inserts.
+        """Return the customer of the first of *lookups* that finds one."""
+        # The second try locks: without it, MySQL may read its transaction's snapshot.
+        # The first does not, because a lock on a missing row blocks others' inserts.
         for customers in (self.all(), self.select_for_update()):
             with transaction.atomic(using=self.db):
                 for lookup in lookups.items():
@@ -239,7 +239,7 @@ class CustomerQuerySet(models.QuerySet["Customer"]):
 
 
 class Customer(models.Model):
-    """Who pays with credits: your external id, and the ledger's id for it."""
+    """A customer, who pays with credits: your external id, and the ledger's id."""
 
     owner = models.OneToOneField(
         meterly_settings.owner_model(),
@@ -283,7 +283,7 @@ class Customer(models.Model):
         permissions = [("grant_credits", _("Can grant credits"))]
         constraints = [
             models.CheckConstraint(
-                # Whoever sets the owner by SQL of their own cannot forget it.
+                # SQL of the project that sets the owner must set had_owner, too.
                 condition=models.Q(owner=None) | models.Q(had_owner=True),
                 name="meterly_customer_had_owner",
             ),
@@ -308,7 +308,7 @@ class Customer(models.Model):
 
     @staticmethod
     def owner_model() -> type[models.Model]:
-        """Return the model of ``CUSTOMER_MODEL``; a proxy's own if it is a proxy."""
+        """Return the model of ``CUSTOMER_MODEL``; for a proxy, its concrete model."""
         model: Any = Customer._meta.get_field("owner").related_model
         return model._meta.concrete_model  # type: ignore[no-any-return]
 
@@ -316,7 +316,7 @@ class Customer(models.Model):
     def from_columns(cls, using: str, columns: Sequence[Any]) -> Customer:
         """Return the customer whose *columns* a statement on *using* has read.
 
-        They are those of ``select_sql``.
+        The *columns* are those of ``select_sql``.
         """
         connection, columns = connections[using], list(columns)
         for number, (converters, expression) in _converters(using).items():
@@ -327,7 +327,7 @@ class Customer(models.Model):
 
     @staticmethod
     def identify(value: Any) -> tuple[str, Any]:
-        """Return the field that finds the customer *value* stands for, and its value.
+        """Return the field by which *value* finds a customer, and the field's value.
 
         For example, ``("external_id", "team_7")`` for the text ``"team_7"``. Raises
         what ``CustomerQuerySet.resolve`` raises.
@@ -351,7 +351,7 @@ class Customer(models.Model):
 
     @staticmethod
     def owner_key(owner: Any) -> Any:
-        """Return what ``Customer.owner_id`` is for *owner*.
+        """Return the ``Customer.owner_id`` of *owner*.
 
         Raises ``TypeError`` unless it is an instance of ``CUSTOMER_MODEL``, and
         ``ValueError`` unless it is saved.
@@ -373,8 +373,8 @@ class Customer(models.Model):
         return key
 
     def note_owner(self) -> bool:
-        """Note that this customer has had an owner, if it has one; return whether."""
-        # Not what is deferred: that was noted when it was saved.
+        """Set ``had_owner`` if this customer has an owner; return whether it has."""
+        # A deferred owner is not loaded: had_owner was set when it was saved.
         if self.__dict__.get("owner_id") is None:
             return False
         self.had_owner = True
@@ -391,10 +391,10 @@ class Customer(models.Model):
 
     @property
     def wire_scope(self) -> str:
-        """What keeps this customer's keys apart from others' on the wire.
+        """The prefix of this customer's keys on the wire.
 
-        The ledger's keys are unique in a workspace, a caller's keys only for
-        one customer.
+        The ledger's keys are unique in a workspace. A caller's keys are only unique for
+        each customer, so the prefix keeps them apart.
         """
         return hashlib.sha256(self.external_id.encode()).hexdigest()[:_SCOPE_LENGTH]
 
@@ -410,7 +410,7 @@ class Customer(models.Model):
         return self.ensure_registered(client, units.check_declared(unit))
 
     def ensure_registered(self, client: MeterlyClient, unit: str) -> str:
-        """Do what ``register`` does with a *unit* that is on record already."""
+        """Do the same as ``register``, for a *unit* that was checked before."""
         if self.customer_id:
             return str(self.customer_id)
         try:
@@ -425,7 +425,7 @@ class Customer(models.Model):
         return customer_id
 
     def learn(self, customer_id: str) -> None:
-        """Keep *customer_id*, which the ledger says is this customer's.
+        """Store *customer_id*, the ledger's id of this customer.
 
         Raises ``MeterlyUnknownOutcomeError`` if this customer has another one, or if it
         belongs to another customer.
@@ -473,24 +473,25 @@ class Customer(models.Model):
 def replace_missing_owner_model() -> None:
     """Let ``Customer.owner`` point to the user model if ``CUSTOMER_MODEL`` is missing.
 
-    Call it when all models are loaded. Otherwise the admin would end in an exception of
-    Django's before the check that explains it. No credits move until it is mended.
+    Call it when all models are loaded. Without it, the admin raises an exception of
+    Django before the check can explain the setting. Guards refuse to run until the
+    setting is right.
     """
     owner: Any = Customer._meta.get_field("owner")
     if isinstance(owner.remote_field.model, str):
         try:
             user = apps.get_model(settings.AUTH_USER_MODEL)
         except (LookupError, ValueError):
-            return  # Django's own checks say so.
+            return  # Django's own checks report it.
         owner.remote_field.model = user
         owner.do_related_class(user, Customer)
 
 
 class Grant(models.Model):
-    """Credits somebody granted: who, to whom, how many and why.
+    """A grant of credits: who granted how many to whom, and why.
 
-    Written before the ledger is asked, so that a grant whose answer was lost is
-    asked for again, with the same key, until the ledger has said yes or no.
+    The row is written before the ledger is asked. If the answer is lost, the sweeper
+    asks again with the same key, until the ledger has said yes or no.
     """
 
     class State(models.TextChoices):
@@ -540,15 +541,15 @@ class Grant(models.Model):
     def stands_for(self, amount: int) -> bool:
         """Return whether a grant of *amount*, under the same reference, is this one.
 
-        Never if the ledger has refused this one: nothing was granted.
+        A grant that the ledger has refused is never the same: nothing was granted.
         """
         return self.amount == amount and self.state != self.State.REFUSED
 
     @property
     def wire_key(self) -> str:
-        """The key of this grant's call: what makes the grant the one it is.
+        """The idempotency key of this grant's call: customer, unit and reference.
 
-        Not the row's number, which a database may hand out again.
+        The row's number is not part of it, because a database may use a number again.
         """
         named = f"{self.unit}:{self.reference}".encode()
         digest = hashlib.sha256(named).hexdigest()[:32]
@@ -562,9 +563,9 @@ def _noted() -> models.Q:
 
 class ReservationQuerySet(models.QuerySet["Reservation"]):
     def lapsed(self, older_than: float = 0.0) -> ReservationQuerySet:
-        """Open rows whose lease ran out *older_than* seconds ago or earlier.
+        """Open rows whose lease lapsed *older_than* seconds ago or earlier.
 
-        By the database's clock, as all that follows.
+        The database's clock decides, here and in the methods below.
         """
         return self.filter(
             state__in=Reservation.State.open(), lease_until__lt=from_now(-older_than)
@@ -573,8 +574,8 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
     def on_trust(self) -> ReservationQuerySet:
         """Rows whose work runs or ran without a hold, and is not paid for yet.
 
-        Also one whose lease has lapsed, for its work may still succeed, and every
-        debt.
+        Every debt is one of them. So is a row whose lease has lapsed, because its work
+        may still succeed.
         """
         state = Reservation.State
         running = models.Q(state__in=[state.RESERVED, state.COMMIT_PENDING])
@@ -583,26 +584,26 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
         return self.filter((running | lapsed) & unheld | models.Q(state=state.UNBILLED))
 
     def debts(self) -> ReservationQuerySet:
-        """Rows whose charge there were too few credits for, the oldest first."""
+        """Unpaid rows, because there were too few credits, the oldest first."""
         unbilled = self.filter(state=Reservation.State.UNBILLED)
         return unbilled.order_by("decided_at", "pk")
 
     def due(self, older_than: float = 0.0) -> ReservationQuerySet:
-        """Decided rows that are to be carried out, since *older_than* seconds.
+        """Decided rows that have waited *older_than* seconds to be carried out.
 
-        And late successes that wait for what becomes of another attempt.
+        Late successes that wait for another attempt's end are among them.
         """
         return self.unsettled().filter(
             stuck_at=None, next_attempt_at__lte=from_now(-older_than)
         )
 
     def unsettled(self) -> ReservationQuerySet:
-        """Decided rows that are to be carried out, and late successes that wait."""
+        """Decided rows that wait to be carried out, and late successes that wait."""
         pending = models.Q(state__in=Reservation.State.pending())
         return self.filter(_noted() | pending)
 
     def settled(self, older_than: float = 0.0) -> ReservationQuerySet:
-        """Final rows, since *older_than* seconds: there is nothing left to do."""
+        """Rows that have been final for *older_than* seconds."""
         moment = from_now(-older_than)
         return self.filter(
             ~_noted(),
@@ -622,10 +623,10 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
 
 
 class Reservation(models.Model):
-    """One attempt at one guarded piece of work, from before the first byte on.
+    """The journal's row of one attempt at one guarded piece of work.
 
-    The journal's row: what was asked of the ledger, and what was decided.
-    ``django_meterly.journal`` is its only writer.
+    It is written before the first byte goes to the ledger, and says what was asked of
+    the ledger and what was decided. Only ``django_meterly.journal`` writes it.
     """
 
     class State(models.TextChoices):
@@ -642,27 +643,27 @@ class Reservation(models.Model):
 
         @classmethod
         def open(cls) -> tuple[Reservation.State, ...]:
-            """Nobody has decided yet; the row has a lease."""
+            """The states of a row that nobody has decided yet; it has a lease."""
             return (cls.INTENT, cls.RESERVED)
 
         @classmethod
         def pending(cls) -> tuple[Reservation.State, ...]:
-            """Decided, and to be carried out at the ledger."""
+            """The states of a decided row that the ledger has not confirmed yet."""
             return (cls.RELEASE_PENDING, cls.COMMIT_PENDING, cls.UNBILLED)
 
         @classmethod
         def final(cls) -> tuple[Reservation.State, ...]:
-            """Nothing is left to be done."""
+            """The states of a row that is settled."""
             return (cls.DENIED, cls.FAILED, cls.RELEASED, cls.CONFLICT, cls.COMMITTED)
 
         @classmethod
         def charged(cls) -> tuple[Reservation.State, ...]:
-            """The credits are spent, or owed."""
+            """The states in which the credits are spent or owed."""
             return (cls.COMMIT_PENDING, cls.COMMITTED, cls.UNBILLED, cls.CONFLICT)
 
         @classmethod
         def free(cls) -> tuple[Reservation.State, ...]:
-            """Nothing was charged; the key may be tried again."""
+            """The states in which nothing was charged and the key is free."""
             return (cls.DENIED, cls.FAILED, cls.RELEASED)
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
@@ -771,7 +772,7 @@ class Reservation(models.Model):
             models.Index(fields=["created_at"], name="meterly_reservation_created"),
         ]
 
-    #: Why its debit was refused, if this very object has just tried it.
+    #: The refusal of its debit, if this object has just tried it.
     shortage: MeterlyInsufficientCreditsError | None = None
 
     def __str__(self) -> str:
@@ -779,7 +780,7 @@ class Reservation(models.Model):
 
     @property
     def is_presumed(self) -> bool:
-        """Whether the work has returned well, and its response is not sent yet."""
+        """Whether the handler has returned, and its response is not sent yet."""
         return self.state == self.State.RESERVED and self.charge is not None
 
     @property
@@ -795,20 +796,21 @@ class Reservation(models.Model):
     def wire_key(self, operation: str) -> str:
         """Return the key of this attempt's ``reserve``, ``commit``, ... call.
 
-        Built so that it can be taken apart again from its end, and begins with
-        the customer's scope: no two rows, and no two calls, can share one.
+        It begins with the customer's scope and can be taken apart from its end. So no
+        two rows, and no two calls, share a key. For example,
+        ``1f3a...:order-7~2:commit``.
         """
         key = self.customer.wire_scope + self.key_suffix(operation)
         assert len(key) <= MAX_KEY_LENGTH
         return key
 
     def key_suffix(self, operation: str) -> str:
-        """Return what follows the customer's scope in ``wire_key``."""
+        """Return the part of ``wire_key`` that follows the customer's scope."""
         return f":{self.key}~{self.attempt}:{operation}"
 
 
 class LowBalance(models.Model):
-    """When somebody was told last that a customer's credits run low."""
+    """The last time when a customer's low balance in one unit was announced."""
 
     customer = models.ForeignKey(
         Customer, verbose_name=_("customer"), on_delete=models.CASCADE

@@ -40,9 +40,9 @@ is dropped; otherwise it is owed.
 The rooms: ``opening`` reserves, ``deciding`` records how the work ended, ``settling``
 carries that out at the ledger, ``offering`` hands work to another process, ``debts``
 collects what could not be charged, and ``sweeping`` does all of this for processes that
-died. ``statements`` does a step and its movement in one statement of PostgreSQL.
-``attempts`` and ``rows`` are below them all. The rest of the package calls the journal
-by the names below.
+died. ``statements`` does a step and its movement in one statement of PostgreSQL. These
+use ``payers``, ``attempts``, ``calls`` and ``rows``. The rest of the package calls the
+journal by the names below.
 """
 
 from __future__ import annotations

@@ -94,24 +94,24 @@ def reserve(
     on_unavailable: str = "deny",
     lease: float | None = None,
 ) -> tuple[Reservation, Balance | None]:
-    """Ask the ledger to hold *amount*; return the row that it is on record in.
+    """Hold *amount* at the ledger; return the ``reserved`` row and the new balance.
 
-    Without a *key*, a random one is used. *name* is that of the view or task. *lease*
-    is how many seconds the work may take without a ``beat``; *ttl_seconds* by
-    default. Returns the row, which is ``reserved``, and the balance after the hold.
+    The *key* is random by default. *name* is that of the view or task. The work may
+    take *lease* seconds without a ``beat``, by default *ttl_seconds*.
 
-    There are two ways. Where the ledger can do that and the row has no *key*, one
+    There are two ways. If the ledger can do it and the caller has no *key*, one
     statement finds the customer, holds the credits and inserts the row. Otherwise the
-    row is written before the ledger is asked, as an intent: in the transaction that
-    holds the credits, if the ledger joins it, and else in one that is committed first.
+    row is written as an intent before the ledger is asked. If the ledger joins the
+    transaction, the same transaction holds the credits; if not, it is committed first.
 
-    With *on_unavailable* ``"allow"`` and a ledger that cannot be asked, the row is on
-    trust as far as ``UNAVAILABLE_CAP`` goes, and there is no balance. Raises
-    ``MeterlyInsufficientCreditsError`` (row ``denied``), ``MeterlyDebtError`` when the
-    customer owes credits of *unit* and cannot pay them now (no row),
-    ``MeterlyUnavailableError`` (the work must not run; a hold that may exist is
-    released by the sweeper), ``MeterlyDuplicateError`` when *key* was used, and
-    ``MeterlyIdempotencyMismatchError`` when it was used for something else.
+    If the ledger cannot be asked and *on_unavailable* is ``"allow"``, the row is on
+    trust, up to ``UNAVAILABLE_CAP``, and the balance is ``None``. Raises
+
+    - ``MeterlyInsufficientCreditsError``: the row is ``denied``,
+    - ``MeterlyDebtError``: the customer cannot pay a debt in *unit* (no row),
+    - ``MeterlyUnavailableError``: the sweeper releases the hold, if there is one,
+    - ``MeterlyDuplicateError``: *key* was used,
+    - ``MeterlyIdempotencyMismatchError``: *key* was used for something else.
     """
     using = alias()
     lease = ttl_seconds if lease is None else lease
@@ -136,7 +136,7 @@ def reserve(
             _prepare(limited, row)
             answer = _reserve_by_intent(using, client, limited, row, lease)
     except OUTAGE as exc:
-        # Nobody gets work for nothing by sending too many requests.
+        # Sending too many requests must not make the work free.
         trusts = on_unavailable == "allow" and not isinstance(
             exc, MeterlyRateLimitedError
         )
@@ -146,8 +146,8 @@ def reserve(
         _give_up(row, exc, lapses=on_unavailable != "allow")
         raise _unavailable(exc) from exc
     if isinstance(answer, MeterlyNotFoundError):
-        # Another ledger than the one this customer was registered at, or a
-        # registration that was rolled back: the next use finds it registered.
+        # The customer was registered at another ledger, or the registration was rolled
+        # back. The next use finds the customer registered.
         row.customer.register_again(limited, meterly_settings.DEFAULT_UNIT or unit)
         raise _unavailable(answer) from answer
     if isinstance(answer, MeterlyError):
@@ -174,19 +174,18 @@ def _prepare(limited: MeterlyClient, row: Reservation) -> None:
 def opened(using: str, row: Reservation) -> Iterator[None]:
     """Write *row* as an intent, in a transaction that commits after the block.
 
-    Raises ``MeterlyDuplicateError`` when somebody was faster; then nothing of it
-    was done.
+    Raises ``MeterlyDuplicateError`` if another process has opened this attempt. Then
+    nothing was written.
     """
     try:
         with transaction.atomic(using=using):
             standing = [] if row.attempt == 1 else attempts.standing(using, row)
             if standing:
-                # It succeeded after all, in the last moment.
+                # An earlier attempt has succeeded late.
                 raise attempts.refusal(standing[-1])
             seconds = meterly_settings.DEADLINE + meterly_settings.LEASE_GRACE
             row.lease_until = from_now(seconds)
-            # An earlier try was rolled back when its COMMIT failed, with what it had
-            # recorded.
+            # An earlier try may have set these before its COMMIT failed.
             row.state, row.reservation_id = State.INTENT, None
             row.save(force_insert=True, using=using)
             yield
@@ -208,12 +207,12 @@ def _reserve_by_intent(
     row: Reservation,
     lease: float,
 ) -> ReservationResult | MeterlyError:
-    """Write *row* as an intent, ask the ledger, and record what it answered.
+    """Write *row* as an intent, ask the ledger, and record its answer.
 
-    A ledger that joins is asked in the transaction that writes the row. Rows are
-    locked before accounts: a second caller with the same key waits for the row, and
-    does not hold the account's lock meanwhile. Raises ``OUTAGE``; with a ledger that
-    joins, that rolls the row back.
+    A ledger that joins is asked in the transaction that writes the row. The row is
+    locked before the account: a second caller with the same key waits for the row, and
+    does not lock the account meanwhile. Raises the errors in ``OUTAGE``; with a ledger
+    that joins, that rolls the row back.
     """
     connection = connections[using]
     ours = not connection.in_atomic_block and connection.get_autocommit()
@@ -226,8 +225,8 @@ def _reserve_by_intent(
                     return _ask_and_record(client, limited, row, lease)
             break
         except (Error, MeterlyUnknownOutcomeError) as exc:
-            # The ledger may have reported it as an outcome that is not known. It was
-            # rolled back.
+            # A ledger that joins may report the database's error as an unknown outcome.
+            # The transaction was rolled back in any case.
             gave = any(map(gave_way, causes(exc, handled)))
             if not gave or not ours or time.monotonic() > until:
                 raise
@@ -236,8 +235,8 @@ def _reserve_by_intent(
     try:
         return _ask_and_record(client, limited, row, lease)
     except MeterlyIdempotencyMismatchError:
-        # The key was used before the journal's rows of it were deleted or lost. It
-        # stays used: without a row there is no next attempt, and so no other key.
+        # The key was used by rows that were deleted or lost. It stays used: without a
+        # row, nobody can make a next attempt with another wire key.
         Reservation.objects.using(using).filter(pk=row.pk, state=State.INTENT).delete()
         raise
 
@@ -246,7 +245,7 @@ def _ask_and_record(
     client: MeterlyClient, limited: MeterlyClient, row: Reservation, lease: float
 ) -> ReservationResult | MeterlyError:
     answer, state = calls.ask(row, lambda: calls.hold(limited, row))
-    # From the moment the intent was written: the hold cannot be older.
+    # Counted from the intent, because the hold cannot be older.
     seconds = dt.timedelta(seconds=lease - meterly_settings.DEADLINE)
     recorded = move(
         row,
@@ -255,11 +254,11 @@ def _ask_and_record(
         reservation_id=row.reservation_id,
         last_error=row.last_error,
         lease_until=F("lease_until") + seconds if state == State.RESERVED else None,
-        # It has an index: then the sweeper comes back to delete the row.
+        # The sweeper finds the row by it, to delete it.
         next_attempt_at=(from_now(DENIED_RETENTION) if state == State.DENIED else None),
     )
     if not recorded and not isinstance(answer, MeterlyError):
-        # The sweeper may have been told that there is no hold, before there was.
+        # The sweeper has released the row before this hold was made.
         calls.give_back(client, row, answer)
         return MeterlyUnavailableError(
             "The ledger answered after the reservation had been given up."
@@ -270,7 +269,7 @@ def _ask_and_record(
 def _trust(using: str, row: Reservation, lease: float) -> bool:
     """Let the work of *row* run on trust, if ``UNAVAILABLE_CAP`` has room for it.
 
-    What the customer has had on trust in this unit, and not paid for yet, counts.
+    The cap counts the customer's work on trust in this unit that is not paid for yet.
     """
 
     def written() -> bool:
@@ -278,8 +277,8 @@ def _trust(using: str, row: Reservation, lease: float) -> bool:
 
     @transaction.atomic(using=using)
     def trust() -> bool:
-        # Locks the customer on every database: two that see the same room would
-        # both take it.
+        # This locks the customer on every database. Otherwise two processes could see
+        # the same room under the cap, and both take it.
         Customer.objects.using(using).filter(pk=row.customer.pk).update(
             external_id=F("external_id")
         )
@@ -299,20 +298,20 @@ def _trust(using: str, row: Reservation, lease: float) -> bool:
         )
 
     if not on_live_connection(using, written):
-        # The outage has rolled the intent back, or came before it was written.
+        # The outage came before the intent was written, or has rolled it back.
         with opened(using, row):
             pass
     return on_live_connection(using, trust)
 
 
 def _give_up(row: Reservation, exc: MeterlyError, *, lapses: bool) -> None:
-    """Record that the work does not run, for the ledger could not be asked."""
+    """Record that the work does not run, because the ledger could not be asked."""
     if not isinstance(
         exc, MeterlyUnknownOutcomeError | MeterlyIdempotencyInProgressError
     ):
         move(row, [State.INTENT], State.FAILED, lease_until=None, last_error=str(exc))
     elif not lapses:
-        # Or it would count as work on trust that has outlived its lease.
+        # An intent would count as work on trust once its lease lapses.
         move(row, [State.INTENT], State.RELEASE_PENDING, **decided())
     # Otherwise a hold may exist. The row keeps its lease: when it lapses, the sweeper
     # sends the same reserve again to learn the hold's id, and releases it.

@@ -1,4 +1,4 @@
-"""Who pays: found before the reserve, or by the very statement that reserves."""
+"""Who pays: a customer who is found before the reserve, or by its statement."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ if TYPE_CHECKING:
 
 
 class Payer:
-    """Who is to pay: what the caller has *named*, and the ``Customer`` once found."""
+    """The payer of one reservation.
+
+    *named* is the caller's name for them: for example, a user, or an external id.
+    *customer* is the ``Customer``, once it is found.
+    """
 
     def __init__(self, named: Any) -> None:
         self.named = named
         self.customer: Customer | None = None
 
     def resolve(self) -> Customer:
-        """Return the customer; see ``CustomerQuerySet.resolve``."""
+        """Return the customer, as ``CustomerQuerySet.resolve`` does."""
         if self.customer is None:
             # The first statement of many guards: it may meet a dead connection.
             self.customer = on_live_connection(

@@ -1,4 +1,9 @@
-"""A step of the journal and its movement as one statement, on PostgreSQL."""
+"""A step of the journal and its movement as one statement, on PostgreSQL.
+
+A round trip costs more than the work of the movement itself. So a guard is two
+statements: ``reserve`` and ``decide_in_one_statement``. Both return without a change if
+something is out of the ordinary, and the caller takes the way of several statements.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +62,8 @@ def reserve(
 ) -> ReservationResult | MeterlyError | None:
     """Ask a ledger that writes *row* in the statement that holds the credits.
 
-    The statement finds the customer, too. Returns ``None`` if there is none yet, or if
-    the customer owes credits or is not registered. Then nothing was done.
+    The statement finds the customer, too. Returns ``None``, and does nothing, if the
+    customer is new, owes credits, or is not registered at the ledger.
     """
     statement = _opening(using, row, payer, lease + meterly_settings.LEASE_GRACE)
     carrying = client.carrying(statement)
@@ -70,8 +75,8 @@ def reserve(
         if isinstance(payer.named, Customer):
             answer, row.state = ask()
         else:
-            # The first statement of most guards: it may meet a connection that died
-            # long ago. It is sent again with the same keys, and so it is done once.
+            # Most guards begin with this statement, so it may meet a connection that
+            # died long ago. It is sent again with the same keys: it is done once.
             answer, row.state = on_live_connection(using, ask)
     except NothingFound:
         return None
@@ -79,11 +84,11 @@ def reserve(
         if isinstance(exc, Error) and not is_outage(exc):
             raise
         connection = connections[using]
-        # Leaving an atomic block, Django would have replaced a dead connection.
+        # Django replaces a dead connection only when it leaves an atomic block.
         if not connection.is_usable():
             reconnect(connection)
         row.customer = payer.resolve()
-        # There may be a hold and its row, which lapse: what follows is another row.
+        # The hold and its row may exist; then they lapse. The next try is another row.
         row.pk = uuid.uuid4()
         row.key = str(row.pk)
         raise MeterlyUnknownOutcomeError(f"The database failed: {exc}") from exc
@@ -137,7 +142,7 @@ def _opening(using: str, row: Reservation, payer: Payer, lease: float) -> Statem
 def _source_sql(using: str, name: str) -> str:
     """Return the SELECT of the customer whose field *name* has one value.
 
-    Only one that is registered, and that owes nothing or may owe.
+    It finds only customers who are registered and who owe nothing, or may owe.
     """
     return (
         f"SELECT customer_id AS payer_id, {wire_scope_sql('external_id')} AS scope, "  # noqa: S608
@@ -155,7 +160,7 @@ def _insert_sql(using: str) -> tuple[str, list[Any]]:
         "state": f"'{State.RESERVED.value}'",
         "reservation_id": "movement.reservation_id",
         "lease_until": "STATEMENT_TIMESTAMP() + %s",
-        # As they are in a new row: a parameter would cost more than the column does.
+        # The defaults of a new row. Parameters would cost more than the columns.
         "attempt": "1",
         "lapsed": "false",
         "fence": "0",
@@ -183,9 +188,8 @@ def decide_in_one_statement(
 ) -> bool:
     """Decide and settle *row* in one statement, if that is all there is to it.
 
-    A success costs *charge*, and ``None`` is a failure. Returns whether it was done.
-    If not, something is out of the ordinary, and nothing was. Raises what the
-    database raises; then it may have been done.
+    A success costs *charge*; ``None`` is a failure. Returns whether it was done. If
+    not, nothing was changed. Raises the database's errors; then it may have been done.
     """
     if row.state != State.RESERVED or not row.reservation_id:
         return False
@@ -195,7 +199,8 @@ def decide_in_one_statement(
     using = alias()
     connection = connections[using]
     table = connection.ops.quote_name(Reservation._meta.db_table)
-    # In the work's own transaction, only where a busy account does not make it fail.
+    # In the work's own transaction only at an isolation level at which a busy account
+    # does not make it fail.
     allowed = f" AND {READS_COMMITTED}" if connection.in_atomic_block else ""
     carrying = client.carrying(
         Statement(

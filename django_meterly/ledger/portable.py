@@ -1,8 +1,8 @@
 """Movements by Django's ORM, on every database.
 
 A movement is one guarded ``UPDATE`` of an account, with its hold and its entry, in
-one transaction. What must hold stands in the ``UPDATE``'s ``WHERE``, and a match of
-no row is an answer.
+one transaction. The conditions are in the ``UPDATE``'s ``WHERE``: if no row matches,
+the movement is refused.
 
 The key is looked up *before* the transaction, so that the transaction's first
 statement is a write: on SQLite a transaction that has read cannot wait for the write
@@ -70,7 +70,7 @@ def spend(using: str, spending: Spending, statement: Statement | None = None) ->
 
 
 def _account(request: Request, customer_id: str, unit: str | None) -> Account | Spent:
-    """Return the account to spend from, or the answer that there is none."""
+    """Return the account to spend from, or the answer ``not_found``."""
     accounts = Account.objects.using(request.using).filter(
         customer__workspace=request.workspace_id, customer__public_id=customer_id
     )
@@ -87,7 +87,7 @@ def _account(request: Request, customer_id: str, unit: str | None) -> Account | 
 
 
 def _take(account: Account, amount: int, reserving: bool) -> tuple[str, Account]:
-    """Take credits if so many are available; return a code, and the account then."""
+    """Take the credits if they are available; return a code and the new account."""
     accounts = Account.objects.using(account._state.db).filter(pk=account.pk)
     affording = accounts.affording(amount)
     change = (
@@ -120,7 +120,7 @@ def _new_hold(account: Account, spending: Spending) -> Hold | None:
 
 
 def _spent(spending: Spending, known: Entry | Record) -> Spent:
-    """Answer with what is known of the key, by this very call or an earlier one."""
+    """Answer with the entry of the key, of this call or of an earlier one."""
     if not isinstance(known, Entry) or known.fingerprint != spending.fingerprint:
         return Spent("mismatch")
     return Spent(
@@ -170,7 +170,7 @@ def close(using: str, closing: Closing, statement: Statement | None = None) -> C
 
 
 def _end(request: Request, closing: Closing, hold: Hold) -> None:
-    """Commit or release the hold, unless its time is over or it was closed."""
+    """Commit or release the hold, unless it has expired or was closed."""
     live = Hold.objects.using(request.using).live().filter(pk=hold.pk)
     if not live.filter(expires_at__gt=DatabaseNow()).update(
         status=closing.status, closed_at=DatabaseNow()
@@ -194,7 +194,7 @@ def _end(request: Request, closing: Closing, hold: Hold) -> None:
 
 
 def _closed_before(closing: Closing, known: Entry | Record) -> Closed | None:
-    """Answer with what is known of the key, by this very call or an earlier one.
+    """Answer with the entry of the key, of this call or of an earlier one.
 
     A record says only that an earlier call asked for the same, and moved nothing.
     """
@@ -237,7 +237,7 @@ def _closed(code: str, hold: Hold) -> Closed:
 def _request(
     using: str, movement: Spending | Closing, statement: Statement | None
 ) -> Request | None:
-    """Return the movement's request, or ``None`` if there is no such workspace."""
+    """Return the movement's request, or ``None`` if the workspace does not exist."""
     if statement is not None:
         raise MeterlyUsageError("Only PostgreSQL carries a statement with a movement.")
     workspace = movement.workspace

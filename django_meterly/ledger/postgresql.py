@@ -33,7 +33,7 @@ def serves(using: str) -> bool:
 
 
 def spend(using: str, spending: Spending, statement: Statement | None = None) -> Spent:
-    """Use or reserve credits, or reserve them as one with *statement*."""
+    """Use or reserve credits; with a *statement*, reserve them in one statement."""
     if statement is None:
         answer = _call(using, _SPEND, (*_named(spending.workspace), *spending[1:]))
     else:
@@ -54,7 +54,7 @@ def spend(using: str, spending: Spending, statement: Statement | None = None) ->
 
 
 def close(using: str, closing: Closing, statement: Statement | None = None) -> Closed:
-    """Commit or release a hold, as one with *statement*."""
+    """Commit or release a hold, in one statement with *statement*."""
     arguments = (*_named(closing.workspace), *closing[1:])
     if statement is None:
         answer = _call(using, _CLOSE, arguments)
@@ -66,15 +66,16 @@ def close(using: str, closing: Closing, statement: Statement | None = None) -> C
 
 _SPEND = f"SELECT meterly_spend_1({', '.join(['%s'] * 12)}) AS answer"
 _CLOSE = f"SELECT meterly_close_1({', '.join(['%s'] * 8)}) AS answer"
-# The same as _SPEND, for the customer that a statement's source has found.
+# _SPEND for the customer that the statement's source finds. The source also completes
+# the key and the text of the call, whose digest is the fingerprint (see UNKNOWN).
 _RESERVE = (
     "SELECT meterly_spend_1(%s, %s, source.scope || %s, encode(sha256(convert_to("
     "%s || source.scope || %s || source.payer_id || %s, 'UTF8')), 'hex'), "
     f"source.payer_id, {', '.join(['%s'] * 7)}) AS answer"
 )
 
-# The source comes first, and is there before anything is moved: nothing of WITH that
-# is MATERIALIZED is merged into what reads it.
+# MATERIALIZED keeps PostgreSQL from merging the parts: the source is read, and locked,
+# before anything is moved.
 _WITH = """WITH source AS MATERIALIZED ({source}),
 call AS MATERIALIZED ({call} FROM source),
 movement AS (SELECT %s AS reservation_id FROM call WHERE answer ->> 0 = 'moved'),
@@ -125,7 +126,7 @@ _CREATE = "CREATE OR REPLACE FUNCTION "
 
 
 def create_functions(connection: BaseDatabaseWrapper) -> None:
-    """Create the functions, or replace them; nothing on other databases.
+    """Create or replace the functions; do nothing on other databases.
 
     In a transaction: until it ends, no other process does so.
     """
@@ -144,7 +145,7 @@ def create_functions(connection: BaseDatabaseWrapper) -> None:
 
 
 def drop_functions(connection: BaseDatabaseWrapper) -> None:
-    """Drop the functions; nothing on other databases."""
+    """Drop the functions; do nothing on other databases."""
     if connection.vendor == "postgresql":
         with connection.cursor() as cursor:
             cursor.execute(
