@@ -14,7 +14,8 @@ as an example of one that moves no credits, ``use_credits`` of one that does:
 2. ``django_meterly/client.py``: a method of ``MeterlyClient`` and its async twin. The
    result is a class in ``types.py``, and ``answers.py`` reads it from the JSON.
 3. The function in ``customers``, ``grants`` or ``spending``. It returns a class of
-   ``results``. Make its ``Request`` or fingerprint of every argument.
+   ``results``. Make its ``Request`` or fingerprint of every argument. A new movement
+   in ``spending`` is written twice: in ``portable`` and in ``sql/postgresql.sql``.
    If it moves credits in a new way, it also needs a kind and its shape in ``models``
    (``Entry.Kind``, ``SHAPES``, with a migration) and a line in ``verification``
    (``_ASKED``). A new code needs a line in ``movements`` and one in ``refusals``.
