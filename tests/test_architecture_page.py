@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from django.dispatch import Signal
 import django_meterly
 from django_meterly import conf, signals
 from django_meterly.models import Reservation
+from django_meterly.policies import TaskOptions, ViewOptions, WorkOptions
 from tests import statements
 from tests.pages import DOCS, ROOT
 
@@ -76,6 +78,15 @@ def test_every_statement_is_in_the_table_with_its_tests() -> None:
 def test_every_setting_is_documented(setting: str) -> None:
     page = (DOCS / "settings.md").read_text("utf-8")
     assert re.search(rf"^\| [^|]*`{setting}`[^|]* \|", page, re.M)
+
+
+@pytest.mark.parametrize(
+    ("page", "options"), [("guard", ViewOptions), ("jobs", TaskOptions)]
+)
+def test_every_option_is_documented(page: str, options: type[WorkOptions]) -> None:
+    text = (DOCS / f"{page}.md").read_text("utf-8")
+    for option in fields(options):
+        assert re.search(rf"^\| [^|]*`{option.name}`[^|]* \|", text, re.M), option.name
 
 
 def test_every_check_is_documented() -> None:
