@@ -8,16 +8,17 @@ When a view is defined (or on the first request, for ``GUARDED_VIEWS``)::
 
 For each request, the wrapper of ``guard_function`` calls, in this order:
 
-1. ``admission.Admission.admit`` reads the options, finds the customer (``keys`` reads
-   the idempotency key of the request) and reserves: ``guards``, then ``journal``.
-   ``responses`` renders a refusal.
+1. ``admission.Admission.admit`` checks whether the request costs something. Then
+   ``lifecycle`` reads the options and reserves; ``keys`` reads the idempotency key of
+   the request. ``responses`` renders a refusal.
 2. ``atomic`` opens the transactions of ``ATOMIC_REQUESTS``.
 3. ``execution.Execution.run`` runs the view and concludes. ``streams`` concludes after
    the last chunk, ``patches.extend_render`` after rendering.
 
-In front of that, ``guard_class`` lets a class's ``dispatch()`` find the handler first;
-``dispatch`` is what the two wrappers tell each other.
+A class has two wrappers. ``guard_class`` wraps the view, and its ``dispatch()`` finds
+the handler, which ``guard_function`` wraps. ``dispatch`` has the object by which the
+first wrapper informs the second.
 
-The others are read by several of these: ``introspection`` (what a view is), ``methods``
+Several of these modules use the others: ``introspection`` (what a view is), ``methods``
 (which HTTP methods cost something) and ``patches`` (every change to objects of others).
 """
