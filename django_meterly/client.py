@@ -271,8 +271,8 @@ class MeterlyClient:
     ) -> EntryPage:
         """Return a page of the customer's ledger entries, the newest first.
 
-        They are in all units, or only in *unit*. For the next page, give this page's
-        ``next_cursor`` as *cursor*. It is ``None`` on the last page.
+        Without *unit*, the entries of all units are returned. For the next page, give
+        this page's ``next_cursor`` as *cursor*. It is ``None`` on the last page.
         """
         arguments = {"customerId": _customer(customer_id)}
         if unit is not None:
@@ -369,11 +369,11 @@ class MeterlyClient:
     ) -> ReservationResult:
         """Charge a reservation: all of it, or *amount* (0 charges nothing).
 
-        The rest of the hold is available again. To commit a committed reservation
-        succeeds and moves nothing. If the transport has no ``partial_commit``, all of
-        the hold is committed, and the rest is added again with the reference
-        ``refund:<reservation_id>``. Raises ``MeterlyReservationExpiredError`` or
-        ``MeterlyReservationReleasedError``.
+        The rest of the hold is available again. A second commit of the same
+        reservation succeeds and moves nothing. If the transport has no
+        ``partial_commit``, all of the hold is committed, and the rest is added again
+        with the reference ``refund:<reservation_id>``. Raises
+        ``MeterlyReservationExpiredError`` or ``MeterlyReservationReleasedError``.
         """
         arguments: dict[str, Any] = {"reservationId": _reservation(reservation_id)}
         if amount is not None:
@@ -433,7 +433,7 @@ class MeterlyClient:
     ) -> ReservationResult:
         """Give the held credits back.
 
-        To release a released reservation succeeds. Raises
+        A second release of the same reservation succeeds. Raises
         ``MeterlyReservationExpiredError`` or ``MeterlyReservationCommittedError``.
         """
         return self._post(

@@ -32,17 +32,20 @@ def meterly_guard(
     who pays: the logged-in user by default. If nobody is logged in, a browser is sent
     to the log-in page and other clients get 401.
 
-    Too few credits are answered by 402, a ledger that cannot be asked by 503, a used
-    idempotency key by 409; then the view does not run. While it runs,
-    ``request.meterly`` is its ``Guard``. A guarded function does not run for OPTIONS,
-    which is answered with ``Allow``, or for TRACE.
+    The view does not run, and the guard answers
+
+    - 402 if there are too few credits,
+    - 503 if the ledger cannot be asked,
+    - 409 if the idempotency key was used.
+
+    While the view runs, ``request.meterly`` is its ``Guard``. A guarded function never
+    runs for OPTIONS and TRACE: the guard answers them.
 
     Under ``ATOMIC_REQUESTS`` the guard opens the view's transaction itself, after the
     credits are reserved, and records success in it as the last statement. So the work
-    and its charge are committed together or not at all. The return of the view decides:
-    a response that is still to be rendered is charged when that is done, also if its
-    reader has left, and released if rendering raises. A stream is charged after its
-    last chunk.
+    and its charge are committed together or not at all. A template response is charged
+    when it is rendered, even if its reader has left. If rendering raises, the credits
+    are released. A stream is charged after its last chunk.
 
     Raises ``ValueError`` and ``TypeError`` for invalid options when the view is
     defined. A request to a view whose unit ``UNITS`` does not declare raises

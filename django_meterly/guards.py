@@ -81,7 +81,7 @@ class Guard:
 
     @property
     def superseded(self) -> bool:
-        """Whether another worker has taken the work up: then this one costs nothing."""
+        """Whether another worker has taken over; then this one charges nothing."""
         return self.lifecycle.superseded
 
     def charge(self, amount: int) -> None:
@@ -90,10 +90,12 @@ class Guard:
         If *amount* is below the hold, the remainder is returned; 0 is free. If it is
         above, the policy ``overage`` decides: ``"charge"`` charges it all, ``"cap"``
         charges the hold. The last call counts. For example, after ``charge(80)`` a hold
-        of 100 credits costs 80. Raises ``ValueError`` for anything that is not a whole
-        number of credits, and ``MeterlyUsageError`` before the work has begun, once it
-        has ended, and for more than 0 where the amount was 0 (unless ``overage`` is
-        ``"cap"``).
+        of 100 credits costs 80. Raises
+
+        - ``ValueError`` unless *amount* is a whole number from 0,
+        - ``MeterlyUsageError`` before the work has begun and once it has ended,
+        - ``MeterlyUsageError`` if nothing is held (the guard's amount was 0) and
+          *amount* is above 0, unless ``overage`` is ``"cap"``.
         """
         charge = check_amount(amount, minimum=0)
         self._refuse_unless_at_work("charge", "80")
@@ -128,14 +130,14 @@ class Guard:
 
         For example, ``request.meterly.hand_off(render_video, job.pk)``. *task* is the
         task, or a signature with options (``task.s().set(queue="gpu")``); *args* and
-        *kwargs* are the task's. The message is sent when this work has succeeded and is
-        committed, and carries the reservation's id. If the work fails, nothing is sent
-        and the credits are released. If the message cannot be sent, they are released
-        and ``MeterlyUnavailableError`` is raised where the work ends.
+        *kwargs* are the task's. The message carries the reservation's id. It is sent
+        when this work has succeeded and is committed. If the work fails, nothing is
+        sent and the credits are released. If the message cannot be sent, the credits
+        are released, and the end of the work raises ``MeterlyUnavailableError``.
 
-        Raises ``TypeError`` for a task that is not guarded, or for arguments it
-        does not take, and ``MeterlyUsageError`` before the work has begun, and once it
-        has ended or was handed off.
+        Raises ``TypeError`` for a task that is not guarded, or for arguments that it
+        does not take. Raises ``MeterlyUsageError`` before the work has begun, once it
+        has ended, and once it was handed off.
         """
         self._refuse_unless_at_work("hand_off", "task, ...")
         message = self.lifecycle.message = Message(task, args, kwargs)
@@ -218,19 +220,32 @@ def guard(
             ...
             reservation.charge(80)
 
-    *customer* is an instance of ``CUSTOMER_MODEL``, a ``Customer`` or an external id;
-    *amount* a positive whole number of credits; *unit* one that ``UNITS`` declares,
-    ``DEFAULT_UNIT`` by default; *reference* names the work for people. An
-    *idempotency_key* (up to 200 visible ASCII characters, unique for the customer) runs
-    the work once: after a success it is refused, after a refusal or a failure it may be
-    tried again. ``Policies`` explains the other options.
+    *customer*
+        An instance of ``CUSTOMER_MODEL``, a ``Customer`` or an external id.
+    *amount*
+        A positive whole number of credits.
+    *unit*
+        One that ``UNITS`` declares; ``DEFAULT_UNIT`` by default.
+    *reference*
+        The name of the work, for people.
+    *idempotency_key*
+        Runs the work once. After a success, the key is refused. After a refusal or a
+        failure, it may be tried again. It has up to 200 visible ASCII characters, and
+        each customer has separate keys.
+    *durable*
+        If it is false, an open transaction is allowed, and the reservation is part of
+        it.
 
-    An exception from the block releases the credits and is raised again. Entering
-    raises ``MeterlyInsufficientCreditsError``, ``MeterlyUnavailableError`` if the
-    ledger cannot be asked, ``MeterlyDuplicateError`` if the key was used,
-    ``MeterlyIdempotencyMismatchError`` if it was used for another unit or amount, and
-    ``MeterlyUsageError`` inside an open transaction (unless *durable* is false: then
-    the reservation is part of it) and for a plain ``with`` in a running event loop.
+    ``Policies`` explains the other options. An exception from the block releases the
+    credits and is raised again. Entering the block raises
+
+    - ``MeterlyInsufficientCreditsError`` if there are too few credits,
+    - ``MeterlyUnavailableError`` if the ledger cannot be asked,
+    - ``MeterlyDuplicateError`` if the key was used,
+    - ``MeterlyIdempotencyMismatchError`` if it was used for another unit or amount,
+    - ``MeterlyUsageError`` inside an open transaction, and for a plain ``with`` in a
+      running event loop.
+
     Invalid arguments raise ``ValueError`` before anything is written or sent.
     """
     if isinstance(customer, int) and not isinstance(amount, int):

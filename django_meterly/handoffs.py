@@ -102,8 +102,7 @@ class Message:
     def send(self, row: Reservation | None, amount: int) -> None:
         """Send it with the signed id of the reservation *row* in its header.
 
-        Without a row, nobody is charged for the work: because its *amount* is 0, or
-        because guards are not enforced.
+        Without a row, the work is free: its *amount* is 0, or guards are not enforced.
         """
         headers = self._signature.options.get("headers") or {}
         no_hold = UNCHARGED if amount else FREE

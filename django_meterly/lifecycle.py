@@ -350,11 +350,12 @@ class Lifecycle:
     # Deciding in the work's transaction
 
     def decide(self) -> None:
-        """Record success as part of the transaction that is open, the work's own.
+        """Record success in the work's transaction, which is open.
 
         If the ledger is in the same database, the credits move in this transaction,
-        too, so that work and charge are one. That is only so at READ COMMITTED: above
-        it, a busy account would fail the work with a serialization error.
+        too. So work and charge are committed together or not at all. This is done only
+        at READ COMMITTED: at a higher isolation level, a busy account would fail the
+        work with a serialization error.
         """
         self._decided = True
         if self._uncharged:
@@ -375,8 +376,8 @@ class Lifecycle:
     def presume(self) -> None:
         """Record that the work has returned well, before its response is rendered.
 
-        From now on its charge lapses to commit, unless ``cancel`` comes before the
-        lease ends. The lease ends before the hold does, so that the hold can be
+        If neither ``succeed`` nor ``cancel`` follows before the lease ends, the sweeper
+        charges. The lease ends before the hold does, so that the hold can be
         committed. The record is part of an open transaction, or a statement by itself.
         """
         if self._uncharged or self.charge is None:
@@ -395,9 +396,9 @@ class Lifecycle:
     def succeed(self) -> None:
         """Record success in a separate transaction, then settle.
 
-        After ``decide``, only settle. If the work was handed off, send it instead of
-        settling; raises ``MeterlyUnavailableError`` if it cannot be sent. If the
-        database is down, its error is raised, but a remote ledger is told all the same.
+        After ``decide``, only settle. If the work was handed off, send its message
+        instead; raises ``MeterlyUnavailableError`` if that cannot be sent. If the
+        database is down, commit at a remote ledger, and raise the database's error.
         """
         if self._decided:
             self._confirm()
@@ -415,10 +416,11 @@ class Lifecycle:
         self._deliver()
 
     def fail(self) -> None:
-        """Record failure, then settle, whatever the row says by now.
+        """Record failure, then settle.
 
-        After an exception from a COMMIT only the row knows whether the work was done.
-        Nothing is raised, because the work's exception is the one to see.
+        If the work was presumed done, the row decides: after an exception from a
+        COMMIT, only the row knows whether the work was done. Nothing is raised, so that
+        the caller sees the work's exception.
         """
         try:
             self._conclude(succeeded=self._is_presumed())
@@ -431,9 +433,10 @@ class Lifecycle:
             )
 
     def cancel(self) -> None:
-        """Record failure although the work has returned: it was not delivered.
+        """Record failure although the work has returned.
 
-        If nothing was reserved, or the work has ended already, nothing happens.
+        For example, its response was never sent, or rendering it raised. If nothing was
+        reserved, or the work has ended already, nothing happens.
         """
         if self.reservation is not None and not self._concluded:
             self._presumed = False
@@ -584,9 +587,9 @@ class Lifecycle:
 async def to_the_end(function: Callable[..., T], /, *args: Any) -> T:
     """Run the sync *function* in a thread, and wait for its end in any case.
 
-    However often the caller is cancelled meanwhile; then ``CancelledError`` is raised,
-    and the result is lost. The thread is the one in which the request's other sync code
-    runs, and so it has the same database connections.
+    If the caller is cancelled meanwhile, this still waits. Then it raises
+    ``CancelledError``, and the result is lost. The request's other sync code runs in
+    the same thread, so *function* uses the same database connections.
     """
     task = asyncio.ensure_future(sync_to_async(function)(*args))
     cancelled: asyncio.CancelledError | None = None

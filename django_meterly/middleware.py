@@ -36,7 +36,7 @@ class MeterlyMiddleware:
         }
 
     The guard belongs to the URL pattern, so CSRF protection and every other middleware
-    come first. Views that have a guard in the code keep that one.
+    come first. A view that has a guard in the code keeps that guard.
 
     If ``guard()`` raises inside any view, the middleware answers as the decorator does.
     On a view without a guard, using ``request.meterly`` raises ``MeterlyUsageError``.

@@ -28,14 +28,14 @@ class MeterlyGuardMixin:
             guard_options = {"unit": "image_credits", "amount": 25}
 
     ``guard_options`` has the names and values of ``meterly_guard``'s arguments. It
-    guards the handler that answers a request, for example ``post()``, when
-    ``dispatch()`` calls it: log-in mixins, permissions and throttles come first and
-    cost nothing. Without ``guard_options``, only the handlers with ``@meterly_guard``
-    cost something.
+    guards the handler that answers a request, for example ``post()``. The guard begins
+    when ``dispatch()`` calls the handler. So log-in mixins, permissions and throttles
+    come first, and a request that they refuse is free. Without
+    ``guard_options``, only the handlers with ``@meterly_guard`` cost something.
 
     A form that does not validate is free: ``form_invalid()`` shows it again with status
     200, and the credits are released. Under ``ATOMIC_REQUESTS`` the guard opens the
-    transaction, around the handler. For requests that no guarded handler answers, the
+    transaction, around the handler. If no guarded handler answers the request, the
     transaction is around the whole view, as in Django.
 
     ``as_view()`` raises ``TypeError`` and ``ValueError`` for invalid options, and

@@ -213,11 +213,11 @@ class WorkOptions(Policies):
         How many credits are held: 1 or more. A function may return 0 for free work.
     *customer*
         Who pays: a function that returns an instance of ``CUSTOMER_MODEL``, a
-        ``Customer``, an external id, or ``None``. For views it stands above
+        ``Customer``, an external id, or ``None``. A view with this option does not use
         ``CUSTOMER_RESOLVER``.
     *reference*
-        What people call the work: up to 255 printable ASCII characters. It is the name
-        of the view or task and a random id by default.
+        The name of the work, for people: up to 255 printable ASCII characters. The
+        default is the name of the view or task, and a random id.
     """
 
     unit: str | None = option(_unit)
@@ -276,11 +276,12 @@ class ViewOptions(WorkOptions):
     """The options of ``meterly_guard``, ``guard_options`` and ``GUARDED_VIEWS``.
 
     *idempotency_key*
-        A function of the view's arguments that returns the key, or ``None``. By default
-        the request brings it along, by the header ``Idempotency-Key`` or in a form.
+        A function of the view's arguments that returns the key, or ``None``. By
+        default, the key is in the header ``Idempotency-Key``, or in a form's field.
     *methods*
-        Which of GET (and with it HEAD) and HEAD cost something, too. For example,
-        ``methods=["GET"]``. OPTIONS is always free; all other methods always cost.
+        Which of GET and HEAD cost something. For example, ``methods=["GET"]`` charges
+        for both. OPTIONS is always free. POST and all other methods always cost
+        something.
     *success*
         A function of the response: whether to charge. By default, a status below 400.
     *on_disconnect* (``ON_DISCONNECT``)
@@ -298,7 +299,7 @@ class ViewOptions(WorkOptions):
     def fit(self, view: Callable[..., Any] | None = None) -> None:
         """Raise ``TypeError`` for a function that cannot take what *view* gets.
 
-        Without a *view* they are compared with any view: it gets a request, at least.
+        Without a *view*, the functions only have to take a request.
         """
         names, more = functions.needed(view) if view else ([], True)
         # A handler in the body of its class has a self.
@@ -336,9 +337,9 @@ class TaskOptions(WorkOptions):
         What ``retry()`` and ``autoretry_for`` do with the credits: ``"keep"`` them for
         the retry, or ``"release"`` them.
     *on_duplicate*
-        What a copy of the message does while the task is at work elsewhere: ``"retry"``
-        looks again after ``LEASE_GRACE``, in case that worker dies; ``"ignore"`` ends
-        the copy.
+        What a second copy of the message does while another worker runs the task.
+        ``"retry"`` looks again after ``LEASE_GRACE``, in case that worker dies.
+        ``"ignore"`` ends the copy.
     """
 
     on_retry: str = option(_one_of("keep", "release"), default="keep")

@@ -37,7 +37,7 @@ succeed while a later one is running. Then its row stays ``released`` and notes 
 ``charge``. Later the sweeper decides: if the later attempt is charged, the noted charge
 is dropped; otherwise it is owed.
 
-The rooms: ``opening`` reserves, ``deciding`` records how the work ended, ``settling``
+The modules: ``opening`` reserves, ``deciding`` records how the work ended, ``settling``
 carries that out at the ledger, ``offering`` hands work to another process, ``debts``
 collects what could not be charged, and ``sweeping`` does all of this for processes that
 died. ``statements`` does a step and its movement in one statement of PostgreSQL. These

@@ -236,8 +236,8 @@ class HttpTransport(Transport):
 
         Override this for another wire format. It gets every answer but redirects;
         *headers* are case-insensitive. Raise what ``api_error`` returns if the ledger
-        certainly said no, and ``ValueError`` (or ``KeyError``, ``TypeError``, ...) if
-        the answer may be anybody else's: a proxy's page, for example.
+        certainly said no. Raise ``ValueError`` (or ``KeyError``, ``TypeError``, ...) if
+        the answer may come from another server, for example the page of a proxy.
 
         The transport decides the rest. Only a 2xx can be a success. A 5xx is always an
         unknown outcome, and so is a body that cannot be decoded, except with a 429.

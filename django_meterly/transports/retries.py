@@ -58,7 +58,8 @@ def send(
 ) -> dict[str, Any]:
     """Return what *attempt* returns, which is called up to *attempts* times.
 
-    Raises ``MeterlyError`` if each of them raised one: the outcome of all of them.
+    If each attempt raised a ``MeterlyError``, raises the one that is true of the whole
+    call. For example, an unknown outcome stays unknown if a later attempt is not sent.
     """
     budget.deposit()
     errors: list[MeterlyError] = []
