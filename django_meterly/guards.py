@@ -220,31 +220,24 @@ def guard(
             ...
             reservation.charge(80)
 
-    *customer*
-        An instance of ``CUSTOMER_MODEL``, a ``Customer`` or an external id.
-    *amount*
-        A positive whole number of credits.
-    *unit*
-        One that ``UNITS`` declares; ``DEFAULT_UNIT`` by default.
-    *reference*
-        The name of the work, for people.
-    *idempotency_key*
-        Runs the work once. After a success, the key is refused. After a refusal or a
-        failure, it may be tried again. It has up to 200 visible ASCII characters, and
-        each customer has separate keys.
-    *durable*
-        If it is false, an open transaction is allowed, and the reservation is part of
-        it.
+    *customer* is an instance of ``CUSTOMER_MODEL``, a ``Customer`` or an external id.
+    *amount* is a positive whole number of credits. ``UNITS`` declares the *unit*;
+    ``DEFAULT_UNIT`` is the default. *reference* names the work for people. ``Policies``
+    explains the other options.
 
-    ``Policies`` explains the other options. An exception from the block releases the
-    credits and is raised again. Entering the block raises
+    An *idempotency_key* (up to 200 visible ASCII characters) runs a customer's work
+    once: it is refused after a success, and may be tried again after a refusal or a
+    failure. If *durable* is false, the reservation is part of an open transaction.
+
+    An exception from the block releases the credits and is raised again. Entering the
+    block raises
 
     - ``MeterlyInsufficientCreditsError`` if there are too few credits,
     - ``MeterlyUnavailableError`` if the ledger cannot be asked,
     - ``MeterlyDuplicateError`` if the key was used,
     - ``MeterlyIdempotencyMismatchError`` if it was used for another unit or amount,
-    - ``MeterlyUsageError`` inside an open transaction, and for a plain ``with`` in a
-      running event loop.
+    - ``MeterlyUsageError`` inside an open transaction (unless *durable* is false), and
+      for a plain ``with`` in a running event loop.
 
     Invalid arguments raise ``ValueError`` before anything is written or sent.
     """
