@@ -9,7 +9,7 @@ When a view is defined (or on the first request, for ``GUARDED_VIEWS``)::
 For each request, the wrapper of ``guard_function`` calls, in this order:
 
 1. ``admission.Admission.admit`` reads the options, finds the customer (``keys`` reads
-   the idempotency key of the request) and reserves: ``guards``, then ``journal``.
+   the idempotency key of the request) and reserves: ``lifecycle``, then ``journal``.
    ``responses`` renders a refusal.
 2. ``atomic`` opens the transactions of ``ATOMIC_REQUESTS``.
 3. ``execution.Execution.run`` runs the view and concludes. ``streams`` concludes after
