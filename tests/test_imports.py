@@ -119,6 +119,31 @@ def test_the_integration_never_imports_the_ledger() -> None:
     assert strays == []
 
 
+def test_guarded_views_import_no_door_no_task_and_no_admin() -> None:
+    above = ("decorators", "mixins", "middleware", "tasks", "jobs", "admin", "checks")
+    strays = [
+        str(line)
+        for line in IMPORTS
+        if _inside(line.source, "views")
+        and line.enters(*(f"django_meterly.{name}" for name in above))
+    ]
+    assert strays == []
+
+
+def test_nothing_below_guarded_views_imports_how_they_run() -> None:
+    # Policies and lifecycle ask for the methods and the key of a request.
+    homes = ("journal", "transports", "client", "policies", "lifecycle", "guards")
+    seam = [f"django_meterly.views.{name}" for name in ("methods", "keys")]
+    strays = [
+        str(line)
+        for line in IMPORTS
+        if _inside(line.source, *homes)
+        and line.enters("django_meterly.views")
+        and not line.enters(*seam)
+    ]
+    assert strays == []
+
+
 def test_only_the_pytest_plugin_imports_what_is_for_tests() -> None:
     strays = [
         str(line)

@@ -16,8 +16,8 @@ from celery.exceptions import Reject
 from django.contrib.auth.models import User
 from django.core.signing import Signer
 from django.db import connections, transaction
-from django.http import HttpResponse
-from django.test import Client, override_settings
+from django.http import HttpResponse, StreamingHttpResponse
+from django.test import Client, RequestFactory, override_settings
 from django.urls import path
 from django.utils import timezone
 from hypothesis import strategies as st
@@ -786,6 +786,45 @@ def test_what_was_handed_off_is_settled_when_its_unit_is_removed(
     settings.METERLY = {**settings.METERLY, **units, "DEFAULT_UNIT": None}
     assert deliver(sent[0]).state == "SUCCESS"
     assert balance(customer) == ((93, 0) if enforcement == "enforce" else (100, 0))
+
+
+def hands_off(request: HttpRequest) -> HttpResponse:
+    request.meterly.hand_off(jobs.handed_off, used=7)  # type: ignore[attr-defined]
+    return HttpResponse(status=int(request.GET["status"]))
+
+
+def hands_off_in_its_stream(request: HttpRequest) -> StreamingHttpResponse:
+    def chunks() -> Iterator[str]:
+        yield "begun"
+        request.meterly.hand_off(jobs.handed_off, used=7)  # type: ignore[attr-defined]
+
+    return StreamingHttpResponse(chunks())
+
+
+@pytest.mark.parametrize("enforcement", ["enforce", "off"])
+@pytest.mark.parametrize(
+    ("view", "status", "messages"),
+    [(hands_off, 202, 1), (hands_off, 400, 0), (hands_off_in_its_stream, 200, 1)],
+    ids=["success", "failure", "stream"],
+)
+def test_a_view_hands_off_by_its_end_in_every_mode(
+    customer: Customer,
+    sent: list[Any],
+    enforcement: str,
+    view: Any,
+    status: int,
+    messages: int,
+) -> None:
+    guarded = meterly_guard(
+        amount=25, customer=lambda request: "user_1", enforcement=enforcement
+    )(view)
+    response = guarded(RequestFactory().post(f"/?status={status}"))
+    if response.streaming:
+        assert sent == []
+        assert b"".join(response) == b"begun"
+        response.close()
+    assert len(sent) == messages
+    assert not any(message["in_transaction"] for message in sent)
 
 
 def alice() -> Customer:

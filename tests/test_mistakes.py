@@ -458,7 +458,7 @@ def test_an_amount_that_a_function_returns_is_checked(
 
 
 @pytest.mark.django_db(transaction=True)
-@pytest.mark.parametrize("enforcement", ["enforce", "shadow", "off"])
+@pytest.mark.parametrize("enforcement", ["enforce", "shadow"])
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
@@ -467,7 +467,7 @@ def test_an_amount_that_a_function_returns_is_checked(
         ("idempotency_key", 5, TypeError),
     ],
 )
-def test_what_a_function_returns_is_checked_in_every_mode(
+def test_what_a_function_returns_is_checked_in_both_modes(
     user: User,
     joined: None,
     option: str,
@@ -475,12 +475,24 @@ def test_what_a_function_returns_is_checked_in_every_mode(
     error: type[Exception],
     enforcement: str,
 ) -> None:
-    if option == "idempotency_key" and enforcement == "off":
-        return  # Nobody asks for it there.
     options = {option: lambda request: value, "enforcement": enforcement}
     with pytest.raises(error, match=rf"{option} must be .* has returned it"):
         run(options, user, asynchronous=False)
     assert ran == states() == []
+
+
+@pytest.mark.parametrize(("option", "value"), [("amount", None), ("reference", 5)])
+def test_off_what_a_function_returns_is_checked_where_the_guard_is_used(
+    option: str, value: Any, request_: Any
+) -> None:
+    def uses(request: Any) -> HttpResponse:
+        request.meterly.charge(3)
+        return HttpResponse("unreached")
+
+    options: Any = {option: lambda request: value, "enforcement": "off"}
+    guarded = meterly_guard("image_credits", **options)(uses)
+    with pytest.raises(ValueError, match=rf"{option} must be .* has returned it"):
+        guarded(request_)
 
 
 @pytest.mark.django_db(transaction=True)

@@ -55,6 +55,26 @@ def view(request: HttpRequest) -> HttpResponse:
     return HttpResponse("held" if held else "free")
 
 
+#: How often the amount was asked for.
+ASKED: list[HttpRequest] = []
+KEPT: list[Any] = []
+
+
+def asked(request: HttpRequest) -> int:
+    ASKED.append(request)
+    return 25
+
+
+def keeps(request: HttpRequest) -> HttpResponse:
+    request.meterly.charge(1)  # type: ignore[attr-defined]
+    KEPT.append(request.meterly)  # type: ignore[attr-defined]
+    return HttpResponse("done")
+
+
+def tells(request: HttpRequest) -> dict[str, str]:
+    return {"done": "work"}
+
+
 async def aview(request: HttpRequest) -> HttpResponse:
     return view(request)
 
@@ -66,6 +86,10 @@ urlpatterns = [
     path("aallow", meterly_guard(amount=25, on_unavailable="allow")(aview)),
     path("off", meterly_guard(amount=25, enforcement="off")(view)),
     path("enforced", meterly_guard(amount=25, enforcement="enforce")(view)),
+    path("unused", meterly_guard(amount=asked)(lambda request: HttpResponse("done"))),
+    path("used", meterly_guard(amount=asked)(view)),
+    path("kept", meterly_guard(amount=asked)(keeps)),
+    path("told", meterly_guard(amount=asked)(tells)),
     path("capped", meterly_guard(amount=25, overage="cap")(view)),
     path("charged", meterly_guard(amount=25, overage="charge")(view)),
     path(
@@ -676,6 +700,30 @@ class TestOff:
         assert client.post("/keyed", {"key": "a b"}).content == b"free"
         assert not Reservation.objects.exists()
         assert not Customer.objects.exists()
+
+    def test_the_guard_is_made_when_the_view_uses_it(
+        self, client: Any, any_requests: bool
+    ) -> None:
+        ASKED.clear()
+        answer = client.post("/unused")
+        assert (answer.content, answer["Cache-Control"]) == (b"done", "private")
+        assert ASKED == []
+        assert client.post("/used", {"used": 30}).content == b"free"
+        assert len(ASKED) == 1
+
+    def test_what_was_kept_of_it_ends_with_the_view(
+        self, client: Any, any_requests: bool
+    ) -> None:
+        KEPT.clear()
+        assert client.post("/kept").content == b"done"
+        with pytest.raises(MeterlyUsageError, match="too late"):
+            KEPT[0].charge(1)
+
+    def test_what_is_no_response_is_refused_all_the_same(
+        self, client: Any, any_requests: bool
+    ) -> None:
+        with pytest.raises(TypeError, match="has returned dict"):
+            client.post("/told")
 
     @in_loop
     async def test_async_views_are_free_for_everybody(self, async_client: Any) -> None:

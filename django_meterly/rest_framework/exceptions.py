@@ -107,8 +107,11 @@ def refuse(request: Any, exc: Exception | None) -> NoReturn:
     view = request.parser_context.get("view")
     if view is not None:
         patches.extend_error_answers(view, _answer_in_full)
-        # DRF adds these headers to the answer of every exception handler.
-        view.headers["Cache-Control"] = responses.UNSHARED
+        # DRF adds these headers to the answer of every exception handler. A view has
+        # none before dispatch(): schema generators ask its permissions without.
+        headers = getattr(view, "headers", None)
+        if headers is not None:
+            headers["Cache-Control"] = responses.UNSHARED
     if exc is None:
         raise _nobody_pays(request)
     raise counterpart(exc) from exc

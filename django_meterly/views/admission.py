@@ -6,6 +6,7 @@ The wrappers in ``functions`` make a ``Call`` of the arguments and pass it to
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from django.http import HttpRequest
@@ -17,7 +18,7 @@ from ..guards import Guard
 from ..lifecycle import for_request
 from . import introspection, methods, responses
 from .dispatch import Dispatch
-from .execution import Execution
+from .execution import Execution, OffExecution
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +74,7 @@ class Admission:
         options = self.options_for(request)
         return options is not None and options.costs(request.method)
 
-    def admit(self, call: Call) -> Execution | HttpResponseBase | None:
+    def admit(self, call: Call) -> Execution | OffExecution | HttpResponseBase | None:
         """Reserve, and return what runs the view.
 
         Or return the response that refuses the request (in Django REST framework, raise
@@ -92,22 +93,31 @@ class Admission:
                 why = _FREE if request.method == "OPTIONS" else _FREE + _NAME_IT
                 request.meterly = NoGuard(why.format(*[request.method] * 2))
             return None
+        if options.value("enforcement") == "off":
+            return OffExecution(request, partial(self._reserve, call, options))
         try:
-            with db.serving():
-                # CUSTOMER_RESOLVER and functions among the options may use it, too.
-                lifecycle = for_request(
-                    options, self.name, call.given, *call.args, **call.kwargs
-                )
-            if lifecycle is None:
-                return _refuse(call, None)
-            lifecycle.name = self.full_name
-            lifecycle.reserve()
+            execution = self._reserve(call, options)
         except responses.RENDERED as exc:
             return _refuse(call, exc)
-        request.meterly = Guard(lifecycle)
+        if execution is None:
+            return _refuse(call, None)
+        request.meterly = Guard(execution.lifecycle)
         if dispatch := Dispatch.of(request):
-            dispatch.begun.append(lifecycle)
-        return Execution(lifecycle, options, head=request.method == "HEAD")
+            dispatch.begun.append(execution.lifecycle)
+        return execution
+
+    def _reserve(self, call: Call, options: ViewOptions) -> Execution | None:
+        """Return what runs the view on credits that are held; ``None`` for no payer."""
+        with db.serving():
+            # CUSTOMER_RESOLVER and functions among the options may use it, too.
+            lifecycle = for_request(
+                options, self.name, call.given, *call.args, **call.kwargs
+            )
+        if lifecycle is None:
+            return None
+        lifecycle.name = self.full_name
+        lifecycle.reserve()
+        return Execution(lifecycle, options, head=call.request.method == "HEAD")
 
 
 def _refuse(call: Call, exc: Exception | None) -> HttpResponseBase:

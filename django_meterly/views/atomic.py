@@ -9,7 +9,7 @@ taken over from them.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from django.db import connections, transaction
@@ -18,6 +18,7 @@ from .. import journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 
 class AtomicTakeover(set[str]):
@@ -46,9 +47,13 @@ class AtomicTakeover(set[str]):
         return sorted(aliases, key=lambda alias: alias != journal.alias())
 
 
-@contextmanager
-def atomic(aliases: Sequence[str]) -> Iterator[None]:
+def atomic(aliases: Sequence[str]) -> AbstractContextManager[None]:
     """Open a transaction on each of *aliases*, the first one outermost."""
+    return _atomic(aliases) if aliases else nullcontext()
+
+
+@contextmanager
+def _atomic(aliases: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for alias in aliases:
             stack.enter_context(transaction.atomic(using=alias))

@@ -1,4 +1,4 @@
-"""What a guarded class-based view leaves to the handler that it is going to call.
+"""Notes of a guarded class-based view for the handler that it is going to call.
 
 ``classes`` makes a ``Dispatch`` when the request comes, ``install_guards`` in the same
 module reads it when the handler is known, and ``functions`` takes the transactions.

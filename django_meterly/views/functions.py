@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .admission import View
-    from .execution import Execution
+    from .execution import Execution, OffExecution
 
-    Admit = Callable[[Call], Execution | HttpResponseBase | None]
+    Admit = Callable[[Call], Execution | OffExecution | HttpResponseBase | None]
 
 
 def guard_function(view: View, admit: Admit) -> View:

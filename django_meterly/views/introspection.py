@@ -1,4 +1,4 @@
-"""What a view is: its class, its handlers, its name, sync or async, guarded or not.
+"""Read a view: its class, its handlers, its name, sync or async, guarded or not.
 
 Called when a view is guarded and by the system checks. Nothing here runs a view.
 Frameworks are recognised by their types. For example, ``FormView`` and a view of

@@ -104,7 +104,7 @@ class Stream:
         self._stop_heart()
 
     def _start_heart(self) -> None:
-        # It beats in a thread of its own: no chunk waits for it.
+        # It beats in another thread, so that no chunk waits for it.
         self._heart = self._lifecycle.start_heart(at_once=True)
 
     def _stop_heart(self) -> None:

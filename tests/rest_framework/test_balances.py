@@ -9,14 +9,16 @@ from django.contrib.auth.models import User
 from django.urls import include, path
 from rest_framework.authentication import TokenAuthentication
 from rest_framework.authtoken.models import Token
+from rest_framework.request import Request
 from rest_framework.response import Response
-from rest_framework.test import APIClient
+from rest_framework.test import APIClient, APIRequestFactory
 from rest_framework.views import APIView
 
 from django_meterly import guard
 from django_meterly.db import from_now
 from django_meterly.ledger.models import Hold
 from django_meterly.models import Customer
+from django_meterly.rest_framework.exceptions import Unavailable
 from django_meterly.rest_framework.permissions import HasCredits
 from tests.books import balance, fund, states
 
@@ -122,6 +124,21 @@ def test_a_ledger_out_of_reach_is_a_503(
         response = getattr(client, method)(url)
         assert (response.status_code, response["Retry-After"]) == (503, "5")
         assert response.json()["code"] == "unavailable"
+
+
+def test_a_permission_asked_before_dispatch_reports_an_outage(
+    user: User, remote: Any
+) -> None:
+    fund(user)
+    # Schema generators ask like this: they never dispatch.
+    view = Gated()
+    request = Request(
+        APIRequestFactory().post("/gated/"), parser_context={"view": view}
+    )
+    request.user = user
+    remote.meet("get_balances", "unsent")
+    with pytest.raises(Unavailable):
+        view.check_permissions(request)
 
 
 @pytest.mark.parametrize("amount", ["5", None, 2.5, True, -1], ids=repr)
