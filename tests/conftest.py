@@ -175,3 +175,14 @@ def refusing() -> Iterator[Callable[[str], None]]:
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on."""
     return database.free_port()
+
+
+@pytest.fixture
+def prepared() -> Iterator[None]:
+    """Let the server bind the parameters, and know the statements."""
+    connection.close()
+    before = connection.settings_dict["OPTIONS"]
+    connection.settings_dict["OPTIONS"] = {**before, "server_side_binding": True}
+    yield
+    connection.close()
+    connection.settings_dict["OPTIONS"] = before

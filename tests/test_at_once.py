@@ -63,17 +63,6 @@ def customer() -> Customer:
     return fund(User.objects.create_user("alice"))
 
 
-@pytest.fixture
-def prepared() -> Iterator[None]:
-    """Let the server bind the parameters, and know the statements."""
-    connection.close()
-    before = connection.settings_dict["OPTIONS"]
-    connection.settings_dict["OPTIONS"] = {**before, "server_side_binding": True}
-    yield
-    connection.close()
-    connection.settings_dict["OPTIONS"] = before
-
-
 def row_of(work: Any) -> dict[str, Any]:
     [row] = Reservation.objects.filter(pk=work.reservation.pk).values()
     return row

@@ -121,6 +121,17 @@ def test_whoever_is_named_is_found(way: bool, owner: User, named: str) -> None:
     assert_books_balance()
 
 
+@pytest.mark.parametrize("named", NAMES)
+def test_the_server_may_bind_who_is_named(
+    prepared: None, owner: User, named: str
+) -> None:
+    customer = fund(owner)
+    payer = NAMES[named](owner)
+    with counted(2, way=True), guard(payer, 25):
+        pass
+    assert balance(customer) == (75, 0)
+
+
 @pytest.mark.parametrize("external_id", ["a", "team 7 'x' \\ %s {} \" *", "~" * 255])
 def test_the_database_makes_the_scope_of_a_key_as_python_does(external_id: str) -> None:
     customer = fund(external_id)
