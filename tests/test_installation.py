@@ -159,7 +159,7 @@ def test_transport_of_a_ledger_that_is_not_installed_is_e004(
     assert complains(project.manage(*command), "meterly.E004", ADD_LEDGER)
 
 
-IMPORTS = ("transport", "models", "admin", "tasks", "urls", "operations", "seals")
+IMPORTS = ("transport", "models", "admin", "tasks", "urls", "spending", "seals")
 
 
 @pytest.mark.sample(1)
