@@ -289,6 +289,9 @@ def _refusals(name: str) -> dict[int, list[str]]:
             refusals[415] = ["invalid_request"]
     for code in codes:
         refusals.setdefault(_BY_CODE[code].status, []).append(code)
+    if name in ROUTES and "{" in ROUTES[name][1]:
+        # A path with a text that cannot be an id is not a path of the contract.
+        refusals[404].append("unknown_path")
     return {status: sorted(refusals[status]) for status in sorted(refusals)}
 
 
