@@ -342,13 +342,17 @@ def test_checks_find_the_guards_of_undeclared_units(
 
     declare(GUARDED_VIEWS={"settings": {"unit": TYPO, "amount": 5}})
     try:
-        errors = checks.guards.check_units()
+        # Pages of the documentation have tasks, too.
+        errors = [
+            error
+            for error in checks.guards.check_units()
+            if "docs_jobs." not in error.msg
+        ]
     finally:
         task.app.tasks.pop("tests.checked")
     assert {error.id for error in errors} == {"meterly.E014"}
     where = [error.msg.partition(":")[0] for error in errors]
-    # Other files and pages have tasks, too.
-    assert [name for name in where if "docs_jobs." not in name] == [
+    assert where == [
         "METERLY['GUARDED_VIEWS']['settings']",
         *(f"The view {name!r}" for name in guarded),
         "The task 'tests.checked'",

@@ -232,7 +232,7 @@ def test_the_portable_way_refuses_a_statement(workspace, customer, call, monkeyp
         monkeypatch.setattr(
             portable,
             name,
-            lambda *args, move=move: move(*args, Statement("SELECT 1")),
+            lambda *args, move=move: move(*args, Statement("SELECT 1", (), "SELECT 1")),
         )
     with pytest.raises(errors.MeterlyUsageError, match="PostgreSQL"):
         call(situation)
