@@ -145,14 +145,14 @@ def rest_mixin(user: User, settings: Any, **told: Any) -> None:
 
 
 def guarded_views(user: User, settings: Any, **told: Any) -> None:
-    urlpatterns = [path("work/", work, name="work")]
+    urlpatterns = [path("paid/", work, name="work")]
     settings.ROOT_URLCONF = type("urls", (), {"urlpatterns": urlpatterns})
     settings.MIDDLEWARE = [*settings.MIDDLEWARE, MIDDLEWARE]
     options = {"unit": "image_credits", "amount": 25, **told}
     settings.METERLY = {**settings.METERLY, "GUARDED_VIEWS": {"work": options}}
     client = Client()
     client.force_login(user)
-    client.post("/work/")
+    client.post("/paid/")
 
 
 def block(user: User, settings: Any, **told: Any) -> None:
