@@ -18,9 +18,16 @@ from django.test.utils import CaptureQueriesContext
 from django.utils.functional import SimpleLazyObject
 
 from django_meterly import get_client, guard, journal, meterly_guard, signals
-from django_meterly.errors import MeterlyError, MeterlyUnavailableError
+from django_meterly.errors import (
+    MeterlyError,
+    MeterlyInsufficientCreditsError,
+    MeterlyInvalidRequestError,
+    MeterlyNotSentError,
+    MeterlyUnavailableError,
+)
 from django_meterly.journal import opening, statements
 from django_meterly.ledger.models import LedgerCustomer
+from django_meterly.ledger.transport import LedgerTransport
 from django_meterly.models import Customer, Reservation, wire_scope_sql
 from django_meterly.testing import assert_books_balance
 from tests.books import balance, fund, movements, states
@@ -359,6 +366,98 @@ def test_a_refusal_names_the_whole_customer(
     assert movements() == []
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_call_is_refused_before_its_statement(
+    way: bool, owner: User, settings: Any, known: bool
+) -> None:
+    settings.METERLY_LEDGER = {"MAX_TTL": 60}
+    if known:
+        fund(owner)
+    with pytest.raises(MeterlyInvalidRequestError, match="at most 60 here"):
+        guard(owner, 25, "image_credits", ttl_seconds=61).lifecycle.reserve()
+    [row] = Reservation.objects.all()
+    assert (row.state, row.customer) == ("failed", Customer.objects.get())
+    assert "at most 60 here" in row.last_error
+
+
+@contextmanager
+def refusing(
+    monkeypatch: pytest.MonkeyPatch, error: MeterlyError, times: int
+) -> Iterator[None]:
+    """Let a project's transport raise *error* for the next reserves."""
+    send = LedgerTransport.send
+    left = [error] * times
+
+    def refuse(self: LedgerTransport, call: Any) -> dict[str, Any]:
+        if call.operation == "reserve_credits" and left:
+            raise left.pop()
+        return send(self, call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LedgerTransport, "send", refuse)
+        yield
+
+
+def test_a_transport_refuses_without_the_statement(
+    way: bool, owner: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    customer = fund(owner)
+    refusal = MeterlyInsufficientCreditsError("No more today.")
+    with (
+        refusing(monkeypatch, refusal, 2),
+        heard() as found,
+        pytest.raises(MeterlyInsufficientCreditsError, match="No more today"),
+    ):
+        guard(owner, 25).lifecycle.reserve()
+    assert [(name, each.pk) for name, each in found] == [
+        ("credits_denied", customer.pk)
+    ]
+    assert states() == ["denied"]
+
+
+@pytest.mark.parametrize("enforcement", ["enforce", "shadow"])
+def test_an_outage_names_the_whole_customer(
+    way: bool, owner: User, monkeypatch: pytest.MonkeyPatch, enforcement: str
+) -> None:
+    fund(owner)
+    work = guard(owner, 25, enforcement=enforcement)
+    with refusing(monkeypatch, MeterlyNotSentError("down"), 9), heard() as found:
+        if enforcement == "shadow":
+            work.lifecycle.reserve()
+        else:
+            with pytest.raises(MeterlyUnavailableError, match="down"):
+                work.lifecycle.reserve()
+    [(name, customer)] = found
+    assert name == ("would_deny" if enforcement == "shadow" else "credits_denied")
+    assert read(customer) == read(Customer.objects.get())
+
+
+@pytest.mark.parametrize("owes", [True, False])
+def test_in_an_outage_work_is_on_trust_but_a_debtors_is_not(
+    way: bool,
+    owner: User,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    owes: bool,
+) -> None:
+    settings.METERLY = {**settings.METERLY, "UNAVAILABLE_CAP": 50}
+    customer = fund(owner, 10)
+    with guard(owner, 10) as work:
+        work.charge(30 if owes else 10)
+    work = guard(owner, 25, on_unavailable="allow")
+    with refusing(monkeypatch, MeterlyNotSentError("down"), 9):
+        if owes:
+            with pytest.raises(MeterlyError, match="owes 20 credits"):
+                work.lifecycle.reserve()
+        else:
+            work.lifecycle.reserve()
+    assert states() == (["unbilled"] if owes else ["committed", "reserved"])
+    if not owes:
+        assert work.reservation is not None
+        assert work.reservation.customer_id == customer.pk
+        assert not work.reservation.reservation_id
+
+
 def test_low_balance_names_the_whole_customer(
     way: bool, owner: User, settings: Any
 ) -> None:
@@ -380,10 +479,12 @@ def test_a_key_of_the_callers_takes_the_other_way(owner: User) -> None:
     assert states() == ["reserved"]
 
 
+@pytest.mark.parametrize("named", ["owner", "customer of another database"])
 def test_f29_a_connection_that_died_long_ago_is_replaced(
-    way: bool, owner: User
+    way: bool, owner: User, named: str
 ) -> None:
     customer = fund(owner)
+    payer = NAMES[named](owner)
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid()")
         [pid] = cursor.fetchone()
@@ -391,7 +492,7 @@ def test_f29_a_connection_that_died_long_ago_is_replaced(
     with other.cursor() as cursor:
         cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
     other.close()
-    with guard(owner, 25):
+    with guard(payer, 25):
         pass
     assert states() == ["committed"]
     assert balance(customer) == (75, 0)

@@ -128,7 +128,13 @@ def reserve(
     try:
         answer = None
         if not key and statements.fits_one_statement(client, using):
-            answer = statements.reserve(using, client, row, payer, lease)
+            try:
+                answer = statements.reserve(using, client, row, payer, lease)
+            except OUTAGE:
+                # Nobody knows yet who pays, and a debtor does not work on trust.
+                row.customer = payer.resolve()
+                _collect(limited, row)
+                raise
         if answer is None:
             row.customer = payer.resolve()
             if key:
@@ -163,11 +169,15 @@ def _prepare(limited: MeterlyClient, row: Reservation) -> None:
     Raises ``MeterlyDebtError``, ``MeterlyUnavailableError`` and what
     ``Customer.register`` raises.
     """
+    _collect(limited, row)
+    if not row.customer.customer_id:
+        row.customer.ensure_registered(limited, units.default() or row.unit)
+
+
+def _collect(limited: MeterlyClient, row: Reservation) -> None:
     customer = row.customer
     if customer.owes and meterly_settings.ON_DEBT == "deny":
         refuse_debtor(limited, customer, row.amount, row.unit)
-    if not customer.customer_id:
-        customer.ensure_registered(limited, units.default() or row.unit)
 
 
 @contextmanager

@@ -63,7 +63,9 @@ def reserve(
     """Ask a ledger that writes *row* in the statement that holds the credits.
 
     The statement finds the customer, too. Returns ``None``, and does nothing, if the
-    customer is new, owes credits, or is not registered at the ledger.
+    customer is new, owes credits, or is not registered at the ledger, or if the call
+    was refused before the statement was sent. Raises the errors in ``OUTAGE``; then
+    *row* has no customer.
     """
     statement = _opening(using, row, payer, lease + meterly_settings.LEASE_GRACE)
     carrying = client.carrying(statement)
@@ -72,7 +74,7 @@ def reserve(
         return calls.ask(row, lambda: _hold_of_found(carrying, row))
 
     try:
-        if isinstance(payer.named, Customer):
+        if isinstance(payer.named, Customer) and payer.named.fits(using):
             answer, row.state = ask()
         else:
             # Most guards begin with this statement, so it may meet a connection that
@@ -87,11 +89,14 @@ def reserve(
         # Django replaces a dead connection only when it leaves an atomic block.
         if not connection.is_usable():
             reconnect(connection)
-        row.customer = payer.resolve()
         # The hold and its row may exist; then they lapse. The next try is another row.
         row.pk = uuid.uuid4()
         row.key = str(row.pk)
         raise MeterlyUnknownOutcomeError(f"The database failed: {exc}") from exc
+    if not statement.found:
+        # For example, the ledger's MAX_TTL is shorter than the hold is to be.
+        row.state, row.last_error = State.INTENT, ""
+        return None
     row.customer = payer.found(using, statement.found[2:])
     if row.state == State.RESERVED:
         row._state.adding = False
