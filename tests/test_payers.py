@@ -499,6 +499,23 @@ def test_f29_a_connection_that_died_long_ago_is_replaced(
     assert_books_balance()
 
 
+def test_f29_a_statement_that_is_sent_again_may_find_nobody(
+    owner: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    customer = fund(owner)
+
+    def lose_the_answer(using: str, query: Callable[[], Any]) -> Any:
+        query()
+        Customer.objects.update(owes=True)
+        return query()
+
+    monkeypatch.setattr(statements, "on_live_connection", lose_the_answer)
+    with guard(owner, 25):
+        pass
+    assert sorted(states()) == ["committed", "reserved"]
+    assert balance(customer) == (75, 25)
+
+
 def test_a_view_takes_two_round_trips(way: bool, owner: User) -> None:
     fund(owner)
     request = RequestFactory().post("/")

@@ -81,6 +81,9 @@ def reserve(
             # died long ago. It is sent again with the same keys: it is done once.
             answer, row.state = on_live_connection(using, ask)
     except NothingFound:
+        # It may have found the customer before, and lost the connection. Then the hold
+        # and its row exist, and they lapse.
+        _rename(row)
         return None
     except (Error, MeterlyUnknownOutcomeError) as exc:
         if isinstance(exc, Error) and not is_outage(exc):
@@ -90,8 +93,7 @@ def reserve(
         if not connection.is_usable():
             reconnect(connection)
         # The hold and its row may exist; then they lapse. The next try is another row.
-        row.pk = uuid.uuid4()
-        row.key = str(row.pk)
+        _rename(row)
         raise MeterlyUnknownOutcomeError(f"The database failed: {exc}") from exc
     if not statement.found:
         # For example, the ledger's MAX_TTL is shorter than the hold is to be.
@@ -107,6 +109,11 @@ def reserve(
             row.next_attempt_at = from_now(DENIED_RETENTION)
         row.save(force_insert=True, using=using)
     return answer
+
+
+def _rename(row: Reservation) -> None:
+    row.pk = uuid.uuid4()
+    row.key = str(row.pk)
 
 
 def _hold_of_found(carrying: MeterlyClient, row: Reservation) -> ReservationResult:
