@@ -413,8 +413,12 @@ def reconnect(connection: BaseDatabaseWrapper) -> None:
         pool.check()
 
 
-#: Seconds between two tries at most.
-PAUSE = 0.1
+def pause() -> None:
+    """Wait for up to 0.1 seconds between two tries.
+
+    For a random time: processes that collided once should not collide again.
+    """
+    time.sleep(random.uniform(0, 0.1))  # noqa: S311
 
 
 def in_transaction(using: str) -> bool:
@@ -506,8 +510,7 @@ def on_live_connection(
         if dead:
             reconnect(connection)
         if replaced or not dead:
-            # Jitter: processes that collided once should not collide again.
-            time.sleep(random.uniform(0, PAUSE))  # noqa: S311
+            pause()
         replaced = replaced or dead
 
 

@@ -70,14 +70,14 @@ from django_meterly import meterly_guard
 def work(request):
     return HttpResponse("done")
 
-urlpatterns = [path("work/", work), path("admin/", admin.site.urls)]
+urlpatterns = [path("paid/", work), path("admin/", admin.site.urls)]
 """
 #: A request, as a server makes it: without any check before.
 REQUEST = """
 import django
 from django.test import Client
 django.setup()
-response = Client(raise_request_exception=True).post("/work/")
+response = Client(raise_request_exception=True).post("/paid/")
 print(response.status_code, response.content)
 """
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from django.db import Error, transaction
 from django.db.models import F
 
+from ..conf import meterly_settings
 from ..db import refused_by_database
 from ..errors import MeterlyDebtError, MeterlyUnavailableError
 from ..models import Customer, Reservation
@@ -65,10 +66,14 @@ def _clear_owing(using: str, customer: Customer) -> None:
             customer.owes = False
 
 
-def refuse_debtor(
-    client: MeterlyClient, customer: Customer, amount: int, unit: str
-) -> None:
-    """Collect the debts in *unit*; raise ``MeterlyDebtError`` if some are left."""
+def refuse_debtor(client: MeterlyClient, row: Reservation) -> None:
+    """Raise ``MeterlyDebtError`` if the customer of *row* owes credits of its unit.
+
+    The debts are collected first. ``ON_DEBT = "allow"`` refuses nobody.
+    """
+    customer, unit = row.customer, row.unit
+    if not customer.owes or meterly_settings.ON_DEBT == "allow":
+        return
     debts = collect(client, customer, unit)
     if not debts:
         return
@@ -78,7 +83,7 @@ def refuse_debtor(
     raise MeterlyDebtError(
         f"{customer} owes {owed} credits of {unit!r}, {available} are available.",
         details={
-            "required": owed + amount,
+            "required": owed + row.amount,
             "available": available,
             "reserved": shortage.reserved if shortage else 0,
             "unit": unit,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-import random
 import sys
 import time
 import uuid
@@ -17,7 +16,7 @@ from django.db.models.functions import Coalesce
 
 from .. import signals, units
 from ..conf import meterly_settings
-from ..db import PAUSE, causes, from_now, gave_way, in_transaction, on_live_connection
+from ..db import causes, from_now, gave_way, in_transaction, on_live_connection, pause
 from ..errors import (
     OUTAGE,
     MeterlyDuplicateError,
@@ -133,13 +132,15 @@ def reserve(
             except OUTAGE:
                 # Nobody knows yet who pays, and a debtor does not work on trust.
                 row.customer = payer.resolve()
-                _collect(limited, row)
+                refuse_debtor(limited, row)
                 raise
         if answer is None:
             row.customer = payer.resolve()
             if key:
                 attempts.number(using, row)
-            _prepare(limited, row)
+            refuse_debtor(limited, row)
+            if not row.customer.customer_id:
+                row.customer.ensure_registered(limited, units.default() or unit)
             answer = _reserve_by_intent(using, client, limited, row, lease)
     except OUTAGE as exc:
         # Sending too many requests must not make the work free.
@@ -161,23 +162,6 @@ def reserve(
     announce(signals.credits_reserved, row)
     watch_balance(row, answer.balance, row.amount)
     return row, answer.balance
-
-
-def _prepare(limited: MeterlyClient, row: Reservation) -> None:
-    """Collect what the customer of *row* owes, and register the customer, if need be.
-
-    Raises ``MeterlyDebtError``, ``MeterlyUnavailableError`` and what
-    ``Customer.register`` raises.
-    """
-    _collect(limited, row)
-    if not row.customer.customer_id:
-        row.customer.ensure_registered(limited, units.default() or row.unit)
-
-
-def _collect(limited: MeterlyClient, row: Reservation) -> None:
-    customer = row.customer
-    if customer.owes and meterly_settings.ON_DEBT == "deny":
-        refuse_debtor(limited, customer, row.amount, row.unit)
 
 
 @contextmanager
@@ -240,8 +224,7 @@ def _reserve_by_intent(
             gave = any(map(gave_way, causes(exc, handled)))
             if not gave or not ours or time.monotonic() > until:
                 raise
-        # Jitter: processes that collided once should not collide again.
-        time.sleep(random.uniform(0, PAUSE))  # noqa: S311
+        pause()
     try:
         return _ask_and_record(client, limited, row, lease)
     except MeterlyIdempotencyMismatchError:

@@ -83,7 +83,7 @@ def reserve(
     except NothingFound:
         # It may have found the customer before, and lost the connection. Then the hold
         # and its row exist, and they lapse.
-        _rename(row)
+        _renew(row)
         return None
     except (Error, MeterlyUnknownOutcomeError) as exc:
         if isinstance(exc, Error) and not is_outage(exc):
@@ -93,7 +93,7 @@ def reserve(
         if not connection.is_usable():
             reconnect(connection)
         # The hold and its row may exist; then they lapse. The next try is another row.
-        _rename(row)
+        _renew(row)
         raise MeterlyUnknownOutcomeError(f"The database failed: {exc}") from exc
     if not statement.found:
         # For example, the ledger's MAX_TTL is shorter than the hold is to be.
@@ -111,7 +111,8 @@ def reserve(
     return answer
 
 
-def _rename(row: Reservation) -> None:
+def _renew(row: Reservation) -> None:
+    """Make *row* another row, with another wire key."""
     row.pk = uuid.uuid4()
     row.key = str(row.pk)
 
